@@ -1,0 +1,27 @@
+"""arraybn: batch normalization that people can read, trust and run anywhere."""
+
+from . import network
+from ._version import __version__ as __version__
+from .checkpoint import load, save
+from .functional import batch_norm, batch_norm_backward, moments, pool, update_running_stats
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import Module, Parameter, Sequential
+from .reference import Moments
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Module",
+    "Moments",
+    "Parameter",
+    "Sequential",
+    "batch_norm",
+    "batch_norm_backward",
+    "load",
+    "moments",
+    "network",
+    "pool",
+    "save",
+    "update_running_stats",
+]

@@ -1,0 +1,158 @@
+"""State dicts: the values of a tree of modules by path, out of it and back in, all or nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name, is_array_api_obj
+
+if TYPE_CHECKING:
+    from .modules import Module
+
+
+class StateDict(OrderedDict[str, Any]):
+    """An ordered dict of arrays that also carries the versions of the modules it came from, as in PyTorch."""
+
+    _metadata: OrderedDict[str, dict[str, int]]
+
+
+def as_buffer(name: str, value: Any) -> Any:
+    """`value` if a buffer can hold it (an array, an int, None), integers as int; otherwise a TypeError."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, np.integer):
+        return int(value)
+    if not is_array_api_obj(value):
+        raise TypeError(
+            f"cannot assign {type(value).__name__!r} object to buffer {name!r} (array, int or None required)"
+        )
+    return value
+
+
+def own_values(module: Module) -> dict[str, Any]:
+    """The arrays and ints that belong to `module` itself: parameters' data, then buffers."""
+    values = {name: None if p is None else p.data for name, p in module._parameters.items()}
+    return {name: value for name, value in {**values, **module._buffers}.items() if value is not None}
+
+
+def export(module: Module, prefix: str) -> StateDict:
+    """`Module.state_dict`."""
+    state = StateDict()
+    state._metadata = OrderedDict()
+    for path, child in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        state._metadata[path] = {"version": child._version}
+        values = own_values(child)
+        like = next((value for value in values.values() if not isinstance(value, int)), None)
+        for name, value in values.items():
+            state[f"{path}.{name}" if path else name] = _copy(value, like)
+    return state
+
+
+def _copy(value: Any, like: Array | None) -> Array:
+    """A copy of an array; a count as a 0-d int64 beside `like`, or in NumPy where that has no int64."""
+    if not isinstance(value, int):
+        return array_namespace(value).asarray(value, copy=True)
+    if like is not None:
+        xp, where = array_namespace(like), device(like)
+        if "int64" in xp.__array_namespace_info__().dtypes(device=where, kind="signed integer"):
+            return xp.asarray(value, dtype=xp.int64, device=where)
+    return np.asarray(value, dtype=np.int64)
+
+
+def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
+    """`Module.load_state_dict`: the missing and the unexpected keys."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping of names to arrays; got {type(state_dict).__name__}")
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected names as keys; got {key!r}")
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    given = OrderedDict(state_dict)  # the modules may change it to translate an old version
+    missing: list[str] = []
+    unexpected: list[str] = []
+    errors: list[str] = []
+    before = _snapshot(module.modules())
+    try:
+        for path, child in module.named_modules(remove_duplicate=False):
+            prefix, local = (f"{path}." if path else ""), metadata.get(path, {})
+            child._load_from_state_dict(given, prefix, local, strict, missing, unexpected, errors)
+        if strict:
+            errors = _key_lines("Missing", missing) + _key_lines("Unexpected", unexpected) + errors
+        if errors:
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t" + "\n\t".join(errors))
+    except BaseException:
+        _restore(before)
+        raise
+    return missing, unexpected
+
+
+def load_own(
+    module: Module,
+    given: Mapping[str, Any],
+    prefix: str,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Take over from `given` what belongs to `module` itself; what does not fit goes into the three lists."""
+    own = own_values(module)
+    for name, value in own.items():
+        if (key := prefix + name) not in given:
+            missing.append(key)
+        elif (loaded := _fitted(key, given[key], value, errors)) is None:
+            continue
+        elif name in module._parameters:
+            module._parameters[name].data = loaded  # type: ignore[union-attr]
+        else:
+            module._buffers[name] = loaded
+    for key in given:
+        if key.startswith(prefix):
+            name, dot, _ = key[len(prefix) :].partition(".")
+            if name not in (module._modules if dot else own):
+                unexpected.append(key)
+
+
+def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
+    """`value` as what `current` is, an int or an array of that home and dtype; wrong-sized: None, a line in errors."""
+    shape = () if isinstance(current, int) else tuple(current.shape)
+    if not is_array_api_obj(value):
+        value = as_numpy(key, value)
+    if tuple(value.shape) != shape:
+        errors.append(
+            f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from checkpoint,"
+            f" the shape in current model is {shape}."
+        )
+        return None
+    if isinstance(current, int):
+        number = as_numpy(key, value)
+        if number.dtype.kind not in "iuf" or number != np.floor(number) or number < 0:
+            raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {number!r}")
+        return int(number)
+    if (name := dtype_name(value.dtype)).startswith(
+        ("complex", "str", "bytes", "object", "void", "datetime", "timedelta")
+    ):
+        raise TypeError(f"{key}: expected real numbers; got {name}")
+    return converted(key, value, array_namespace(current), device(current), current.dtype)
+
+
+def _key_lines(kind: str, keys: list[str]) -> list[str]:
+    return [f"{kind} key(s) in state_dict: " + ", ".join(f'"{key}"' for key in keys) + ". "] if keys else []
+
+
+def _snapshot(modules: Iterable[Module]) -> list[tuple[Module, dict[str, Any], list[tuple[Any, Array]]]]:
+    """References, not copies: nothing is ever written into an array."""
+    return [
+        (module, dict(module._buffers), [(p, p.data) for p in module._parameters.values() if p is not None])
+        for module in modules
+    ]
+
+
+def _restore(before: list[tuple[Module, dict[str, Any], list[tuple[Any, Array]]]]) -> None:
+    for module, buffers, parameters in before:
+        module._buffers.update(buffers)
+        for parameter, data in parameters:
+            parameter.data = data

@@ -1,0 +1,432 @@
+"""Modules: parameters and buffers in a tree, with names, modes and state dicts, as in ``torch.nn``.
+
+Values are replaced, never written into. A module remembers its latest forward for one backward.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from . import _state
+from ._arrays import Array, Namespace, array_namespace, is_array_api_obj, moved
+
+M = TypeVar("M", bound="Module")
+
+
+class Parameter:
+    """An array that is learned, and the gradient that has been added up for it.
+
+    Parameters
+    ----------
+    data : array
+        The values.
+
+    Attributes
+    ----------
+    data : array
+        Replaced by an optimizer's step.
+    grad : array or None
+        In the shape and dtype of `data`; None until a backward adds to it.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> arraybn.Parameter(numpy.ones(2))
+    Parameter(array([1., 1.]))
+    """
+
+    __slots__ = ("data", "grad")
+
+    def __init__(self, data: Array) -> None:
+        if not is_array_api_obj(data):
+            raise TypeError(f"data: expected an array; got {type(data).__name__}")
+        self.data = data
+        self.grad: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.data!r})"
+
+    def accumulate(self, gradient: Array) -> None:
+        """Add `gradient`, of the shape of `data`, to `grad`, in the dtype of `data`."""
+        gradient = array_namespace(self.data).astype(gradient, self.data.dtype)
+        self.grad = gradient if self.grad is None else self.grad + gradient
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(strict=False)`` could not match."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<All keys matched successfully>"
+        return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
+
+
+class Module:
+    """A node of a network: parameters, buffers and child modules by name, a forward and a hand-written backward.
+
+    Subclasses write `forward(x)`, which calls `_remember` with what the backward needs, and `backward(dy)`, which calls
+    `_recall` for it, adds to the gradients of the parameters and returns the gradient by x.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> class Twice(arraybn.Module):
+    ...     def forward(self, x):
+    ...         return 2 * x
+    ...
+    ...     def backward(self, dy):
+    ...         return 2 * dy
+    >>> Twice()(numpy.ones(2))
+    array([2., 2.])
+    """
+
+    _version: int = 1
+    training: bool
+    _parameters: dict[str, Parameter | None]
+    _buffers: dict[str, Any]
+    _modules: dict[str, Module | None]
+    _remembered: Any
+
+    def __init__(self) -> None:
+        for name in ("_parameters", "_buffers", "_modules"):
+            object.__setattr__(self, name, {})
+        object.__setattr__(self, "_remembered", None)
+        object.__setattr__(self, "training", True)
+
+    # ---- What a subclass writes ----
+
+    def forward(self, x: Array) -> Array:
+        """The output for the input x."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient by the input of the latest forward, from the gradient dy by its output."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def extra_repr(self) -> str:
+        """The arguments, as they show in the printed tree."""
+        return ""
+
+    def __call__(self, x: Array) -> Array:
+        """`forward(x)`."""
+        return self.forward(x)
+
+    # ---- One forward, one backward ----
+
+    def _remember(self, value: Any) -> None:
+        object.__setattr__(self, "_remembered", value)
+
+    def _recall(self) -> Any:
+        """What the latest forward remembered; `_forget` it once the backward has succeeded."""
+        if self._remembered is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.backward: expected a forward before it, one for each backward;"
+                " there is none left. To use one layer twice in a pass, call the functions"
+            )
+        return self._remembered
+
+    def _forget(self) -> None:
+        object.__setattr__(self, "_remembered", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_remembered": None}  # copies and pickles drop the remembered forward
+
+    # ---- Attributes: parameters, buffers and modules live in three dictionaries ----
+
+    def __getattr__(self, name: str) -> Any:
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in (found := self.__dict__.get(table, {})):
+                return found[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_modules" not in self.__dict__:
+            raise AttributeError(f"cannot assign {name!r} before Module.__init__() call")
+        parameters, buffers, modules = self._parameters, self._buffers, self._modules
+        if isinstance(value, Parameter):
+            self._move_name(name, parameters, value)
+        elif isinstance(value, Module):
+            self._move_name(name, modules, value)
+        elif name in parameters or name in modules:
+            kind, table = ("parameter", parameters) if name in parameters else ("child module", modules)
+            if value is not None:
+                wanted = "Parameter" if table is parameters else "Module"
+                raise TypeError(
+                    f"cannot assign {type(value).__name__!r} as {kind} {name!r} ({wanted} or None expected)"
+                )
+            table[name] = None
+        elif name in buffers:
+            buffers[name] = _state.as_buffer(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        for table in (self._parameters, self._buffers, self._modules):
+            if name in table:
+                del table[name]
+                return
+        object.__delattr__(self, name)
+
+    def _move_name(self, name: str, table: dict[str, Any], value: Any) -> None:
+        for other in (self.__dict__, self._parameters, self._buffers, self._modules):
+            if other is not table:
+                other.pop(name, None)
+        table[name] = value
+
+    def _check_new_name(self, kind: str, name: str, table: dict[str, Any]) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"{kind} name should be a string. Got {type(name).__name__}")
+        if not name or "." in name:
+            raise KeyError(f"{kind} name can't {'contain a dot' if name else 'be empty string'}; got {name!r}")
+        if hasattr(self, name) and name not in table:
+            raise KeyError(f"attribute {name!r} already exists")
+
+    def register_parameter(self, name: str, parameter: Parameter | None) -> None:
+        """Add a parameter, or None to hold its place."""
+        self._check_new_name("parameter", name, self._parameters)
+        if parameter is not None and not isinstance(parameter, Parameter):
+            raise TypeError(
+                f"cannot assign {type(parameter).__name__!r} object to parameter {name!r} (Parameter or None required)"
+            )
+        self._parameters[name] = parameter
+
+    def register_buffer(self, name: str, value: Array | int | None) -> None:
+        """Add an array that is state but is not learned; an int, which a state dict holds as a 0-d int64; or None."""
+        self._check_new_name("buffer", name, self._buffers)
+        self._buffers[name] = _state.as_buffer(name, value)
+
+    def add_module(self, name: str, module: Module | None) -> None:
+        """Add a child module."""
+        self._check_new_name("module", name, self._modules)
+        if module is not None and not isinstance(module, Module):
+            raise TypeError(f"{type(module).__name__} is not a Module subclass")
+        self._modules[name] = module
+
+    # ---- Walking the tree ----
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of each direct child, each module once."""
+        seen: set[int] = set()
+        for name, module in self._modules.items():
+            if module is not None and id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+
+    def children(self) -> Iterator[Module]:
+        """Each direct child, once."""
+        return (module for _, module in self.named_children())
+
+    def named_modules(
+        self, memo: set[int] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module and all below it; each module once, unless told otherwise."""
+        memo = set() if memo is None else memo
+        if remove_duplicate:
+            if id(self) in memo:
+                return
+            memo.add(id(self))
+        yield prefix, self
+        for name, module in self._modules.items():
+            if module is not None:
+                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+
+    def modules(self) -> Iterator[Module]:
+        """Each of this module and all below it, once."""
+        return (module for _, module in self.named_modules())
+
+    def _named_values(self, table: str, prefix: str, recurse: bool) -> Iterator[tuple[str, Any]]:
+        seen: list[Any] = []  # kept alive, so that no id is used twice
+        for path, module in self.named_modules(prefix=prefix) if recurse else [(prefix, self)]:
+            for name, value in getattr(module, table).items():
+                if value is not None and (isinstance(value, int) or all(value is not other for other in seen)):
+                    seen.append(value)
+                    yield f"{path}.{name}" if path else name, value
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter), each parameter once."""
+        return self._named_values("_parameters", prefix, recurse)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Each parameter, once."""
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array | int]]:
+        """(path, buffer), each array once."""
+        return self._named_values("_buffers", prefix, recurse)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Array | int]:
+        """Each buffer, arrays once."""
+        return (buffer for _, buffer in self.named_buffers(recurse=recurse))
+
+    # ---- Modes ----
+
+    def train(self: M, mode: bool = True) -> M:
+        """Put this module and all below it in training mode (or, with False, in evaluation mode)."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode is expected to be boolean; got {mode!r}")
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self: M) -> M:
+        """Put this module and all below it in evaluation mode."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Set the gradient of every parameter to None."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def to(self: M, *, xp: Namespace | None = None, device: Any = None, dtype: Any = None) -> M:
+        """Move every parameter, gradient and buffer, in place, and drop the remembered forwards.
+
+        Parameters
+        ----------
+        xp : module, optional
+            The namespace to move to: numpy, cupy, torch, jax.numpy, …
+        device, dtype : optional
+            As that namespace names them; a dtype also by its name, "float64".
+
+        Returns
+        -------
+        Module
+            This one.
+        """
+        modules, parameters = list(self.modules()), list(self.parameters())
+        for module in modules:
+            module._check_to(dtype)
+        values = [value for p in parameters for value in (p.data, p.grad)]
+        values += [value for module in modules for value in module._buffers.values()]
+        new = {id(value): moved(value, xp, device, dtype) for value in values if is_array_api_obj(value)}
+        for module in modules:
+            module._forget()
+            for name, value in module._buffers.items():
+                module._buffers[name] = new.get(id(value), value)
+        for parameter in parameters:
+            parameter.data, parameter.grad = new[id(parameter.data)], new.get(id(parameter.grad))
+        return self
+
+    def _check_to(self, dtype: Any) -> None:
+        """Raise if this module cannot be of that dtype."""
+
+    # ---- State dicts ----
+
+    def state_dict(self, prefix: str = "") -> OrderedDict[str, Array]:
+        """A copy of all parameters and buffers by path, with the versions of the modules in `_metadata`."""
+        return _state.export(self, prefix)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Take over the values of a state dict, converted to the namespace, device and dtype that this module has.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            Of anything that numpy.asarray or DLPack takes; left as it is.
+        strict : bool
+            Whether missing and unexpected keys are errors.
+
+        Returns
+        -------
+        IncompatibleKeys
+            missing_keys and unexpected_keys.
+
+        Raises
+        ------
+        TypeError
+            A value is no real array.
+        RuntimeError
+            Lists every missing, unexpected and wrong-sized key. In every case of an error nothing has been loaded.
+        """
+        return IncompatibleKeys(*_state.load(self, state_dict, strict))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: OrderedDict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load what is this module's own and not its children's; overridden to translate an old version.
+
+        `state_dict` is the load's own copy, which may be changed.
+        """
+        _state.load_own(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
+
+    # ---- Printing ----
+
+    def __repr__(self) -> str:
+        lines = [f"({name}): {_indent(repr(module))}" for name, module in self._modules.items()]
+        extra = self.extra_repr()
+        if not lines:
+            return f"{type(self).__name__}({extra})"
+        body = "\n  ".join(([extra] if extra else []) + lines)
+        return f"{type(self).__name__}(\n  {body}\n)"
+
+
+def _indent(text: str) -> str:
+    return text.replace("\n", "\n  ")
+
+
+class Sequential(Module):
+    """Modules one after the other; the backward goes through them in reverse.
+
+    Parameters
+    ----------
+    *modules : Module
+        Named "0", "1", …; or one mapping of names to modules.
+
+    Examples
+    --------
+    >>> import arraybn
+    >>> arraybn.Sequential(arraybn.BatchNorm1d(3), arraybn.BatchNorm1d(3, affine=False))
+    Sequential(
+      (0): BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+      (1): BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=False, track_running_stats=True)
+    )
+    """
+
+    def __init__(self, *modules: Module | Mapping[str, Module]) -> None:
+        super().__init__()
+        if len(modules) == 1 and isinstance(modules[0], Mapping):
+            named = dict(modules[0])
+        else:
+            named = {str(index): module for index, module in enumerate(modules)}  # type: ignore[misc]
+        for name, module in named.items():
+            if module is None:
+                raise TypeError("NoneType is not a Module subclass")
+            self.add_module(name, module)
+
+    def forward(self, x: Array) -> Array:
+        """The output of the last module."""
+        for module in self:
+            x = module(x)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient by the input of the first module."""
+        for module in reversed(list(self)):
+            dy = module.backward(dy)
+        return dy
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._steps())
+
+    def __getitem__(self, index: int | slice) -> Module:
+        if isinstance(index, slice):
+            return Sequential(dict(zip(list(self._modules)[index], self._steps()[index], strict=True)))
+        module: Module = self._steps()[index]
+        return module
+
+    def _steps(self) -> list[Any]:
+        return list(self._modules.values())

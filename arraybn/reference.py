@@ -1,0 +1,219 @@
+"""The maths of batch normalization, E1 to E7, as pure functions of arrays.
+
+This file and ``docs/maths.md`` are all that a reader needs. It has three parts: the four sweeps over the data, the
+moments with their pooling and running average, and the formulas for the few numbers per channel that the sweeps are
+given. Nothing here writes into an array, chooses a backend or branches on a value in an array. The calls are those of
+the Python array API, so the same lines run on NumPy, CuPy, torch, JAX, …
+
+Shapes: data is seen as (N, C, S), everything per channel is (C,). ``mean[:, None]`` is a channel's number beside its
+values. Statistics are kept in float64 where the namespace has it. Where it has not, the mean is kept as the unevaluated
+sum ``mean + mean_low`` of two float32 numbers, because a mean rounded to the precision of the data would shift every
+``x - mean`` alike, by up to |mean|/std·2⁻²⁴ standard deviations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ._arrays import Array, array_namespace, wide_dtype
+
+# ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
+
+
+def moments(x: Array) -> tuple[Array, Array]:
+    """(E1) mean and m2 (C,) of x (N, C, S), in two passes with a correction.
+
+    The first mean carries the rounding of large sums. Its error shows in the mean of x − mean, where it can be measured
+    and taken away: so a constant channel has exactly its value as mean and exactly 0 as m2.
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Algorithms for computing the sample variance, 1983, eq. (1.7).
+    """
+    xp, n = array_namespace(x), x.shape[0] * x.shape[2]
+    x = xp.astype(x, wide_dtype(x), copy=False)
+    if n == 0:
+        return _sum(x), _sum(x)
+    mean = _sum(x) / n
+    x = x - mean[:, None]
+    error = _sum(x) / n
+    m2 = _sum(x * x) - n * (error * error)
+    corrected = xp.where(xp.isfinite(mean), mean + error, mean)  # inf − inf is no correction
+    return corrected, xp.where(m2 < 0, xp.zeros_like(m2), m2)  # rounding may leave −1e-30; NaN stays
+
+
+def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
+    """(E5) Σu and Σu·(x−mean), each (C,), of u and x (N, C, S)."""
+    xp = array_namespace(x)
+    u, x = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
+    return _sum(u), _sum(u * (x - mean[:, None]))
+
+
+def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x; `out` is left alone, the result is a new array."""
+    xp = array_namespace(x)
+    wide = xp.astype(x, mean.dtype, copy=False)
+    return xp.astype(a[:, None] * (wide - mean[:, None]) + c[:, None], x.dtype, copy=False)
+
+
+def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x; `out` is left alone, the result is a new array."""
+    xp = array_namespace(x)
+    u, wide = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
+    result = a[:, None] * u + (b[:, None] * (wide - mean[:, None]) + c[:, None])
+    return xp.astype(result, x.dtype, copy=False)
+
+
+def _sum(t: Array) -> Array:
+    """Σ over N and S: (N, C, S) → (C,), by adding halves, then halves of those, …
+
+    Every value goes through about log₂ n additions, so the error grows with log n, and the order of the additions is
+    the same in every namespace.
+    """
+    xp = array_namespace(t)
+    if t.shape[0] * t.shape[2] == 0:
+        return xp.sum(t, axis=(0, 2))
+    t = xp.permute_dims(t, (1, 2, 0))
+    if t.dtype == xp.float64:
+        return _halve(_halve(t, operator.add), operator.add)
+    pair = _halve(_halve(xp.stack([t, xp.zeros_like(t)]), _add_pairs), _add_pairs)  # (2, C)
+    high, low = pair[0, ...], pair[1, ...]
+    return xp.where(xp.isfinite(high), high + low, high)
+
+
+def _halve(t: Array, add: Callable[[Array, Array], Array]) -> Array:
+    """Σ over the last axis, which is lost."""
+    odd = None
+    while (size := t.shape[-1]) > 1:
+        if size % 2:
+            odd = t[..., -1] if odd is None else add(odd, t[..., -1])
+        t = add(t[..., : size // 2], t[..., size // 2 : size // 2 * 2])
+    return t[..., 0] if odd is None else add(t[..., 0], odd)
+
+
+def _add_pairs(s: Array, t: Array) -> Array:
+    """s + t of numbers kept as (high, low) on the first axis, losing nothing of the high parts' sum.
+
+    Source: D. E. Knuth, The Art of Computer Programming 2, 1969, §4.2.2, theorem B.
+    """
+    (high_s, low_s), (high_t, low_t) = ((p[0, ...], p[1, ...]) for p in (s, t))
+    high = high_s + high_t
+    t_part = high - high_s
+    lost = (high_s - (high - t_part)) + (high_t - t_part)
+    return array_namespace(high).stack([high, lost + (low_s + low_t)])
+
+
+# ---- Moments: what a batch is reduced to -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """(E1) What batch norm has to know of a batch: n, mean and m2 = Σ(x−mean)² of each channel.
+
+    Parameters
+    ----------
+    n : int
+        How many values each channel was reduced over.
+    mean : array (C,)
+        Σx / n, float64 where the namespace has it; 0 where n is 0.
+    m2 : array (C,)
+        Σ(x−mean)², in the dtype of `mean`.
+    mean_low : array (C,), optional
+        What is left of the mean below the precision of `mean`. Only where the namespace has no float64.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> batch = arraybn.moments(numpy.asarray([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]))
+    >>> batch.n, batch.mean, batch.m2
+    (3, array([3., 5.]), array([14.,  0.]))
+    >>> batch.var(correction=1)
+    array([7., 0.])
+    """
+
+    n: int
+    mean: Array
+    m2: Array
+    mean_low: Array | None = None
+
+    def var(self, correction: int = 0) -> Array:
+        """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""
+        if self.n <= correction:
+            return array_namespace(self.m2).full_like(self.m2, float("nan"))
+        return self.m2 / (self.n - correction)
+
+
+def pool(a: Moments, b: Moments) -> Moments:
+    """(E2) The moments of two disjoint batches together; pool(a, b) and pool(b, a) have the same bits.
+
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Updating formulae and a pairwise algorithm, 1979, eq. (2.1).
+    """
+    if a.n == 0 or b.n == 0:
+        return b if a.n == 0 else a
+    xp, n = array_namespace(a.mean), a.n + b.n
+    if a.n < b.n:
+        a, b = b, a
+    mean_a, mean_b, low_a, low_b = a.mean, b.mean, _low(a), _low(b)
+    if a.n == b.n:  # the smaller mean first, so that the order of the arguments does not matter
+        swap = (mean_a > mean_b) | ((mean_a == mean_b) & (low_a > low_b))
+        mean_a, mean_b = xp.where(swap, mean_b, mean_a), xp.where(swap, mean_a, mean_b)
+        low_a, low_b = xp.where(swap, low_b, low_a), xp.where(swap, low_a, low_b)
+    same = mean_a == mean_b  # inf − inf would be NaN
+    delta = xp.where(same, xp.zeros_like(mean_a), mean_b - mean_a) + (low_b - low_a)
+    step = delta * (b.n / n)
+    m2 = (a.m2 + b.m2) + delta * delta * (a.n * b.n / n)
+    if a.mean_low is None:
+        return Moments(n, mean_a + step, m2)
+    pair = _add_pairs(xp.stack([mean_a, low_a]), xp.stack([step, xp.zeros_like(step)]))
+    high, low = pair[0, ...], pair[1, ...]
+    return Moments(n, high + low, m2, (high - (high + low)) + low)
+
+
+def _low(m: Moments) -> Array:
+    return array_namespace(m.mean).zeros_like(m.mean) if m.mean_low is None else m.mean_low
+
+
+def update_running(running: Array, value: Array, momentum: float) -> Array:
+    """(E4) (1−momentum)·running + momentum·value (C,), in the dtype of `running`."""
+    xp = array_namespace(running)
+    average = (1 - momentum) * xp.astype(running, value.dtype) + momentum * value
+    return xp.astype(average, running.dtype, copy=False)
+
+
+# ---- The numbers per channel that the sweeps are given ---------------------------------------------------------------
+
+
+def rstd(var: Array, eps: float) -> Array:
+    """(E3) 1/√(var+eps) (C,); 0 where var and eps are both 0, so that xhat of a constant channel is 0."""
+    xp = array_namespace(var)
+    if eps > 0:
+        return 1 / xp.sqrt(var + eps)
+    zero = var == 0
+    return xp.where(zero, xp.zeros_like(var), 1 / xp.sqrt(xp.where(zero, xp.ones_like(var), var)))
+
+
+def normalize(
+    rstd: Array, weight: Array | None, bias: Array | None, mean_low: Array | None = None
+) -> tuple[Array, Array]:
+    """(E3) a and c (C,) of y = weight·xhat + bias = a·(x−mean) + c."""
+    a = rstd if weight is None else weight * rstd
+    c = array_namespace(rstd).zeros_like(rstd) if bias is None else bias
+    return a, c if mean_low is None else c - a * mean_low
+
+
+def parameter_gradients(
+    sum_dy: Array, sum_dy_x: Array, rstd: Array, mean_low: Array | None = None
+) -> tuple[Array, Array]:
+    """(E5) dweight = Σdy·xhat and dbias = Σdy (C,), from Σdy and Σdy·(x−mean)."""
+    if mean_low is not None:
+        sum_dy_x = sum_dy_x - mean_low * sum_dy
+    return rstd * sum_dy_x, sum_dy
+
+
+def input_gradient(
+    dweight: Array, dbias: Array, n: int, rstd: Array, weight: Array | None, mean_low: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(E6) a, b and c (C,) of dx = weight·rstd·(dy − dbias/n − xhat·dweight/n) = a·dy + b·(x−mean) + c."""
+    a = rstd if weight is None else weight * rstd
+    b = -a * rstd * (dweight / n)
+    c = -a * (dbias / n)
+    return a, b, c if mean_low is None else c - b * mean_low
