@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,18 @@ from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_
 
 if TYPE_CHECKING:
     from .modules import Module
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(strict=False)`` could not match."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<All keys matched successfully>"
+        return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
 class StateDict(OrderedDict[str, Any]):
@@ -27,9 +39,7 @@ def as_buffer(name: str, value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     if not is_array_api_obj(value):
-        raise TypeError(
-            f"cannot assign {type(value).__name__!r} object to buffer {name!r} (array, int or None required)"
-        )
+        raise TypeError(f"cannot assign {type(value).__name__!r} to buffer {name!r} (array, int or None expected)")
     return value
 
 
@@ -63,8 +73,8 @@ def _copy(value: Any, like: Array | None) -> Array:
     return np.asarray(value, dtype=np.int64)
 
 
-def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
-    """`Module.load_state_dict`: the missing and the unexpected keys."""
+def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> IncompatibleKeys:
+    """`Module.load_state_dict`."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping of names to arrays; got {type(state_dict).__name__}")
     for key in state_dict:
@@ -87,7 +97,7 @@ def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> tuple[l
     except BaseException:
         _restore(before)
         raise
-    return missing, unexpected
+    return IncompatibleKeys(missing, unexpected)
 
 
 def load_own(
@@ -106,7 +116,7 @@ def load_own(
         elif (loaded := _fitted(key, given[key], value, errors)) is None:
             continue
         elif name in module._parameters:
-            module._parameters[name].data = loaded  # type: ignore[union-attr]
+            module._parameters[name].data = loaded
         else:
             module._buffers[name] = loaded
     for key in given:
@@ -128,15 +138,23 @@ def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
         )
         return None
     if isinstance(current, int):
-        number = as_numpy(key, value)
-        if number.dtype.kind not in "iuf" or number != np.floor(number) or number < 0:
-            raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {number!r}")
-        return int(number)
+        return _count(key, value)
     if (name := dtype_name(value.dtype)).startswith(
         ("complex", "str", "bytes", "object", "void", "datetime", "timedelta")
     ):
         raise TypeError(f"{key}: expected real numbers; got {name}")
     return converted(key, value, array_namespace(current), device(current), current.dtype)
+
+
+def _count(key: str, value: Array) -> int:
+    """The 0-d `value` as a number of batches."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):  # complex, text, inf
+        count = -1
+    if count < 0 or not bool(value == count):
+        raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {value!r}")
+    return count
 
 
 def _key_lines(kind: str, keys: list[str]) -> list[str]:

@@ -58,7 +58,9 @@ class _NormBase(Module):
         self.register_buffer("num_batches_tracked", 0 if self.track_running_stats else None)
 
     def reset_running_stats(self) -> None:
-        """Set running_mean 0, running_var 1 and num_batches_tracked 0, where there are any."""
+        """Set running_mean 0, running_var 1 and num_batches_tracked 0, where they are tracked."""
+        if not self.track_running_stats:
+            return
         if self.running_mean is not None:
             self.running_mean = array_namespace(self.running_mean).zeros_like(self.running_mean)
         if self.running_var is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from . import _state
 from ._arrays import Array, Namespace, array_namespace, is_array_api_obj, moved
@@ -54,18 +54,6 @@ class Parameter:
         self.grad = gradient if self.grad is None else self.grad + gradient
 
 
-class IncompatibleKeys(NamedTuple):
-    """What ``load_state_dict(strict=False)`` could not match."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-    def __repr__(self) -> str:
-        if not self.missing_keys and not self.unexpected_keys:
-            return "<All keys matched successfully>"
-        return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
-
-
 class Module:
     """A node of a network: parameters, buffers and child modules by name, a forward and a hand-written backward.
 
@@ -87,9 +75,9 @@ class Module:
 
     _version: int = 1
     training: bool
-    _parameters: dict[str, Parameter | None]
-    _buffers: dict[str, Any]
-    _modules: dict[str, Module | None]
+    _parameters: dict[str, Any]  # Parameter or None
+    _buffers: dict[str, Any]  # array, int or None
+    _modules: dict[str, Any]  # Module or None
     _remembered: Any
 
     def __init__(self) -> None:
@@ -134,7 +122,9 @@ class Module:
         object.__setattr__(self, "_remembered", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_remembered": None}  # copies and pickles drop the remembered forward
+        """Tables of its own for a copy, and no remembered forward in a copy or a pickle."""
+        tables = {name: dict(self.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+        return {**self.__dict__, **tables, "_remembered": None}
 
     # ---- Attributes: parameters, buffers and modules live in three dictionaries ----
 
@@ -153,12 +143,9 @@ class Module:
         elif isinstance(value, Module):
             self._move_name(name, modules, value)
         elif name in parameters or name in modules:
-            kind, table = ("parameter", parameters) if name in parameters else ("child module", modules)
+            kind, table = ("Parameter", parameters) if name in parameters else ("Module", modules)
             if value is not None:
-                wanted = "Parameter" if table is parameters else "Module"
-                raise TypeError(
-                    f"cannot assign {type(value).__name__!r} as {kind} {name!r} ({wanted} or None expected)"
-                )
+                raise TypeError(f"cannot assign {type(value).__name__!r} to {name!r} ({kind} or None expected)")
             table[name] = None
         elif name in buffers:
             buffers[name] = _state.as_buffer(name, value)
@@ -190,9 +177,7 @@ class Module:
         """Add a parameter, or None to hold its place."""
         self._check_new_name("parameter", name, self._parameters)
         if parameter is not None and not isinstance(parameter, Parameter):
-            raise TypeError(
-                f"cannot assign {type(parameter).__name__!r} object to parameter {name!r} (Parameter or None required)"
-            )
+            raise TypeError(f"cannot assign {type(parameter).__name__!r} to {name!r} (Parameter or None expected)")
         self._parameters[name] = parameter
 
     def register_buffer(self, name: str, value: Array | int | None) -> None:
@@ -240,11 +225,12 @@ class Module:
         return (module for _, module in self.named_modules())
 
     def _named_values(self, table: str, prefix: str, recurse: bool) -> Iterator[tuple[str, Any]]:
-        seen: list[Any] = []  # kept alive, so that no id is used twice
+        seen = {id(None)}
         for path, module in self.named_modules(prefix=prefix) if recurse else [(prefix, self)]:
             for name, value in getattr(module, table).items():
-                if value is not None and (isinstance(value, int) or all(value is not other for other in seen)):
-                    seen.append(value)
+                if id(value) not in seen:
+                    if not isinstance(value, int):
+                        seen.add(id(value))
                     yield f"{path}.{name}" if path else name, value
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
@@ -283,7 +269,7 @@ class Module:
             parameter.grad = None
 
     def to(self: M, *, xp: Namespace | None = None, device: Any = None, dtype: Any = None) -> M:
-        """Move every parameter, gradient and buffer, in place, and drop the remembered forwards.
+        """Move every parameter, gradient and buffer, in place, drop the remembered forwards, and return this module.
 
         Parameters
         ----------
@@ -291,11 +277,6 @@ class Module:
             The namespace to move to: numpy, cupy, torch, jax.numpy, …
         device, dtype : optional
             As that namespace names them; a dtype also by its name, "float64".
-
-        Returns
-        -------
-        Module
-            This one.
         """
         modules, parameters = list(self.modules()), list(self.parameters())
         for module in modules:
@@ -320,8 +301,10 @@ class Module:
         """A copy of all parameters and buffers by path, with the versions of the modules in `_metadata`."""
         return _state.export(self, prefix)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> _state.IncompatibleKeys:
         """Take over the values of a state dict, converted to the namespace, device and dtype that this module has.
+
+        Returns missing_keys and unexpected_keys.
 
         Parameters
         ----------
@@ -330,11 +313,6 @@ class Module:
         strict : bool
             Whether missing and unexpected keys are errors.
 
-        Returns
-        -------
-        IncompatibleKeys
-            missing_keys and unexpected_keys.
-
         Raises
         ------
         TypeError
@@ -342,7 +320,7 @@ class Module:
         RuntimeError
             Lists every missing, unexpected and wrong-sized key. In every case of an error nothing has been loaded.
         """
-        return IncompatibleKeys(*_state.load(self, state_dict, strict))
+        return _state.load(self, state_dict, strict)
 
     def _load_from_state_dict(
         self,
@@ -360,19 +338,12 @@ class Module:
         """
         _state.load_own(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
 
-    # ---- Printing ----
-
     def __repr__(self) -> str:
-        lines = [f"({name}): {_indent(repr(module))}" for name, module in self._modules.items()]
+        lines = [f"({name}): {module!r}".replace("\n", "\n  ") for name, module in self._modules.items()]
         extra = self.extra_repr()
         if not lines:
             return f"{type(self).__name__}({extra})"
-        body = "\n  ".join(([extra] if extra else []) + lines)
-        return f"{type(self).__name__}(\n  {body}\n)"
-
-
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  " + "\n  ".join([extra] * bool(extra) + lines) + "\n)"
 
 
 class Sequential(Module):
@@ -420,13 +391,10 @@ class Sequential(Module):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Module]:
-        return iter(self._steps())
+        return iter(self._modules.values())
 
     def __getitem__(self, index: int | slice) -> Module:
         if isinstance(index, slice):
-            return Sequential(dict(zip(list(self._modules)[index], self._steps()[index], strict=True)))
-        module: Module = self._steps()[index]
+            return Sequential(dict(list(self._modules.items())[index]))
+        module: Module = list(self._modules.values())[index]
         return module
-
-    def _steps(self) -> list[Any]:
-        return list(self._modules.values())

@@ -23,22 +23,20 @@ from ._arrays import Array, array_namespace, wide_dtype
 
 
 def moments(x: Array) -> tuple[Array, Array]:
-    """(E1) mean and m2 (C,) of x (N, C, S), in two passes with a correction.
+    """(E1) mean and m2 (C,) of x (N, C, S), in two passes with a correction between them.
 
-    The first mean carries the rounding of large sums. Its error shows in the mean of x − mean, where it can be measured
-    and taken away: so a constant channel has exactly its value as mean and exactly 0 as m2.
+    The first mean carries the rounding of a large sum. That error shows as the mean of x − mean, where it can be
+    measured and taken away. So a constant channel has exactly its value as mean, and exactly 0 as m2.
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Algorithms for computing the sample variance, 1983, eq. (1.7).
     """
-    xp, n = array_namespace(x), x.shape[0] * x.shape[2]
+    xp, n = array_namespace(x), max(x.shape[0] * x.shape[2], 1)
     x = xp.astype(x, wide_dtype(x), copy=False)
-    if n == 0:
-        return _sum(x), _sum(x)
     mean = _sum(x) / n
     x = x - mean[:, None]
     error = _sum(x) / n
-    m2 = _sum(x * x) - n * (error * error)
+    x = x - error[:, None]
     corrected = xp.where(xp.isfinite(mean), mean + error, mean)  # inf − inf is no correction
-    return corrected, xp.where(m2 < 0, xp.zeros_like(m2), m2)  # rounding may leave −1e-30; NaN stays
+    return corrected, _sum(x * x)
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:

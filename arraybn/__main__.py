@@ -1,0 +1,36 @@
+"""``python -m arraybn``: dispatches to the modules in ``arraybn.commands``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .commands import demo, info
+
+COMMANDS = {"info": info, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of the command that `argv` (by default, the command line) asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m arraybn", description="Batch normalization that people can read, trust and run anywhere."
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="command")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "run"):
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

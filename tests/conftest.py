@@ -1,0 +1,98 @@
+"""Fixtures: the namespaces that every test of the core runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+REQUIRED = set(filter(None, os.environ.get("ARRAYBN_REQUIRE", "").split(",")))
+
+
+def need(name: str) -> Any:
+    """The module, or a skip; a failure where ARRAYBN_REQUIRE promises that it is there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if name in REQUIRED:
+            raise
+        pytest.skip(f"{name} is not installed")
+
+
+@dataclass
+class Home:
+    """A namespace and a device of it, with the ways in and out."""
+
+    name: str
+    xp: Any
+    device: Any
+    wide: str  # the dtype of its statistics
+
+    def array(self, values: Any, dtype: str | None = None) -> Any:
+        """`values` (NumPy) here."""
+        values = np.asarray(values, dtype)
+        return self.xp.asarray(values, device=self.device, copy=True)
+
+    def numpy(self, array: Any) -> Any:
+        """`array`, which must be one of here, in NumPy."""
+        import array_api_compat
+
+        assert array_api_compat.array_namespace(array) is array_api_compat.array_namespace(self.array(0.0, "float32"))
+        if self.device is not None:
+            assert array.device == self.device, f"{array.device} is not {self.device}"
+        if array_api_compat.is_torch_array(array):
+            return array.numpy()
+        if self.device is not None:
+            array = array.to_device(self.xp.Device("CPU_DEVICE"))
+        return np.asarray(array)
+
+
+def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
+    def strict(device: str, wide: str) -> Callable[[contextlib.ExitStack], Home]:
+        def make(_: contextlib.ExitStack) -> Home:
+            xp = need("array_api_strict")
+            return Home(f"strict {device}", xp, xp.Device(device), wide)
+
+        return make
+
+    def jax(x64: bool) -> Callable[[contextlib.ExitStack], Home]:
+        def make(stack: contextlib.ExitStack) -> Home:
+            stack.enter_context(need("jax").enable_x64(x64))
+            return Home(f"jax x64={x64}", need("jax.numpy"), None, "float64" if x64 else "float32")
+
+        return make
+
+    return {
+        "numpy": lambda _: Home("numpy", np, None, "float64"),
+        "strict": strict("CPU_DEVICE", "float64"),
+        "strict-device1": strict("device1", "float64"),
+        "strict-no_float64": strict("no_float64", "float32"),
+        "torch": lambda _: Home("torch", need("array_api_compat.torch"), None, "float64"),
+        "jax": jax(False),
+        "jax-x64": jax(True),
+    }
+
+
+HOMES = _homes()
+
+
+@pytest.fixture(params=list(HOMES))
+def home(request: pytest.FixtureRequest) -> Iterator[Home]:
+    """Each namespace and device."""
+    with contextlib.ExitStack() as stack:
+        yield HOMES[request.param](stack)

@@ -1,0 +1,209 @@
+"""N1 to N3: how far results may be from the exact ones. The bounds are the promises'; none is ours to tune."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import scenarios
+from oracle import LONG, ulp, worst
+
+import arraybn
+
+F32, F64 = np.dtype("f4"), np.dtype("f8")
+CASES = [(shape, scale) for shape in scenarios.SHAPES if shape != "one value" for scale in scenarios.SCALES]
+
+
+def run(x: Any, batch: scenarios.Batch, eps: float) -> tuple[Any, ...]:
+    """y, moments, dx, dweight, dbias."""
+    y, saved = arraybn.batch_norm(x, batch.weight, batch.bias, eps=eps)
+    dx, dweight, dbias = arraybn.batch_norm_backward(batch.dy.astype(x.dtype), saved)
+    return y, saved.moments, dx, dweight, dbias
+
+
+def exact(x: Any, batch: scenarios.Batch, eps: float) -> oracle.Exact:
+    """What it must be near, of the very x and dy that were given."""
+    return oracle.batch_norm(x, batch.weight, batch.bias, batch.dy.astype(x.dtype).astype("f8"), eps)
+
+
+def small_eps(batch: scenarios.Batch) -> float:
+    """ε that matters a little at every scale."""
+    return float(1e-5 * np.var(batch.x) / max(1.0, np.mean(batch.x) ** 2))
+
+
+def statistics_errors(moments: arraybn.Moments, truth: oracle.Exact, count: int) -> tuple[float, float]:
+    """Of mean and var after rounding to float32, in the units of N1."""
+    mean = np.array([oracle.long(m) for m in truth.mean])
+    var = np.array([oracle.long(m2 / count) for m2 in truth.m2])
+    floor = np.maximum(abs(mean), np.ldexp(np.sqrt(var), -20))
+    rounded_mean, rounded_var = moments.mean.astype("f4"), (moments.m2 / moments.n).astype("f4")
+    return worst(rounded_mean, mean, floor, F32), worst(rounded_var, var, var, F32)
+
+
+@pytest.mark.parametrize(("shape", "scale"), CASES)
+def test_n1_float32_statistics_are_within_one_ulp(shape: str, scale: str) -> None:
+    batch = scenarios.make(shape, scale)
+    x = batch.x.astype("f4")
+    truth = exact(x, batch, 1e-5)
+    moments = arraybn.moments(x)
+    assert max(statistics_errors(moments, truth, moments.n)) <= 1
+    off = arraybn.Moments(moments.n, moments.mean * (1 + 2.0**-20), moments.m2 * (1 + 2.0**-20))
+    assert min(statistics_errors(off, truth, moments.n)) > 1  # the control
+
+
+def test_n1_statistics_with_outliers_and_in_order_are_within_one_ulp() -> None:
+    x = scenarios.outliers().astype("f4")
+    truth = oracle.batch_norm(x, np.ones(3), np.zeros(3), x, 1e-5)
+    assert max(statistics_errors(arraybn.moments(x), truth, 256)) <= 1
+
+
+def test_n1_statistics_are_correctly_rounded_in_999_of_1000_channels() -> None:
+    rng = np.random.default_rng(1)
+    ratios = 10 ** rng.uniform(-2, 6, 2000)
+    x = (rng.standard_normal((23, 2000, 3)) + ratios[:, None]).astype("f4")
+    moments = arraybn.moments(x)
+    truth = [oracle.moments(x[:, c, :]) for c in range(2000)]
+    mean = np.array([oracle.long(mean) for mean, _ in truth]).astype("f4")
+    var = np.array([oracle.long(m2 / moments.n) for _, m2 in truth]).astype("f4")
+    assert np.mean(moments.mean.astype("f4") == mean) >= 0.999
+    assert np.mean(moments.var().astype("f4") == var) >= 0.999
+    assert np.mean(x.mean(axis=(0, 2)) == mean) < 0.999  # the control: sums in float32
+    assert np.mean(x.var(axis=(0, 2)) == var) < 0.999
+
+
+@pytest.mark.parametrize(("shape", "scale"), CASES)
+def test_n2_float32_y_is_within_4_ulp_and_dx_within_12(shape: str, scale: str) -> None:
+    batch = scenarios.make(shape, scale)
+    x, eps = batch.x.astype("f4"), small_eps(batch)
+    truth = exact(x, batch, eps)
+    y, _, dx, dweight, dbias = run(x, batch, eps)
+    assert y.dtype == dx.dtype == F32
+    assert worst(y, truth.y, truth.y_scale, F32) <= 4
+    assert worst(dx, truth.dx, truth.dx_scale, F32) <= 12
+    assert worst(y + 8 * ulp(truth.y_scale, F32), truth.y, truth.y_scale, F32) > 4  # the control
+    terms = np.abs(batch.dy.astype("f4") * truth.xhat).sum(axis=(0, 2)), np.abs(batch.dy).sum(axis=(0, 2))
+    assert worst(dweight, truth.dweight, terms[0], F32) <= 1
+    assert worst(dbias, truth.dbias, terms[1], F32) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", ["small", "tall", "images", "two values"])
+def test_n2_half_precision_is_within_an_ulp_more_than_rounding(dtype: str, shape: str) -> None:
+    half = np.dtype(dtype) if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    batch = scenarios.make(shape, "shifted")
+    x = batch.x.astype(half)
+    truth = oracle.batch_norm(x.astype("f8"), batch.weight, batch.bias, batch.dy.astype(half).astype("f8"), 1e-3)
+    y, _, dx, _, _ = run(x, batch, 1e-3)
+    assert y.dtype == dx.dtype == half
+    assert worst(y.astype("f8"), truth.y, truth.y_scale, half) <= 1.5
+    assert worst(dx.astype("f8"), truth.dx, truth.dx_scale, half) <= 1.5
+    assert worst(y.astype("f8") * 1.02, truth.y, truth.y_scale, half) > 1.5  # the control
+
+
+@pytest.mark.parametrize(("shape", "scale"), CASES)
+def test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape: str, scale: str) -> None:
+    batch = scenarios.make(shape, scale)
+    eps = small_eps(batch)
+    truth = exact(batch.x, batch, eps)
+    y, _, dx, _, _ = run(batch.x, batch, eps)
+    std = np.array([float(oracle.long(m2)) for m2 in truth.m2]) ** 0.5 / (y.size / y.shape[1]) ** 0.5
+    ratio = 1 + np.array([abs(float(m)) for m in truth.mean]) / std
+    for got, value, scale_of, bound in ((y, truth.y, truth.y_scale, 16), (dx, truth.dx, truth.dx_scale, 32)):
+        channel = scale_of.max(axis=(0, 2), keepdims=True)
+        error = abs(got.astype(LONG) - value) / ulp(channel, F64)
+        assert (error.max(axis=(0, 2)) <= bound * ratio).all()
+        spoiled = abs(got + 2 * bound * ratio[:, None] * ulp(channel, F64) - value) / ulp(channel, F64)
+        assert (spoiled.max(axis=(0, 2)) > bound * ratio).all()  # the control
+
+
+@pytest.mark.parametrize("shape", ["images", "tall"])
+@pytest.mark.parametrize("scale", ["standard", "far", "very far"])
+def test_n1_n2_without_float64_the_mean_is_kept_in_two_parts(shape: str, scale: str) -> None:
+    # x − mean is rounded to float32, by at most half an ulp of it, and so the mean of these by half an ulp of std. var,
+    # rstd and weight·rstd take a few roundings each: at most 2 ulp for var, 8 for y, 16 for dx. A mean of one float32
+    # would cost up to |mean|/std/2 ulp, 5·10⁵ in the last scenario: that is the control.
+    xp = pytest.importorskip("array_api_strict")
+    device = xp.Device("no_float64")
+    batch = scenarios.make(shape, scale)
+    x = batch.x.astype("f4")
+    truth = exact(x, batch, 1e-5)
+    arrays = [xp.asarray(a.astype("f4"), device=device) for a in (x, batch.weight, batch.bias, batch.dy)]
+    y, saved = arraybn.batch_norm(*arrays[:3])
+    dx, _, _ = arraybn.batch_norm_backward(arrays[3], saved)
+    y, dx, mean, low, m2 = (
+        np.asarray(a.to_device(xp.Device("CPU_DEVICE")))
+        for a in (y, dx, saved.moments.mean, saved.moments.mean_low, saved.moments.m2)
+    )
+    exact_mean, exact_var = (np.array([oracle.long(v) for v in values]) for values in (truth.mean, truth.m2))
+    exact_var /= saved.moments.n
+    assert worst(mean.astype("f8") + low, exact_mean, np.sqrt(exact_var), F32) <= 1
+    assert worst(m2.astype("f8") / saved.moments.n, exact_var, exact_var, F32) <= 2
+    assert worst(y, truth.y, truth.y_scale, F32) <= 8
+    assert worst(dx, truth.dx, truth.dx_scale, F32) <= 16
+    assert mean.dtype == low.dtype == F32
+    if scale == "very far":
+        assert worst(mean.astype("f8"), exact_mean, np.sqrt(exact_var), F32) > 1e4
+
+
+def test_n3_constant_channels_give_exactly_bias(home: Any) -> None:
+    values = np.asarray([3e7, 0.1, -1e-30, 0.0, 1 / 3, 7e6], "f4")
+    x = np.tile(values[None, :, None], (7, 1, 13))
+    bias = np.asarray([0.1, -2.0, 3.0, 1e-9, 0.7, 5.0], "f4")
+    weight = np.asarray([1.0, -3.0, 1e3, 2.0, 0.3, 1e-3], "f4")
+    y, saved = arraybn.batch_norm(home.array(x), home.array(weight), home.array(bias))
+    assert (home.numpy(y) == bias[None, :, None]).all()
+    assert (home.numpy(saved.moments.m2) == 0).all()
+    assert (home.numpy(saved.moments.mean).astype("f4") == values).all()
+    nearly = x.copy()
+    nearly[0, :, 0] = np.nextafter(values, np.float32(np.inf))  # the control: one value one ulp off
+    y, saved = arraybn.batch_norm(home.array(nearly), home.array(weight), home.array(bias), eps=0)
+    assert (home.numpy(y)[0, [0, 1, 4, 5], 0] != bias[[0, 1, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 3e7, 1e300, 1e-300])
+@pytest.mark.parametrize("n", [3, 7, 1000, 99_991])
+def test_n3_constant_float64_channels_give_exactly_bias(value: float, n: int) -> None:
+    y, saved = arraybn.batch_norm(np.full((n, 1), value), np.full(1, 3.0), np.full(1, 0.7))
+    assert (y == 0.7).all()
+    assert saved.moments.mean[0] == value
+    assert saved.moments.m2[0] == 0
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_eps_zero_leaves_constant_channels_at_bias_and_others_normalized(eps: float) -> None:
+    x = np.asarray([[1.0, 5.0], [3.0, 5.0]])
+    y, saved = arraybn.batch_norm(x, np.ones(2), np.asarray([0.25, 0.5]), eps=eps)
+    assert (y[:, 1] == 0.5).all()
+    assert y[:, 0] == pytest.approx([-0.75, 1.25], abs=1e-4)
+    dx, dweight, dbias = arraybn.batch_norm_backward(np.asarray([[1.0, 2.0], [0.0, 3.0]]), saved)
+    assert np.isfinite(dx).all()
+    assert (dweight[1], dbias[1]) == (0, 5)
+
+
+@pytest.mark.parametrize(("shape", "scale"), CASES)
+def test_n3_dx_sums_to_zero_per_channel(shape: str, scale: str) -> None:
+    batch = scenarios.make(shape, scale)
+    x = batch.x.astype("f4")
+    _, _, dx, _, _ = run(x, batch, 1e-5)
+    # each dx is rounded to float32 once, by at most half an ulp of the largest term of its formula
+    bound = ulp(exact(x, batch, 1e-5).dx_scale, F32).sum(axis=(0, 2)) / 2
+    total = abs(dx.astype(LONG).sum(axis=(0, 2)))
+    assert (total <= bound).all()
+    assert abs(dx).max() > 0
+    dx[0, 0, 0] += 2 * float(bound[0]) + 1e-3 * abs(dx[:, 0]).max()  # the control: one element
+    assert abs(dx.astype(LONG).sum(axis=(0, 2)))[0] > bound[0]
+
+
+def test_nan_and_inf_stay_in_their_channel_and_propagate_as_in_numpy() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 4))
+    x[1, 0], x[2, 1], x[3, 2], x[4, 2] = np.nan, np.inf, np.inf, -np.inf
+    with np.errstate(invalid="ignore"):
+        y, saved = arraybn.batch_norm(x)
+        mean, var = x.mean(axis=0), x.var(axis=0)
+    np.testing.assert_array_equal(np.isnan(saved.moments.mean), np.isnan(mean))
+    np.testing.assert_array_equal(np.isinf(saved.moments.mean), np.isinf(mean))
+    np.testing.assert_array_equal(np.isnan(saved.moments.var()), np.isnan(var))
+    assert np.isnan(y[:, :3]).all()
+    np.testing.assert_allclose(y[:, 3], (x[:, 3] - mean[3]) / np.sqrt(var[3] + 1e-5), rtol=1e-14)

@@ -1,0 +1,250 @@
+"""What is true of every batch norm, whatever the batch. Each test has a control, a small fault that must fail it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import arraybn
+
+U = 2.0**-53  # rounding in float64
+EPS = 1e-5
+
+
+@st.composite
+def batches(draw: st.DrawFn, least: int = 2) -> Any:
+    """X (N, C, S) in float64, n ≥ `least`, each channel with an offset and a scale of its own, none constant."""
+    n, c, s = draw(st.integers(1, 9)), draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    assume(n * s >= least)
+    values = st.floats(-1, 1, width=32, allow_subnormal=False)
+    x = draw(hnp.arrays("f8", (n, c, s), elements=values, fill=st.nothing()))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    x = x + rng.uniform(-0.5, 0.5, x.shape)
+    scale = 2.0 ** rng.integers(-30, 30, c)
+    return (x + 10 ** rng.uniform(-1, 3, c)[:, None]) * scale[:, None]
+
+
+seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+def parameters(rng: np.random.Generator, c: int) -> tuple[Any, Any]:
+    """Weight away from zero, and bias."""
+    return rng.uniform(0.5, 2, c) * rng.choice([-1, 1], c), rng.uniform(-2, 2, c)
+
+
+def std(x: Any) -> Any:
+    return x.std(axis=(0, 2))
+
+
+def slack(x: Any) -> Any:
+    """(C,) bound of the rounding of xhat: the mean to U·|mean|, sums of n terms to log₂ n + a few U, twice over."""
+    n = x.shape[0] * x.shape[2]
+    return 16 * U * (abs(x).max(axis=(0, 2)) / std(x) + np.log2(n) + 4) * np.sqrt(n)
+
+
+def off(y: Any) -> Any:
+    """Y with one element wrong by 0.1 % of the largest."""
+    y = y.copy()
+    y[0, 0, 0] += 1e-3 * max(1e-3, abs(y[:, 0]).max())
+    return y
+
+
+@given(batches(), seeds)
+def test_permuting_the_batch_permutes_y_and_changes_no_statistic(x: Any, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    order = rng.permutation(x.shape[0])
+    y, saved = arraybn.batch_norm(x, weight, bias)
+    z, permuted = arraybn.batch_norm(x[order], weight, bias)
+    bound = (slack(x) * abs(weight) + 8 * U * abs(bias))[:, None] * np.sqrt(y.size)
+    assert (abs(z - y[order]) <= bound).all()
+    assert not (abs(off(z) - y[order]) <= bound).all()
+    np.testing.assert_allclose(permuted.moments.mean, saved.moments.mean, rtol=1e-14)
+    np.testing.assert_allclose(permuted.moments.m2, saved.moments.m2, rtol=1e-9)
+    assert abs(saved.moments.mean).min() > 0
+    assert saved.moments.m2.min() > 0
+
+
+@given(batches(), st.data())
+def test_splitting_and_pooling_changes_nothing(x: Any, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, x.shape[0]), max_size=4)))
+    parts = [arraybn.moments(part) for part in np.split(x, cuts) if len(part) or data.draw(st.booleans())]
+    whole, pooled = arraybn.moments(x), arraybn.pool(*parts)
+    assert pooled.n == whole.n
+    scale = std(x)
+    bound = slack(x) * scale
+    assert (abs(pooled.mean - whole.mean) <= bound).all()
+    assert (abs(pooled.m2 - whole.m2) <= 8 * slack(x) * whole.m2).all()
+    wrong = arraybn.pool(whole, arraybn.moments(x[:1]))  # the control: one sample counted twice
+    assert wrong.n != whole.n
+    assert abs(wrong.m2 - whole.m2).max() > 0 or abs(wrong.mean - whole.mean).max() > 0
+
+
+@given(batches(), st.data())
+def test_pool_is_commutative_to_the_bit(x: Any, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, x.shape[0]))
+    a, b = arraybn.moments(x[:cut]), arraybn.moments(x[cut:])
+    for first, second in ((a, b), (arraybn.moments(x), arraybn.moments(-0.37 * x))):  # the second pair has equal n
+        ab, ba = arraybn.pool(first, second), arraybn.pool(second, first)
+        assert ab.n == ba.n
+        assert ab.mean.tobytes() == ba.mean.tobytes()
+        assert ab.m2.tobytes() == ba.m2.tobytes()
+        assert abs(ab.mean).min() > 0
+
+
+def test_pool_without_its_ordering_is_not_commutative() -> None:
+    """The control of the test above: the plain formula has other bits when swapped, for many pairs."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 1000))
+    assert np.mean(a + (b - a) * (3 / 5) != b + (a - b) * (2 / 5)) > 0.1
+
+
+@given(batches(), st.integers(-20, 20), seeds)
+def test_scaling_x_by_a_power_of_two_and_eps_by_its_square_leaves_y(x: Any, power: int, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    y, _ = arraybn.batch_norm(x, weight, bias, eps=EPS)
+    scaled, _ = arraybn.batch_norm(2.0**power * x, weight, bias, eps=4.0**power * EPS)
+    np.testing.assert_array_equal(scaled, y)
+    flipped, _ = arraybn.batch_norm(-(2.0**power) * x, weight, eps=4.0**power * EPS)
+    plain, _ = arraybn.batch_norm(x, weight, eps=EPS)
+    np.testing.assert_array_equal(flipped, -plain)
+    assert abs(plain).max() > 0
+    unscaled, _ = arraybn.batch_norm(16 * x, weight, bias, eps=EPS * 2**50)  # the control: eps left out
+    assert (unscaled != arraybn.batch_norm(x, weight, bias, eps=EPS * 2**50)[0]).any()
+
+
+@given(batches(), seeds)
+def test_y_has_mean_bias_and_variance_weight_squared_var_over_var_plus_eps(x: Any, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    y, saved = arraybn.batch_norm(x, weight, bias)
+    var = saved.moments.var()
+    expected = weight**2 * var / (var + EPS)
+
+    def holds(y: Any) -> bool:
+        mean, variance = y.mean(axis=(0, 2)), y.var(axis=(0, 2))
+        close = abs(mean - bias) <= slack(x) * abs(weight) + 64 * U * abs(bias)
+        # bias is added before rounding, so that a small variance is known to U·(|bias| + |weight|) a value
+        spread = 8 * np.sqrt(expected) * (slack(x) * np.sqrt(expected) + U * (abs(bias) + abs(weight)))
+        return bool(close.all() and (abs(variance - expected) <= spread + (U * bias) ** 2 + 1e-300).all())
+
+    assert holds(y)
+    assert not holds(off(y))
+
+
+@given(batches(), seeds)
+def test_dx_sums_to_zero_per_channel_and_against_xhat_as_e6_says(x: Any, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    dy = rng.standard_normal(x.shape) + 0.5
+    _, saved = arraybn.batch_norm(x, weight, bias)
+    dx, dweight, _ = arraybn.batch_norm_backward(dy, saved)
+    n, var = saved.moments.n, saved.moments.var()
+    rstd = 1 / np.sqrt(var + EPS)
+    xhat = (x - saved.moments.mean[:, None]) * rstd[:, None]
+    term = abs(weight) * rstd * abs(dy).max(axis=(0, 2))  # the size of the terms that cancel
+    expected = weight * rstd * dweight * EPS / (var + EPS)
+
+    def holds(dx: Any) -> bool:
+        bound = n * slack(x) * term * 4
+        along = (dx * xhat).sum(axis=(0, 2))
+        return bool((abs(dx.sum(axis=(0, 2))) <= bound).all() and (abs(along - expected) <= 2 * bound).all())
+
+    assert holds(dx)
+    wrong = dx.copy()
+    wrong[0, 0, 0] += 1e-3 * term[0]
+    assert not holds(wrong)
+
+
+@given(batches(), seeds)
+def test_backward_is_linear_in_dy(x: Any, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    _, saved = arraybn.batch_norm(x, weight, bias)
+    u, v = rng.standard_normal((2, *x.shape))
+    results = [arraybn.batch_norm_backward(g, saved) for g in (u, v, 2 * u - 3 * v)]
+    rstd = 1 / np.sqrt(saved.moments.var() + EPS)
+    for (a, b, c), unit in zip(zip(*results, strict=True), (abs(weight) * rstd, 1.0, 1.0), strict=True):
+        unit = np.broadcast_to(unit, x.shape[1])[:, None] if a.ndim == 3 else unit
+        bound = 64 * U * (abs(a).max() + abs(b).max() + 8 * x.size * unit * abs(u).max())
+        assert (abs(c - (2 * a - 3 * b)) <= bound).all()
+        assert not (abs(c - (2 * a - 3 * b) + 1e-3 * unit) <= bound).all()
+
+
+@given(seeds, st.integers(2, 40), st.floats(-(2.0**99), 2.0**99, width=32))
+def test_constant_channels_give_bias_and_nearly_constant_ones_do_not(rng: Any, n: int, value: float) -> None:
+    assume(value == 0 or abs(value) > 1e-30)
+    x = np.full((n, 2, 3), value, "f4")
+    x[0, 1, 0] = np.nextafter(np.float32(value), np.float32(np.inf))
+    weight, bias = (array.astype("f4") for array in parameters(rng, 2))
+    y, saved = arraybn.batch_norm(x, weight, bias, eps=0)
+    assert (y[:, 0] == bias[0]).all()
+    assert (saved.moments.m2[0], saved.moments.m2[1] > 0) == (0, True)
+    assert (y[:, 1] != bias[1]).any()
+
+
+@given(batches(), seeds)
+def test_after_one_batch_with_momentum_1_evaluation_uses_its_mean_and_unbiased_variance(x: Any, rng: Any) -> None:
+    layer = arraybn.BatchNorm1d(x.shape[1], momentum=1.0, dtype="float64")
+    layer.weight.data, layer.bias.data = parameters(rng, x.shape[1])
+    trained = layer(x)
+    y = layer.eval()(x)
+    moments = arraybn.moments(x)
+    var = moments.m2 / (moments.n - 1)
+    centred = x - moments.mean[:, None]
+    expected = (layer.weight.data / np.sqrt(var + EPS))[:, None] * centred + layer.bias.data[:, None]
+    np.testing.assert_allclose(y, expected, rtol=1e-13, atol=1e-13 * abs(expected).max())
+    wide = var > 1e3 * EPS  # elsewhere eps hides the difference between n and n − 1
+    assert (abs(y - trained).max(axis=(0, 2)) > 1e-4)[wide].all()
+    assert not np.allclose(off(y), expected, rtol=1e-13, atol=1e-13 * abs(expected).max())
+
+
+@given(batches(), seeds)
+def test_channels_do_not_see_each_other(x: Any, rng: Any) -> None:
+    weight, bias = parameters(rng, x.shape[1])
+    y, saved = arraybn.batch_norm(x, weight, bias)
+    dy = rng.standard_normal(x.shape)
+    dx, dweight, dbias = arraybn.batch_norm_backward(dy, saved)
+    c = rng.integers(x.shape[1])
+    alone = slice(c, c + 1)
+    y1, saved1 = arraybn.batch_norm(x[:, alone], weight[alone], bias[alone])
+    dx1, dweight1, dbias1 = arraybn.batch_norm_backward(dy[:, alone], saved1)
+    np.testing.assert_array_equal(y1, y[:, alone])
+    np.testing.assert_array_equal(dx1, dx[:, alone])
+    np.testing.assert_array_equal([dweight1, dbias1], [dweight[alone], dbias[alone]])
+    assert abs(dx1).max() > 0
+
+
+@given(batches(), seeds, st.floats(0, 1))
+def test_running_statistics_follow_the_onnx_definition_with_decay_and_biased_variance(
+    x: Any, rng: Any, decay: float
+) -> None:
+    running_mean, running_var = rng.standard_normal(x.shape[1]), rng.uniform(0.5, 2, x.shape[1])
+    mean, var = arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), 1 - decay, correction=0)
+    expected = running_mean * decay + x.mean(axis=(0, 2)) * (1 - decay)
+    assert (abs(mean - expected) <= 1e-14 * (abs(running_mean) + abs(x).max(axis=(0, 2)))).all()
+    np.testing.assert_allclose(var, running_var * decay + x.var(axis=(0, 2)) * (1 - decay), rtol=1e-9)
+    unbiased = arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), 1 - decay)[1]
+    visible = (1 - decay) * x.var(axis=(0, 2)) > 1e-6 * var  # elsewhere n against n − 1 is lost in the old variance
+    assert (unbiased > var)[visible].all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_of_many_batches_are_the_recurrence_and_the_plain_average(momentum: float | None) -> None:
+    rng = np.random.default_rng(0)
+    layer = arraybn.BatchNorm1d(3, momentum=momentum, dtype="float64")
+    mean, var, means = np.zeros(3), np.ones(3), []
+    for step in range(1, 8):
+        x = rng.standard_normal((5 + step, 3)) * [1, 2, 3] + [4, 5, 6]
+        layer(x)
+        factor = 1 / step if momentum is None else momentum
+        mean = (1 - factor) * mean + factor * x.mean(axis=0)
+        var = (1 - factor) * var + factor * x.var(axis=0, ddof=1)
+        means.append(x.mean(axis=0))
+    np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-13)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-13)
+    assert layer.num_batches_tracked == 7
+    is_average = np.allclose(layer.running_mean, np.mean(means, axis=0), rtol=1e-13)
+    assert is_average == (momentum is None)

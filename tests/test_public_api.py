@@ -1,0 +1,173 @@
+"""The names that are promised, what importing loads, how the pieces may depend on each other, and README against CI."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import arraybn
+from arraybn import kernels, reference
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "arraybn"
+
+PUBLIC = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Module",
+    "Moments",
+    "Parameter",
+    "Sequential",
+    "batch_norm",
+    "batch_norm_backward",
+    "load",
+    "moments",
+    "network",
+    "pool",
+    "save",
+    "update_running_stats",
+]
+
+SIGNATURES = {
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, eps=1e-05, channel_axis=1,"
+    " out=None, kernels=None)",
+    "batch_norm_backward": "(dy, saved, *, out=None)",
+    "moments": "(x, *, channel_axis=1, kernels=None)",
+    "pool": "(*moments)",
+    "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
+    "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
+    " channel_axis=1, dtype=None, device=None, xp=None)",
+    "save": "(state, path)",
+    "load": "(path)",
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert arraybn.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(arraybn, name).__doc__
+    shown = {name for name in vars(arraybn) if not name.startswith("_")}
+    submodules = {path.stem for path in PACKAGE.iterdir()}
+    assert shown - submodules - set(PUBLIC) == set()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", arraybn.__version__)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_these(name: str) -> None:
+    signature = inspect.signature(getattr(arraybn, name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+
+
+def test_the_reference_has_the_signatures_of_the_kernel_protocol() -> None:
+    assert list(kernels.MODULES) == ["reference"]
+    for module in kernels.MODULES.values():
+        for name in kernels.SWEEPS:
+            wanted = list(inspect.signature(getattr(kernels.Kernels, name)).parameters.values())[1:]
+            assert list(inspect.signature(getattr(module, name)).parameters.values()) == wanted
+    assert kernels.select(None) is kernels.select(None, "reference") is kernels.select(None, reference) is reference
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if inspect.isfunction(getattr(arraybn, n))])
+def test_docstrings_have_every_section(name: str) -> None:
+    text = inspect.getdoc(getattr(arraybn, name)) or ""
+    sections = re.findall(r"^([A-Z]\w+)\n-+$", text, re.MULTILINE)
+    needed = ["Parameters", "Raises", "Examples"] + (["Returns"] if name != "save" else [])
+    assert set(needed) <= set(sections)
+    documented = set(re.findall(r"\w+", " ".join(re.findall(r"^([*\w, ]+) : ", text, re.MULTILINE))))
+    documented |= set(re.findall(r"^\*(\w+)", text, re.MULTILINE))
+    assert set(inspect.signature(getattr(arraybn, name)).parameters) <= documented
+
+
+def test_importing_loads_nothing_optional() -> None:
+    optional = [
+        "numba",
+        "cupy",
+        "mpi4py",
+        "torch",
+        "jax",
+        "matplotlib",
+        "sklearn",
+        "tqdm",
+        "array_api_strict",
+        "safetensors",
+        "scipy",
+    ]
+    code = (
+        f"import sys, arraybn, numpy; arraybn.BatchNorm1d(2)(numpy.eye(2)); print(set({optional}) & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+ORDER = ["_arrays", "_checks", "reference", "kernels", "functional", "_state", "modules", "layers", "checkpoint"]
+
+
+def imported(path: Path) -> set[str]:
+    """The names of arraybn's own modules that a file imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_run_one_way(name: str) -> None:
+    path = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+    assert imported(path) <= set(ORDER[: ORDER.index(name)])
+    if name == "reference":
+        assert imported(path) == {"_arrays"}
+
+
+def test_the_reference_calls_only_the_standard() -> None:
+    standard = pytest.importorskip("array_api_strict")
+    tree = ast.parse((PACKAGE / "reference.py").read_text())
+    calls = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "xp"
+    }
+    assert calls
+    assert {name for name in calls if not hasattr(standard, name)} == set()
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)]
+    assert branches == []  # it never writes
+
+
+def test_no_file_is_longer_than_a_reader_can_hold() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 40, f"{path.name}: {node.name} has {lines} lines"
+
+
+def commands(text: str) -> list[str]:
+    """The commands that make a virtual environment and use it."""
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("python3 -m venv")]
+
+
+def test_readme_and_ci_run_the_same_two_commands() -> None:
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert len(commands(readme)) == 2
+    assert commands(readme) == commands(ci)
+    assert "demo" in commands(readme)[0]
+    assert "pytest" in commands(readme)[1]
+
+
+def test_every_equation_of_the_code_stands_in_the_docs() -> None:
+    cited = set()
+    for path in PACKAGE.rglob("*.py"):
+        cited |= set(re.findall(r"\bE\d\b", path.read_text()))
+    headings = set(re.findall(r"^## (E\d)\b", (ROOT / "docs" / "maths.md").read_text(), re.MULTILINE))
+    assert {"E1", "E2", "E3", "E4", "E5", "E6", "E7"} <= cited
+    assert cited <= headings
