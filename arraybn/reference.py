@@ -13,8 +13,6 @@ sum ``mean + mean_low`` of two float32 numbers, because a mean rounded to the pr
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ._arrays import Array, array_namespace, wide_dtype
@@ -70,34 +68,17 @@ def _sum(t: Array) -> Array:
     xp = array_namespace(t)
     if t.shape[0] * t.shape[2] == 0:
         return xp.sum(t, axis=(0, 2))
-    t = xp.permute_dims(t, (1, 2, 0))
-    if t.dtype == xp.float64:
-        return _halve(_halve(t, operator.add), operator.add)
-    pair = _halve(_halve(xp.stack([t, xp.zeros_like(t)]), _add_pairs), _add_pairs)  # (2, C)
-    high, low = pair[0, ...], pair[1, ...]
-    return xp.where(xp.isfinite(high), high + low, high)
+    return _sum_last(_sum_last(xp.permute_dims(t, (1, 2, 0))))
 
 
-def _halve(t: Array, add: Callable[[Array, Array], Array]) -> Array:
+def _sum_last(t: Array) -> Array:
     """Σ over the last axis, which is lost."""
     odd = None
     while (size := t.shape[-1]) > 1:
         if size % 2:
-            odd = t[..., -1] if odd is None else add(odd, t[..., -1])
-        t = add(t[..., : size // 2], t[..., size // 2 : size // 2 * 2])
-    return t[..., 0] if odd is None else add(t[..., 0], odd)
-
-
-def _add_pairs(s: Array, t: Array) -> Array:
-    """s + t of numbers kept as (high, low) on the first axis, losing nothing of the high parts' sum.
-
-    Source: D. E. Knuth, The Art of Computer Programming 2, 1969, §4.2.2, theorem B.
-    """
-    (high_s, low_s), (high_t, low_t) = ((p[0, ...], p[1, ...]) for p in (s, t))
-    high = high_s + high_t
-    t_part = high - high_s
-    lost = (high_s - (high - t_part)) + (high_t - t_part)
-    return array_namespace(high).stack([high, lost + (low_s + low_t)])
+            odd = t[..., -1] if odd is None else odd + t[..., -1]
+        t = t[..., : size // 2] + t[..., size // 2 : size // 2 * 2]
+    return t[..., 0] if odd is None else t[..., 0] + odd
 
 
 # ---- Moments: what a batch is reduced to -----------------------------------------------------------------------------
@@ -159,11 +140,9 @@ def pool(a: Moments, b: Moments) -> Moments:
     delta = xp.where(same, xp.zeros_like(mean_a), mean_b - mean_a) + (low_b - low_a)
     step = delta * (b.n / n)
     m2 = (a.m2 + b.m2) + delta * delta * (a.n * b.n / n)
-    if a.mean_low is None:
-        return Moments(n, mean_a + step, m2)
-    pair = _add_pairs(xp.stack([mean_a, low_a]), xp.stack([step, xp.zeros_like(step)]))
-    high, low = pair[0, ...], pair[1, ...]
-    return Moments(n, high + low, m2, (high - (high + low)) + low)
+    mean = mean_a + step
+    low = None if a.mean_low is None else low_a + ((mean_a - mean) + step)
+    return Moments(n, mean, m2, low)
 
 
 def _low(m: Moments) -> Array:

@@ -132,6 +132,9 @@ def test_what_decides_in_evaluation_is_the_buffers_not_the_flag() -> None:
     with_buffers = layer.eval()(X)
     layer.running_mean = layer.running_var = None
     assert abs(layer(X) - with_buffers).max() > 0.1
+    layer.track_running_stats = True
+    layer(X)
+    assert layer.num_batches_tracked == 1  # batch statistics, but in evaluation
     layer.running_mean = np.zeros(3)
     for mode in (True, False):
         with pytest.raises(

