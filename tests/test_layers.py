@@ -456,6 +456,16 @@ def test_any_values_that_numpy_takes_are_loaded_and_cast() -> None:
             layer.load_state_dict(wrong)
 
 
+def test_values_that_only_speak_dlpack_are_loaded() -> None:
+    class Capsule:
+        def __init__(self, array: Any) -> None:
+            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+    layer = arraybn.BatchNorm1d(3)
+    layer.load_state_dict({"weight": Capsule(np.asarray([1.0, 2.0, 3.0]))}, strict=False)
+    assert layer.weight.data.tolist() == [1, 2, 3]
+
+
 def test_an_overridden_load_can_translate_and_fail_without_harm() -> None:
     class Renamed(arraybn.BatchNorm1d):
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:

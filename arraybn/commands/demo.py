@@ -50,7 +50,7 @@ class Digits:
 
 def load_digits(seed: int) -> Digits:
     """scikit-learn's bundled digits, a fifth of each class held out for the test."""
-    from sklearn import datasets, model_selection  # type: ignore[import-untyped]
+    from sklearn import datasets, model_selection
 
     images, labels = datasets.load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
@@ -224,8 +224,8 @@ def train_one(
 
 def train_all(digits: Digits, epochs: int, seed: int) -> list[Run]:
     """Every network at every learning rate, under one progress bar."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
+    from tqdm import tqdm
 
     plan = [(batch_norm, lr) for batch_norm in (True, False) for lr in LEARNING_RATES]
     runs: list[Run] = []
