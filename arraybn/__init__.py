@@ -1,6 +1,6 @@
 """arraybn: batch normalization that people can read, trust and run anywhere."""
 
-from . import network
+from . import network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward, moments, pool, update_running_stats
@@ -23,5 +23,6 @@ __all__ = [
     "network",
     "pool",
     "save",
+    "testing",
     "update_running_stats",
 ]

@@ -10,29 +10,7 @@ import pytest
 
 import arraybn
 from arraybn import network
-
-STEP = 6e-6  # ≈ ε^(1/3), where the step's own error (step²) and rounding (ε/step) meet
-TOLERANCE = 1e-8  # some hundred times both, relative to the sizes of the terms
-
-
-def check_vjp(function: Callable[..., Any], arguments: list[Any], dy: Any, gradients: list[Any], seed: int = 0) -> None:
-    """Assert that Σ dy·(change of function along v) is Σ gradient·v, for random v by each argument."""
-    rng = np.random.default_rng(seed)
-    for index, gradient in enumerate(gradients):
-        assert gradient.shape == arguments[index].shape
-        for _ in range(3):
-            v = rng.standard_normal(gradient.shape)
-            step = STEP * max(1.0, abs(arguments[index]).max()) / abs(v).max()
-            moved = [
-                function(*arguments[:index], arguments[index] + sign * step * v, *arguments[index + 1 :])
-                for sign in (1, -1)
-            ]
-            numeric = float(np.sum(dy * (moved[0] - moved[1]))) / (2 * step)
-            written = float(np.sum(gradient * v))
-            scale = np.sqrt(np.sum(gradient**2) * np.sum(v**2))
-            assert abs(numeric - written) <= TOLERANCE * scale, (
-                f"argument {index}: by differences {numeric!r}, by the backward {written!r}, of {scale:.3g}"
-            )
+from arraybn.testing import check_vjp
 
 
 def with_control(function: Callable[..., Any], arguments: list[Any], dy: Any, gradients: list[Any]) -> None:
@@ -60,11 +38,11 @@ def test_e5_e6_gradients_of_the_batch_statistics(shape: tuple[int, ...], eps: fl
     x, weight, bias, dy = draw(shape, shape[1])
     _, saved = arraybn.batch_norm(x, weight, bias, eps=eps)
     gradients = list(arraybn.batch_norm_backward(dy, saved))
-    if shape != (2, 4):
+    if shape != (2, 4) or eps > 0.1:
         with_control(lambda *a: arraybn.batch_norm(*a, eps=eps)[0], [x, weight, bias], dy, gradients)
     else:  # with two values dx is almost nothing (of size eps), so only its smallness and the others can be seen
         check_vjp(lambda w, b: arraybn.batch_norm(x, w, b, eps=eps)[0], [weight, bias], dy, gradients[1:])
-        assert abs(gradients[0]).max() < (1e-3 if eps == 1e-5 else 1)
+        assert abs(gradients[0]).max() < 1e-3
 
 
 @pytest.mark.parametrize("channel_axis", [0, 1, 2, -1])
@@ -123,6 +101,8 @@ def convolution(padding: int) -> arraybn.Module:
         (convolution(1), (2, 2, 5, 4)),
         (convolution(2), (2, 2, 3, 4)),
         (network.Conv2d(2, 3, 1, bias=False), (2, 2, 3, 4)),
+        (network.Conv2d(1, 2, 4), (2, 1, 5, 5)),
+        (network.Conv2d(1, 2, 5, padding=3), (2, 1, 2, 8)),
         (network.ReLU(), (5, 4)),
         (network.Flatten(), (5, 2, 2)),
         (

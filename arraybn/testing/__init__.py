@@ -1,0 +1,35 @@
+"""What users import to check *their* batch norm: an exact oracle, batches, comparisons, and one function for all of it.
+
+`strategies` needs hypothesis (extra ``test``), and is imported on first use; everything else needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .checking import BatchNormError, Failure, check_batch_norm
+from .close import assert_close, check_vjp
+from .oracle import Exact, exact_batch_norm, exact_moments, ulp, worst
+from .scenarios import Batch, named_batches
+
+__all__ = [
+    "Batch",
+    "BatchNormError",
+    "Exact",
+    "Failure",
+    "assert_close",
+    "check_batch_norm",
+    "check_vjp",
+    "exact_batch_norm",
+    "exact_moments",
+    "named_batches",
+    "ulp",
+    "worst",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module(f"{__name__}.strategies")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

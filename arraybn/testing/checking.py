@@ -1,0 +1,203 @@
+"""`check_batch_norm`: everything that is true of a batch norm, asked of somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._arrays import Namespace
+from .diagnosis import cause_of
+from .properties import PROPERTIES, Property, Subject
+from .scenarios import Batch
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A property that does not hold.
+
+    Attributes
+    ----------
+    property : str
+        What ought to be true, as a sentence.
+    batch : Batch
+        The smallest batch on which it was seen not to be.
+    error, limit : float
+        In ulp of the dtype under test, at the largest term of the formula; infinite where the result is no number, of
+        the wrong kind, or none.
+    detail : str
+        What came, where it was no number.
+    cause : str
+        What usually causes it; '' if unknown.
+    """
+
+    property: str
+    batch: Batch
+    error: float
+    limit: float
+    detail: str
+    cause: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.property}: off by {self.error:.4g} ulp, {self.limit:g} are allowed"]
+        if self.detail:
+            lines = [f"{self.property}: {self.detail}"]
+        x = np.array2string(self.batch.x, threshold=16, separator=", ").replace("\n", "\n         ")
+        lines.append(f"  on x = {x}")
+        lines.append(f"     of shape {self.batch.x.shape}, with eps = {self.batch.eps:g},")
+        lines.append(f"     weight = {self.batch.weight.tolist()}, bias = {self.batch.bias.tolist()}")
+        return "\n".join([*lines, f"  usual cause: {self.cause}"] if self.cause else lines)
+
+
+class BatchNormError(AssertionError):
+    """What `check_batch_norm` raises; `failures` are the properties that do not hold."""
+
+    def __init__(self, failures: list[Failure], checked: int) -> None:
+        super().__init__(
+            f"{len(failures)} of {checked} properties of a batch norm do not hold\n\n" + "\n\n".join(map(str, failures))
+        )
+        self.failures = failures
+
+
+def check_batch_norm(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    update: Callable[..., Any] | None = None,
+    *,
+    tolerance: float = 4.0,
+    max_ratio: float = 1e6,
+    dtype: str = "float32",
+    xp: Namespace | None = None,
+    examples: int = 25,
+    report: Callable[[str, Failure | None], object] | None = None,
+) -> None:
+    """Ask everything that is true of a batch norm of these functions, and say what is not, where, and why.
+
+    Parameters
+    ----------
+    forward : callable
+        ``forward(x, weight, bias, eps)`` returns y, or a tuple that begins with y. x and y (N, C, S), weight and bias
+        (C,); the batch's own statistics are used.
+    backward : callable, optional
+        ``backward(dy, x, weight, bias, eps)`` returns dx, dweight and dbias.
+    update : callable, optional
+        ``update(running_mean, running_var, x, momentum)`` returns the new running_mean and running_var, in PyTorch's
+        convention: momentum is the weight of the new batch, whose variance enters unbiased.
+    tolerance : float
+        The largest error of y, in ulp of `dtype` at the largest term of its formula. dx, the sum of three terms, may be
+        three times as far off.
+    max_ratio : float
+        The largest |mean|/std that must be right. 1 for functions that are to work near zero mean only.
+    dtype : str
+        Of x and dy: "float16", "float32" or "float64".
+    xp : module, optional
+        The namespace of the arrays that the functions take; NumPy if None.
+    examples : int
+        How many random batches are tried for a property, beside the named ones; needs hypothesis.
+    report : callable, optional
+        Called with each property and its failure, or None, as soon as it is known.
+
+    Raises
+    ------
+    BatchNormError
+        An AssertionError that lists, for each property that does not hold, the smallest batch found, the error in ulp,
+        and the usual cause.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> def forward(x, weight, bias, eps):
+    ...     x64 = x.astype(numpy.float64)
+    ...     mean, var = x64.mean((0, 2), keepdims=True), x64.var((0, 2), ddof=1, keepdims=True)
+    ...     y = weight[:, None] * ((x64 - mean) / numpy.sqrt(var + eps)) + bias[:, None]
+    ...     return y.astype(x.dtype)
+    >>> check_batch_norm(forward, examples=0)
+    Traceback (most recent call last):
+        ...
+    arraybn.testing.checking.BatchNormError: ... properties of a batch norm do not hold
+    <BLANKLINE>
+    y is what the definition gives: off by ... ulp, 4 are allowed
+    ...
+      usual cause: the variance is divided by n − 1; in the forward it is biased, divided by n (E3)
+    ...
+    """
+    subject = Subject(forward, backward, update, dtype=np.dtype(dtype), xp=xp, tolerance=tolerance, max_ratio=max_ratio)
+    asked = [p for p in PROPERTIES if getattr(subject, p.needs) is not None]
+    failures = []
+    for asking in asked:
+        failure = _failure(asking, subject, examples)
+        if report is not None:
+            report(asking.name, failure)
+        if failure is not None:
+            failures.append(failure)
+    if failures:
+        raise BatchNormError(failures, len(asked))
+
+
+def _failure(asking: Property, subject: Subject, examples: int) -> Failure | None:
+    """What is wrong, on the smallest batch; None if the property holds on all of them."""
+    limit = asking.limit(subject)
+    for batch in _batches(asking, subject, examples):
+        error, detail = asking.error(subject, batch)
+        if not error <= limit:
+            smallest = _smallest(batch, lambda part: not asking.error(subject, part)[0] <= limit)
+            error, detail = asking.error(subject, smallest)
+            return Failure(asking.name, smallest, error, limit, detail, cause_of(asking, subject))
+    return None
+
+
+def _batches(asking: Property, subject: Subject, examples: int) -> Iterator[Batch]:
+    """The named ones, then random ones."""
+    yield from asking.batches(subject)
+    if not (examples and asking.kinds):
+        return
+    from hypothesis import Phase, given, settings
+
+    from .strategies import batches
+
+    drawn: list[Batch] = []
+
+    def draw(batch: Batch) -> None:
+        drawn.append(batch)
+
+    strategy = batches(dtype=subject.dtype.name, kinds=asking.kinds, max_ratio=max(subject.max_ratio, 1.0))
+    quiet = settings(max_examples=examples, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
+    quiet(given(strategy)(draw))()
+    yield from drawn
+
+
+def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
+    """A part of the batch, in fewer digits, that still fails: in each respect the first that does."""
+    for smaller in (_fewer_samples, _fewer_positions, _fewer_channels, _fewer_digits):
+        batch = next((part for part in smaller(batch) if part.x[:, 0].size > 1 and fails(part)), batch)
+    return batch
+
+
+def _fewer_samples(batch: Batch) -> Iterator[Batch]:
+    return (batch._replace(x=batch.x[:n], dy=batch.dy[:n]) for n in (1, 2, 3, 5, 8) if n < len(batch.x))
+
+
+def _fewer_positions(batch: Batch) -> Iterator[Batch]:
+    sizes = (s for s in (1, 2, 3, 5, 8) if s < batch.x.shape[2])
+    return (batch._replace(x=batch.x[..., :s], dy=batch.dy[..., :s]) for s in sizes)
+
+
+def _fewer_channels(batch: Batch) -> Iterator[Batch]:
+    c = batch.x.shape[1]
+    for some in [slice(i, i + 1) for i in range(c)] + [slice(i, i + 2) for i in range(c - 1)]:
+        yield Batch(batch.x[:, some], batch.dy[:, some], batch.weight[some], batch.bias[some], batch.eps)
+
+
+def _fewer_digits(batch: Batch) -> Iterator[Batch]:
+    for digits in (1, 2, 3, 5, 8):
+        x, dy, weight, bias = (_rounded(array, digits) for array in batch[:4])
+        yield Batch(x, dy, weight, bias, batch.eps)
+
+
+def _rounded(array: Any, digits: int) -> Any:
+    """The values in that many significant decimal digits, in the array's dtype."""
+    return np.asarray([float(f"{value:.{digits - 1}e}") for value in array.ravel().tolist()], array.dtype).reshape(
+        array.shape
+    )

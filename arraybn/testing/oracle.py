@@ -1,0 +1,192 @@
+"""The answer by definition: exact rational statistics, the rest in 80-bit arithmetic. Shares no code with the rest.
+
+Bounds are counted in ulp of the largest term of a formula, because no formula can be more accurate than the rounding of
+its largest term. The oracle needs a ``numpy.longdouble`` of 64 bits of mantissa or more, as on x86-64 and Arm Linux.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from .._arrays import dtype_name
+
+Array = np.ndarray[Any, Any]
+LONG = np.longdouble
+_MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
+_SMALLEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What the definition gives for one batch: longdouble arrays, within 2⁻⁶⁰ of their largest term.
+
+    Attributes
+    ----------
+    mean, var : array (C,)
+        Correctly rounded to longdouble from the exact rational; var is biased.
+    xhat, y, y_scale : array (N, C, *S)
+        `y_scale` is the largest term of y, max(|weight·xhat|, |bias|).
+    dx, dx_scale : array (N, C, *S)
+        `dx_scale` is the largest of the three terms of (E6).
+    dweight, dbias : array (C,)
+        (E5).
+    """
+
+    mean: Array
+    var: Array
+    xhat: Array
+    y: Array
+    y_scale: Array
+    dx: Array
+    dx_scale: Array
+    dweight: Array
+    dbias: Array
+    exact_mean: list[Fraction] = field(repr=False)
+    exact_m2: list[Fraction] = field(repr=False)
+
+
+def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, channel_axis: int = 1) -> Exact:
+    """E1, E3, E5 and E6 from their definition.
+
+    Parameters
+    ----------
+    x, dy : array (N, C, *S)
+        NumPy arrays of any floating dtype. A channel with a NaN or an infinity in x is NaN throughout.
+    weight, bias : array (C,)
+    eps : float
+        Taken as the exact value of the float.
+    channel_axis : int
+        Of x and dy.
+
+    Returns
+    -------
+    Exact
+
+    Raises
+    ------
+    RuntimeError
+        numpy.longdouble has less than 64 bits of mantissa here.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x = numpy.asarray([[1.0], [3.0]])
+    >>> exact_batch_norm(x, numpy.ones(1), numpy.zeros(1), x, eps=0).y.astype(float)
+    array([[-1.],
+           [ 1.]])
+    """
+    if np.finfo(LONG).nmant < 63:
+        raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
+    x, dy = (np.moveaxis(np.asarray(array), channel_axis, 1) for array in (x, dy))
+    shape, channels = x.shape, x.shape[1]
+    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps) for c in range(channels)]
+
+    def full(name: str) -> Array:
+        values = np.stack([row[name] for row in rows]).reshape(channels, shape[0], *shape[2:])
+        return np.moveaxis(np.moveaxis(values, 0, 1), 1, channel_axis)
+
+    def per_channel(name: str) -> Array:
+        return np.asarray([row[name] for row in rows], LONG)
+
+    arrays = {name: full(name) for name in ("xhat", "y", "y_scale", "dx", "dx_scale")}
+    vectors = {name: per_channel(name) for name in ("mean", "var", "dweight", "dbias")}
+    rational = {name: [row[name] for row in rows] for name in ("exact_mean", "exact_m2")}
+    return Exact(**arrays, **vectors, **rational)  # type: ignore[arg-type]
+
+
+def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[str, Any]:
+    """One channel, x and dy (n,)."""
+    n = x.size
+    if n == 0 or not np.isfinite(x.astype(LONG)).all():
+        nothing, value = np.full(n, np.nan, LONG), LONG(0 if n == 0 else np.nan)
+        arrays = dict.fromkeys(("xhat", "y", "y_scale", "dx", "dx_scale"), nothing)
+        vectors = dict.fromkeys(("mean", "var", "dweight", "dbias"), value)
+        return {**arrays, **vectors, "exact_mean": Fraction(0), "exact_m2": Fraction(0)}
+    mean, m2 = exact_moments(x)
+    var = m2 / n + Fraction(eps)
+    rstd = 1 / np.sqrt(as_long(var)) if var else LONG(0)
+    xhat, g, gamma, beta = centred(x, mean) * rstd, dy.astype(LONG), LONG(weight), LONG(bias)
+    dweight, dbias = np.sum(g * xhat), np.sum(g)
+    terms = [gamma * rstd * g, gamma * rstd * dbias / n, gamma * rstd * xhat * dweight / n]
+    return {
+        "xhat": xhat,
+        "y": gamma * xhat + beta,
+        "y_scale": np.maximum(abs(gamma * xhat), abs(beta)),
+        "dx": terms[0] - terms[1] - terms[2],
+        "dx_scale": np.maximum(np.maximum(abs(terms[0]), abs(terms[1])), abs(terms[2])),
+        "dweight": dweight,
+        "dbias": dbias,
+        "mean": as_long(mean),
+        "var": as_long(m2 / n),
+        "exact_mean": mean,
+        "exact_m2": m2,
+    }
+
+
+def exact_moments(values: Any) -> tuple[Fraction, Fraction]:
+    """The exact mean and Σ(x−mean)² (E1) of finite values of any floating dtype up to float64.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> exact_moments(numpy.asarray([0.5, 1.0]))
+    (Fraction(3, 4), Fraction(1, 8))
+    """
+    mantissas, exponents = np.frexp(np.ravel(np.asarray(values)).astype("f8"))
+    least, n = int(exponents.min()), mantissas.size
+    shifts = (exponents - least).tolist()
+    whole = [int(m) << s for m, s in zip(np.ldexp(mantissas, 53).astype("i8").tolist(), shifts, strict=True)]
+    total = sum(whole)  # of the values in units of 2**(least − 53), as integers
+    squares = sum((n * value - total) ** 2 for value in whole)
+    unit = Fraction(2) ** (least - 53)
+    return Fraction(total, n) * unit, Fraction(squares, n * n) * unit**2
+
+
+def as_long(value: Fraction) -> Any:
+    """A rational as a longdouble, rounded once or twice."""
+    high = float(value)
+    return LONG(high) + LONG(float(value - Fraction(high)))
+
+
+def centred(values: Array, mean: Fraction) -> Array:
+    """`values` − mean in longdouble, the mean taken away in two parts."""
+    high = float(mean)
+    result: Array = (values.astype(LONG) - LONG(high)) - LONG(float(mean - Fraction(high)))
+    return result
+
+
+def ulp(values: Any, dtype: Any) -> Array:
+    """The distance of neighbours in `dtype` (or its name) at abs(values), at least that at the smallest normal number.
+
+    Examples
+    --------
+    >>> [float(u) for u in ulp([1.0, 3.0], "float16")]
+    [0.0009765625, 0.001953125]
+    """
+    name = dtype_name(np.dtype(dtype) if isinstance(dtype, type) else dtype)
+    smallest = np.ldexp(LONG(1), _SMALLEST_EXPONENT[name])
+    exponents = np.frexp(np.maximum(abs(np.asarray(values, LONG)), smallest))[1]
+    result: Array = np.ldexp(LONG(1), exponents - 1 - _MANTISSA[name])
+    return result
+
+
+def worst(got: Any, exact: Any, scale: Any, dtype: Any) -> float:
+    """The largest error of `got`, in ulp of `dtype` at `scale`; NaN is right where `exact` is NaN, and wrong elsewhere.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> worst(numpy.asarray([1.25]), numpy.asarray([1.0]), 1.0, "float16")
+    256.0
+    """
+    got, exact = np.asarray(got).astype(LONG), np.asarray(exact, LONG)
+    if got.size == 0:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        errors = abs(got - exact) / ulp(np.where(np.isfinite(scale), scale, 1), dtype)
+    errors = np.where(np.isnan(exact), np.where(np.isnan(got), 0, np.inf), errors)
+    return float(np.max(np.where(np.isnan(errors), np.inf, errors)))

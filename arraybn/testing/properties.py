@@ -1,0 +1,260 @@
+"""What is true of every batch norm, as questions to somebody else's functions: each answers with an error in ulp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._arrays import Namespace, as_namespace, as_numpy
+from . import scenarios
+from .oracle import LONG, Exact, exact_batch_norm, worst
+from .scenarios import Batch
+
+Array = np.ndarray[Any, Any]
+Answer = tuple[float, str]  # error in ulp; what came, where it was no number
+MOMENTUM = 0.25
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stranger's functions, and how to call them."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    update: Callable[..., Any] | None
+    dtype: np.dtype[Any]
+    xp: Namespace | None
+    tolerance: float
+    max_ratio: float
+
+    def given(self, array: Array) -> Any:
+        """`array` as the functions take it: of their namespace, and a copy."""
+        return array.copy() if self.xp is None else as_namespace(self.xp).asarray(array.copy())
+
+    def rounded(self, batch: Batch) -> Batch:
+        """The batch in the dtype under test."""
+        return batch._replace(x=batch.x.astype(self.dtype), dy=batch.dy.astype(self.dtype))
+
+    def y(self, batch: Batch) -> Array:
+        """What forward makes of the batch."""
+        result = self.forward(*map(self.given, (batch.x, batch.weight, batch.bias)), batch.eps)
+        y: Array = as_numpy("y", result[0] if isinstance(result, tuple) else result)
+        return y
+
+    def gradients(self, batch: Batch) -> tuple[Array, Array, Array]:
+        """What backward makes of it: dx, dweight, dbias."""
+        assert self.backward is not None
+        dx, dweight, dbias = self.backward(*map(self.given, (batch.dy, batch.x, batch.weight, batch.bias)), batch.eps)
+        return as_numpy("dx", dx), as_numpy("dweight", dweight), as_numpy("dbias", dbias)
+
+    def updated(self, batch: Batch) -> tuple[Array, Array]:
+        """What update makes of `running(batch)` and the batch: running_mean, running_var."""
+        assert self.update is not None
+        mean, var = self.update(*map(self.given, (*running(batch), batch.x)), MOMENTUM)
+        return as_numpy("running_mean", mean), as_numpy("running_var", var)
+
+
+def running(batch: Batch) -> tuple[Array, Array]:
+    """Running statistics (C,) before the batch, float32, of its sizes."""
+    c = batch.x.shape[1]
+    with np.errstate(all="ignore"):
+        size = np.nanmax(abs(batch.x), axis=(0, 2), initial=1.0).astype("f4")
+    return size * np.linspace(0.5, 1, c, dtype="f4"), np.linspace(2, 3, c, dtype="f4")
+
+
+@dataclass(frozen=True)
+class Property:
+    """A question."""
+
+    name: str  # what ought to be true, as a sentence
+    needs: str  # "forward", "backward" or "update"
+    ask: Callable[[Subject, Batch], Answer]
+    batches: Callable[[Subject], Iterable[Batch]]
+    kinds: tuple[str, ...] = ()  # of random channels
+    factor: float = 1.0  # of the tolerance
+
+    def limit(self, subject: Subject) -> float:
+        """The largest error in ulp."""
+        return self.factor * subject.tolerance
+
+    def error(self, subject: Subject, batch: Batch) -> Answer:
+        """The answer; whatever the functions raise is an answer too."""
+        try:
+            with np.errstate(all="ignore"):
+                return self.ask(subject, subject.rounded(batch))
+        except Exception as error:
+            return np.inf, f"raised {type(error).__name__}: {error}"
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+def _ordinary(subject: Subject) -> list[Batch]:
+    near = [scenarios.make(shape) for shape in ("small", "tall", "wide", "images", "one channel")]
+    return [*(batch._replace(eps=eps) for eps in (1e-5, 0.5) for batch in near), scenarios.make("two values")]
+
+
+def _far(subject: Subject) -> list[Batch]:
+    ratios = [ratio for ratio in (30.0, 1e3, 1e4, 1e5, 1e6) if ratio <= subject.max_ratio]
+    batches = [scenarios.normal((8, 3, 9), sign * ratio, 1.0, seed=3) for ratio in ratios for sign in (1, -1)]
+    if batches and subject.dtype.itemsize > 2:  # float16 has no such numbers
+        batches += [scenarios.make("small", scale) for scale in ("small std", "large std")]
+    return batches
+
+
+def _outliers(subject: Subject) -> list[Batch]:
+    return [scenarios.named_batches()["outliers"]] if subject.max_ratio >= 1e6 else []
+
+
+def _constant(subject: Subject) -> list[Batch]:
+    batch = scenarios.named_batches()["constant"]
+    size = 6e4 if subject.dtype.name == "float16" else 3e7
+    x = np.where(batch.x == 3e7, size, batch.x)
+    return [batch._replace(x=x[:n], dy=batch.dy[:n]) for n in (64, 7)]
+
+
+def _one(subject: Subject) -> list[Batch]:
+    return [scenarios.make("small", "shifted")]
+
+
+def _with(value: float) -> Callable[[Subject], list[Batch]]:
+    def batches(subject: Subject) -> list[Batch]:
+        batch = scenarios.make("small")
+        batch.x[1, 1, 2] = value
+        return [batch]
+
+    return batches
+
+
+# ---- Questions ------------------------------------------------------------------------------------------------------
+
+
+def _truth(batch: Batch) -> Exact:
+    return exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps)
+
+
+def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any) -> Answer:
+    if got.shape != want.shape:
+        return np.inf, f"{name} has shape {got.shape}; expected {want.shape}"
+    if got.dtype.kind not in "fV":
+        return np.inf, f"{name} has dtype {got.dtype.name}; expected real floating numbers"
+    return worst(got, want, scale, dtype), ""
+
+
+def _y(subject: Subject, batch: Batch) -> Answer:
+    truth = _truth(batch)
+    return _compared("y", subject.y(batch), truth.y, truth.y_scale, subject.dtype)
+
+
+def _y_kind(subject: Subject, batch: Batch) -> Answer:
+    y = subject.y(batch)
+    if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
+        return np.inf, f"y is {y.dtype.name} {y.shape}; expected {batch.x.dtype.name} {batch.x.shape}"
+    return 0.0, ""
+
+
+def _same_again(subject: Subject, batch: Batch) -> Answer:
+    first = subject.y(batch)
+    subject.y(batch._replace(x=3 * batch.x + 1))
+    again = subject.y(batch)
+    return worst(again, first, first, subject.dtype), ""
+
+
+def _order(subject: Subject, batch: Batch) -> Answer:
+    y, turned, truth = subject.y(batch), subject.y(batch._replace(x=batch.x[::-1].copy())), _truth(batch)
+    return _compared("y", turned, y[::-1], truth.y_scale[::-1], subject.dtype)
+
+
+def _apart(subject: Subject, batch: Batch) -> Answer:
+    spoiled = batch.x.copy()
+    spoiled[:, 1] = 1000 * spoiled[:, 1] + 7
+    y, other = subject.y(batch), subject.y(batch._replace(x=spoiled))
+    return worst(other[:, [0, 2]], y[:, [0, 2]], y[:, [0, 2]], subject.dtype), ""
+
+
+def _non_finite(subject: Subject, batch: Batch) -> Answer:
+    truth, y = _truth(batch), subject.y(batch)
+    inside, outside = y[:, 1], y[:, [0, 2]]
+    if not np.isnan(inside).all():
+        return np.inf, f"y has {int((~np.isnan(inside)).sum())} numbers in the channel that has lost its mean"
+    return _compared("y", outside, truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
+
+
+def _inputs_stay(call: Callable[..., Any], subject: Subject, arrays: tuple[Array, ...], *options: float) -> Answer:
+    given = [subject.given(array) for array in arrays]
+    call(*given, *options)
+    for index, (array, after) in enumerate(zip(arrays, given, strict=True)):
+        if as_numpy("argument", after).tobytes() != array.tobytes():
+            return np.inf, f"argument {index} was written into"
+    return 0.0, ""
+
+
+def _forward_inputs(subject: Subject, batch: Batch) -> Answer:
+    return _inputs_stay(subject.forward, subject, (batch.x, batch.weight, batch.bias), batch.eps)
+
+
+def _backward_inputs(subject: Subject, batch: Batch) -> Answer:
+    assert subject.backward is not None
+    return _inputs_stay(subject.backward, subject, (batch.dy, batch.x, batch.weight, batch.bias), batch.eps)
+
+
+def _dx(subject: Subject, batch: Batch) -> Answer:
+    truth = _truth(batch)
+    return _compared("dx", subject.gradients(batch)[0], truth.dx, truth.dx_scale, subject.dtype)
+
+
+def _dweight(subject: Subject, batch: Batch) -> Answer:
+    truth = _truth(batch)
+    terms = np.abs(batch.dy * truth.xhat).sum(axis=(0, 2))
+    return _compared("dweight", subject.gradients(batch)[1], truth.dweight, terms, subject.dtype)
+
+
+def _dbias(subject: Subject, batch: Batch) -> Answer:
+    terms = np.abs(batch.dy.astype(LONG)).sum(axis=(0, 2))
+    return _compared("dbias", subject.gradients(batch)[2], _truth(batch).dbias, terms, subject.dtype)
+
+
+def _running(subject: Subject, batch: Batch, index: int) -> Answer:
+    """Of the new running_mean (0) or running_var (1), in ulp of float32 at the larger of old and new."""
+    truth, old = _truth(batch), running(batch)[index].astype(LONG)
+    n = batch.x.shape[0] * batch.x.shape[2]
+    new = truth.mean if index == 0 else truth.var * n / max(n - 1, 1)
+    want, scale = (1 - MOMENTUM) * old + MOMENTUM * new, np.maximum(abs(old), abs(new))
+    name = ("running_mean", "running_var")[index]
+    return _compared(name, subject.updated(batch)[index], want, scale, np.dtype("f4"))
+
+
+def _running_mean(subject: Subject, batch: Batch) -> Answer:
+    return _running(subject, batch, 0)
+
+
+def _running_var(subject: Subject, batch: Batch) -> Answer:
+    return _running(subject, batch, 1)
+
+
+NEAR, FAR = ("normal", "sorted"), ("far", "outlier", "nearly constant")
+
+PROPERTIES = [
+    Property("y is of the dtype and shape of x", "forward", _y_kind, _one),
+    Property("y is what the definition gives", "forward", _y, _ordinary, NEAR),
+    Property("y keeps its digits where the mean is far from zero", "forward", _y, _far, FAR[:1]),
+    Property("y keeps its digits beside an outlier", "forward", _y, _outliers),
+    Property("a constant channel gives bias", "forward", _y, _constant),
+    Property("the order of the samples does not matter", "forward", _order, _one, NEAR, factor=2),
+    Property("channels do not see each other", "forward", _apart, _one, factor=0),
+    Property("a NaN stays in its channel", "forward", _non_finite, _with(np.nan)),
+    Property("an infinity stays in its channel", "forward", _non_finite, _with(np.inf)),
+    Property("a call leaves nothing behind for the next", "forward", _same_again, _one, factor=0),
+    Property("forward leaves its arguments as they are", "forward", _forward_inputs, _one),
+    Property("dx is what the definition gives", "backward", _dx, _ordinary, NEAR, factor=3),
+    Property("dx keeps its digits where the mean is far from zero", "backward", _dx, _far, FAR[:1], factor=3),
+    Property("dweight is the sum of dy·xhat", "backward", _dweight, _ordinary, NEAR),
+    Property("dbias is the sum of dy", "backward", _dbias, _ordinary, NEAR),
+    Property("backward leaves its arguments as they are", "backward", _backward_inputs, _one),
+    Property("running_mean takes in the batch's mean", "update", _running_mean, _ordinary, NEAR),
+    Property("running_var takes in the batch's unbiased variance", "update", _running_var, _ordinary, NEAR),
+    Property("running_var keeps its digits where the mean is far from zero", "update", _running_var, _far, FAR[:1]),
+]

@@ -1,0 +1,105 @@
+"""One table of named batches. Every implementation is driven by it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Batch(NamedTuple):
+    """A batch, and the other arguments of a batch norm.
+
+    Attributes
+    ----------
+    x, dy : array (N, C, S)
+        float64; round them to the dtype under test.
+    weight, bias : array (C,)
+        float32.
+    eps : float
+        ε, small against the variance of x but not nothing.
+    """
+
+    x: Array
+    dy: Array
+    weight: Array
+    bias: Array
+    eps: float = 1e-5
+
+
+SHAPES = {
+    "small": (4, 3, 5),
+    "tall": (101, 2, 1),
+    "wide": (1, 3, 77),
+    "images": (8, 4, 49),
+    "two values": (2, 5, 1),
+    "one channel": (16, 1, 9),
+    "one value": (1, 3, 1),
+}
+
+SCALES = {  # |mean|/std, and std
+    "standard": (0.0, 1.0),
+    "shifted": (30.0, 1.0),
+    "far": (1e4, 1.0),
+    "very far": (1e6, 1.0),
+    "very far below": (-1e6, 3e-3),
+    "small std": (1e3, 2.0**-60),
+    "large std": (1e3, 2.0**60),
+}
+
+
+def make(shape: str, scale: str = "standard", seed: int = 0) -> Batch:
+    """The batch of a shape in `SHAPES` and a scale in `SCALES`; the same each time.
+
+    Examples
+    --------
+    >>> make("small", "far").x.shape
+    (4, 3, 5)
+    """
+    return normal(SHAPES[shape], *SCALES[scale], seed=[seed, *map(ord, shape + scale)])
+
+
+def normal(shape: tuple[int, ...], ratio: float, std: float, *, seed: Any) -> Batch:
+    """Normally distributed, with |mean|/std = `ratio`."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(shape) + ratio) * std
+    dy = rng.standard_normal(shape) + 0.5
+    weight, bias = (rng.uniform(-2, 2, shape[1]).astype("f4") for _ in range(2))
+    return Batch(x, dy, weight, bias, eps=1e-5 * std**2)
+
+
+def outliers(seed: int = 0) -> Array:
+    """(64, 3, 4): a channel whose first value, one whose last is 10⁶ standard deviations off, and one in order.
+
+    Examples
+    --------
+    >>> float(outliers()[0, 0, 0])
+    1000000.0
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((64, 3, 4))
+    x[0, 0, 0] = 1e6
+    x[-1, 1, -1] = -1e6
+    x[:, 2, :] = np.sort(x[:, 2, :].ravel()).reshape(64, 4)
+    return x
+
+
+def named_batches() -> dict[str, Batch]:
+    """Every batch of the table by name: shapes × scales, outliers, constant and nearly constant channels.
+
+    Examples
+    --------
+    >>> "images, very far" in named_batches()
+    True
+    """
+    table = {f"{shape}, {scale}": make(shape, scale) for shape in SHAPES for scale in SCALES}
+    like = normal((64, 3, 4), 0, 1, seed=7)
+    constant = np.tile(np.asarray([3e7, 0.1, -1.0])[None, :, None], (64, 1, 4))
+    nearly = constant.copy()
+    nearly[0, :, 0] = np.nextafter(nearly[0, :, 0].astype("f4"), np.float32(np.inf))
+    table["outliers"] = like._replace(x=outliers())
+    table["constant"] = like._replace(x=constant)
+    table["nearly constant"] = like._replace(x=nearly)
+    return table

@@ -1,0 +1,383 @@
+"""The testing kit: right batch norms pass, and each planted fault is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import given, settings
+
+import arraybn
+from arraybn.testing import (
+    BatchNormError,
+    assert_close,
+    check_batch_norm,
+    check_vjp,
+    exact_batch_norm,
+    exact_moments,
+    named_batches,
+    strategies,
+    ulp,
+    worst,
+)
+from arraybn.testing.properties import PROPERTIES
+
+Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+# ---- A batch norm in float64 with a part to exchange ----
+
+
+def make(
+    *,
+    wide: Any = np.float64,
+    axes: tuple[int, ...] = (0, 2),
+    var: Callable[..., Any] = lambda x, mean, axes: ((x - mean) ** 2).mean(axis=axes, keepdims=True),
+    mean_of: Callable[..., Any] = lambda x, axes: x.mean(axis=axes, keepdims=True),
+    root: Callable[..., Any] = lambda var, eps: np.sqrt(var + eps),
+    scale: Callable[..., Any] = lambda xhat, w, b: w * xhat + b,
+    dx: Callable[..., Any] = lambda g, xhat, w, r, sums, n: w * r * (g - sums[1] / n - xhat * sums[0] / n),
+    sums: Callable[..., Any] = lambda g, x, mean, xhat, w: ((g * xhat).sum((0, 2)), g.sum((0, 2))),
+    new: Callable[..., Any] = lambda old, value, momentum: (1 - momentum) * old + momentum * value,
+    correct: Callable[..., Any] = lambda var, n: var * n / max(n - 1, 1),
+) -> Functions:
+    """Forward, backward and update from the definition, in numbers of `wide`."""
+
+    def parts(x: Any, w: Any, eps: float) -> Any:
+        x = x.astype(wide)
+        mean = mean_of(x, axes)
+        r = 1 / root(var(x, mean, axes), wide(eps))
+        return x, mean, r, (x - mean) * r, w.astype(wide)[:, None]
+
+    def forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        *_, xhat, w = parts(x, weight, eps)
+        return scale(xhat, w, bias.astype(wide)[:, None]).astype(x.dtype)
+
+    def backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        x64, mean, r, xhat, w = parts(x, weight, eps)
+        g, n = dy.astype(wide), x.shape[0] * x.shape[2]
+        dweight, dbias = sums(g, x64, mean, xhat, w)
+        right = [s[:, None] for s in ((g * xhat).sum((0, 2)), g.sum((0, 2)))]
+        return dx(g, xhat, w, r, right, n).astype(dy.dtype), dweight, dbias
+
+    def update(running_mean: Any, running_var: Any, x: Any, momentum: float) -> Any:
+        x64, mean, *_ = parts(x, np.ones(x.shape[1]), 0.0)
+        n = x.shape[0] * x.shape[2]
+        unbiased = correct(var(x64, mean, axes).ravel(), n)
+        mean, unbiased = new(running_mean, mean.ravel(), momentum), new(running_var, unbiased, momentum)
+        return mean.astype("f4"), unbiased.astype("f4")
+
+    return forward, backward, update
+
+
+def one_pass(x: Any, mean: Any, axes: Any) -> Any:
+    return (x * x).mean(axis=axes, keepdims=True) - mean**2
+
+
+def spoiled_input(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    y = make()[0](x, weight, bias, eps)
+    x -= x.mean()
+    return y
+
+
+def nan_spreads(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    y = make()[0](x, weight, bias, eps)
+    return y + 0 * y.sum()
+
+
+def nan_hides(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return make()[0](np.nan_to_num(x, posinf=0, neginf=0), weight, bias, eps)
+
+
+class Remembers:
+    """Shifts by the mean of the last call."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+    def __call__(self, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        y = make()[0](x, weight, bias, eps) + np.float32(self.shift)
+        self.shift = float(np.sin(np.nan_to_num(x).sum()))
+        return y
+
+
+def folded(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    mean, var = x.mean((0, 2), dtype="f8"), x.var((0, 2), dtype="f8")
+    a = (weight / np.sqrt(var + eps)).astype("f4")
+    return x * a[:, None] + (bias - mean * a).astype("f4")[:, None]
+
+
+def in_half(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return make()[0](x, weight, bias, eps).astype("f2").astype(x.dtype)
+
+
+NEAR, Y, DX, MEAN, VAR = ("near", "y is what", "dx is what", "running_mean takes", "running_var takes")
+
+# what is planted, which property must fail, and what must be said of the cause
+PLANTED: dict[str, tuple[Functions | Callable[..., Any], str, str]] = {
+    "unbiased variance": (
+        make(var=lambda x, m, a: x.var(axis=a, keepdims=True, ddof=1)),
+        Y,
+        "divided by n − 1; in the forward it is biased",
+    ),
+    "eps outside the root": (make(root=lambda v, e: np.sqrt(v) + e), Y, "eps stands outside the root"),
+    "no eps": (make(root=lambda v, e: np.sqrt(v)), Y, "eps is left out"),
+    "no root": (make(root=lambda v, e: v + e), Y, "the root is missing"),
+    "no weight": (make(scale=lambda xhat, w, b: xhat + b), Y, "weight is left out"),
+    "no bias": (make(scale=lambda xhat, w, b: w * xhat), Y, "bias is left out"),
+    "exchanged": (make(scale=lambda xhat, w, b: b * xhat + w), Y, "weight and bias are exchanged"),
+    "bias scaled": (make(scale=lambda xhat, w, b: w * (xhat + b)), Y, "weight multiplies bias too"),
+    "layer norm": (make(axes=(1, 2)), Y, "over each sample, as in layer norm"),
+    "instance norm": (make(axes=(2,)), Y, "as in instance norm"),
+    "samples alone": (make(axes=(0,)), Y, "over the samples alone"),
+    "all channels": (make(axes=(0, 1, 2)), Y, "over all channels together"),
+    "one pass in float32": (make(wide=np.float32, var=one_pass), "y keeps its digits where", "E[x²] − E[x]²"),
+    "folded": (folded, "y keeps its digits where", "folded into the bias"),
+    "mean in float32": (
+        make(mean_of=lambda x, a: x.mean(axis=a, keepdims=True).astype("f4")),
+        "y keeps its digits where",
+        "E3",
+    ),
+    "half precision": (in_half, Y, "half precision"),
+    "input written": (spoiled_input, "forward leaves its arguments", ""),
+    "NaN spreads": (nan_spreads, "a NaN stays in its channel", ""),
+    "NaN hides": (nan_hides, "a NaN stays in its channel", ""),
+    "remembers": (Remembers(), "a call leaves nothing behind", ""),
+    "no dbias term": (
+        make(dx=lambda g, xhat, w, r, s, n: w * r * (g - xhat * s[0] / n)),
+        DX,
+        "term dbias/n of (E6) is missing",
+    ),
+    "no dweight term": (
+        make(dx=lambda g, xhat, w, r, s, n: w * r * (g - s[1] / n)),
+        DX,
+        "term xhat·dweight/n of (E6) is missing",
+    ),
+    "fixed statistics": (make(dx=lambda g, xhat, w, r, s, n: w * r * g), DX, "both sums of (E6) are missing"),
+    "no weight in dx": (
+        make(dx=lambda g, xhat, w, r, s, n: r * (g - s[1] / n - xhat * s[0] / n)),
+        DX,
+        "weight is left out of dx",
+    ),
+    "sign": (make(dx=lambda g, xhat, w, r, s, n: w * r * (g + s[1] / n + xhat * s[0] / n)), DX, "sign of the sums"),
+    "dweight of x": (make(sums=lambda g, x, m, xhat, w: ((g * x).sum((0, 2)), g.sum((0, 2)))), "dweight is", "dy·x;"),
+    "mean gradients": (
+        make(sums=lambda g, x, m, xhat, w: ((g * xhat).sum((0, 2)), g.mean((0, 2)))),
+        "dbias is",
+        "dbias is a mean",
+    ),
+    "momentum reversed": (
+        make(new=lambda old, value, a: a * old + (1 - a) * value),
+        MEAN,
+        "momentum is the weight of the old value",
+    ),
+    "biased running_var": (make(correct=lambda v, n: v), VAR, "enters biased"),
+    "Keras": (
+        make(new=lambda old, v, a: a * old + (1 - a) * v, correct=lambda v, n: v),
+        VAR,
+        "and the variance enters biased",
+    ),
+    "standard deviation": (make(correct=lambda v, n: np.sqrt(v * n / max(n - 1, 1))), VAR, "the standard deviation"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_planted_fault_is_found_and_named(name: str) -> None:
+    functions, broken, cause = PLANTED[name]
+    functions = functions if isinstance(functions, tuple) else (functions, None, None)
+    with pytest.raises(BatchNormError) as caught:
+        check_batch_norm(*functions, examples=5)
+    failures = {failure.property: failure for failure in caught.value.failures}
+    found = [failure for asked, failure in failures.items() if asked.startswith(broken)]
+    assert found, f"{broken!r} holds; what fails: {list(failures)}"
+    assert cause in found[0].cause, found[0].cause
+    assert found[0].property in str(caught.value)
+    assert found[0].error > found[0].limit
+    if cause and broken == Y and "half" not in cause:
+        assert found[0].batch.x.size <= 12  # made small
+
+
+def test_a_fault_in_one_place_leaves_the_other_properties_standing() -> None:
+    with pytest.raises(BatchNormError) as caught:
+        check_batch_norm(*make(correct=lambda v, n: v), examples=5)
+    assert all(failure.property.startswith("running_var") for failure in caught.value.failures)
+    assert str(caught.value).startswith(f"{len(caught.value.failures)} of {len(PROPERTIES)} properties of a batch norm")
+
+
+def ours(xp: Any = None, kernels: str | None = None) -> Functions:
+    """arraybn's own."""
+
+    def forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return arraybn.batch_norm(x, weight, bias, eps=eps, kernels=kernels)
+
+    def backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return arraybn.batch_norm_backward(dy, forward(x, weight, bias, eps)[1])
+
+    def update(running_mean: Any, running_var: Any, x: Any, momentum: float) -> Any:
+        return arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), momentum)
+
+    return forward, backward, update
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kernels", list(arraybn.kernels.MODULES))
+def test_arraybn_passes(dtype: str, kernels: str) -> None:
+    seen: list[str] = []
+    max_ratio = 1e6 if dtype == "float32" else 100.0
+    check_batch_norm(
+        *ours(kernels=kernels), dtype=dtype, max_ratio=max_ratio, report=lambda name, failure: seen.append(name)
+    )
+    assert seen == [asked.name for asked in PROPERTIES]
+
+
+def test_the_definition_in_float64_passes() -> None:
+    check_batch_norm(*make())
+
+
+def test_arraybn_passes_on_torch_tensors() -> None:
+    check_batch_norm(*ours(), xp=need("torch"), examples=5)
+
+
+def test_pytorch_itself_keeps_its_digits_near_zero_mean_and_loses_them_far_from_it() -> None:
+    torch = need("torch")
+
+    def forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+
+    with pytest.raises(BatchNormError) as caught:
+        check_batch_norm(forward, xp=torch, tolerance=64, examples=0)
+    assert "y keeps its digits where the mean is far from zero" in [f.property for f in caught.value.failures]
+    assert "y is what the definition gives" not in [f.property for f in caught.value.failures]
+
+
+@pytest.mark.parametrize(
+    ("forward", "text"),
+    [
+        (lambda x, weight, bias, eps: x[:1], r"y is float32 \(1, 1, 1\); expected float32 \(2, 1, 1\)"),
+        (lambda x, weight, bias, eps: x.astype(int), "y has dtype int64; expected real floating numbers"),
+        (lambda x, weight, bias, eps: None, "raised TypeError: y: expected what numpy.asarray or DLPack takes"),
+        (lambda x, weight, bias: x, r"raised TypeError: .*takes 3 positional arguments but 4 were given"),
+        (lambda x, weight, bias, eps: x.astype("f8"), r"y is float64 \(1, 1, 2\); expected float32 \(1, 1, 2\)"),
+    ],
+)
+def test_what_is_no_batch_norm_at_all_is_told_so(forward: Any, text: str) -> None:
+    with pytest.raises(BatchNormError, match=text):
+        check_batch_norm(forward, examples=0)
+
+
+# ---- The parts ----
+
+
+def test_the_oracle_is_exact_where_sums_of_floats_are_not() -> None:
+    mean, m2 = exact_moments(np.asarray([1e16, 1.0, -1e16]))
+    assert mean * 3 == 1
+    assert m2 == 2 * 10**32 + 1 - mean
+    assert float(np.asarray([1e16, 1.0, -1e16]).mean()) == 0  # the control
+    tiny = exact_moments(np.asarray([5e-324, 1e308]))
+    assert tiny[0] * 2 - int(1e308) == 2**-1074 if isinstance(tiny[0], float) else tiny[0] > int(1e308) // 2
+
+
+def test_the_oracle_gives_the_textbook_numbers_and_every_channel_axis() -> None:
+    x = np.asarray([[1.0, 10.0], [3.0, 30.0]])
+    for axis, values in ((1, x), (0, x.T)):
+        exact = exact_batch_norm(values, [2.0, 1.0], [0.0, 5.0], values, eps=0.0, channel_axis=axis)
+        y = np.moveaxis(exact.y, axis, 1).astype(float)
+        assert y.tolist() == [[-2, 4], [2, 6]]
+        assert exact.mean.astype(float).tolist() == [2, 20]
+        assert exact.dbias.astype(float).tolist() == [4, 40]
+        assert abs(exact.dx).max() < 1e-17
+
+
+def test_the_oracle_of_nothing_and_of_what_is_not_finite() -> None:
+    assert exact_batch_norm(np.zeros((0, 2)), np.ones(2), np.ones(2), np.zeros((0, 2)), eps=1).y.shape == (0, 2)
+    x = np.asarray([[1.0, np.nan], [2.0, 1.0]])
+    exact = exact_batch_norm(x, np.ones(2), np.ones(2), x, eps=1)
+    assert np.isnan(exact.y).tolist() == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize(("dtype", "one", "small"), [("float16", 2**-10, 2**-24), ("float32", 2**-23, 2**-149)])
+def test_ulp_is_the_distance_of_neighbours(dtype: str, one: float, small: float) -> None:
+    assert [float(u) for u in ulp([1.0, 0.0, 1.999], dtype)] == [one, small, one]
+    values = np.abs(np.random.default_rng(0).standard_normal(100)).astype(dtype)
+    np.testing.assert_array_equal(ulp(values, dtype).astype(float), np.spacing(values).astype(float))
+
+
+def test_worst_counts_nan_as_right_only_where_it_is_due() -> None:
+    nan, one = np.asarray([np.nan]), np.asarray([1.0])
+    assert worst(nan, nan, one, "float32") == 0
+    assert worst(one, nan, one, "float32") == worst(nan, one, one, "float32") == np.inf
+
+
+def test_assert_close_tells_kind_and_value_apart() -> None:
+    strict = need("array_api_strict")
+    a = np.asarray([1.0, 2.0], "f4")
+    assert_close(a, a.astype(np.longdouble), ulp=0, dtype="float32")
+    assert_close(np.asarray([np.nan, np.inf]), np.asarray([np.nan, np.inf]), ulp=0)
+    for actual, desired, options, text in (
+        (a, a[:1], {}, r"expected shape \(1,\); got \(2,\)"),
+        (a, a.astype("f8"), {}, "expected dtype float64; got float32"),
+        (a, a.astype(np.longdouble), {"dtype": "float64"}, "expected dtype float64; got float32"),
+        (a, strict.asarray(a), {}, "expected a array_api_strict array; got a numpy array"),
+        (strict.ones(2, device=strict.Device("device1")), strict.ones(2), {}, "expected on .*CPU.*; got on .*device1"),
+        ([1.0], a, {}, "expected an array; got list"),
+        (a, np.nextafter(a, np.float32(9)), {}, r"2 of 2 values differ by more than 0.5 ulp of float32: by 1 at index"),
+        (np.asarray([np.nan]), np.asarray([1.0]), {}, "by inf"),
+        (np.asarray([np.inf]), np.asarray([-np.inf]), {}, "by inf"),
+    ):
+        with pytest.raises(AssertionError, match=text):
+            assert_close(actual, desired, ulp=0.5, **options)
+    assert_close(a, np.nextafter(a, np.float32(9)), ulp=1)
+    assert_close(a + np.float32(1e-3), a, ulp=1, scale=1e5)
+
+
+def test_check_vjp_tells_a_gradient_that_is_off_by_a_tenth_of_a_percent() -> None:
+    x, dy = np.linspace(1, 2, 6).reshape(2, 3), np.linspace(-1, 1, 6).reshape(2, 3)
+    check_vjp(np.sin, [x], dy, [dy * np.cos(x)])
+    with pytest.raises(AssertionError, match=r"argument 0: by differences .*, by the backward"):
+        check_vjp(np.sin, [x], dy, [1.001 * dy * np.cos(x)])
+    with pytest.raises(AssertionError, match=r"argument 0: expected a gradient of shape \(2, 3\); got \(3, 2\)"):
+        check_vjp(np.sin, [x], dy, [(dy * np.cos(x)).T])
+
+
+@pytest.mark.parametrize("kind", strategies.KINDS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_strategies_draw_what_they_say(kind: str, dtype: str) -> None:
+    seen: list[Any] = []
+
+    @settings(max_examples=20)
+    @given(strategies.batches(kinds=[kind], dtype=dtype, max_ratio=1e3, least=2))
+    def draw(batch: Any) -> None:
+        x = batch.x
+        seen.append(x)
+        n, c, s = x.shape
+        assert x.dtype == batch.dy.dtype == dtype
+        assert batch.weight.shape == batch.bias.shape == (c,)
+        assert n * s >= 2
+        spread = [len(np.unique(x[:, i])) for i in range(c)]
+        assert (max(spread) == 1) == (kind == "constant") or dtype == "float16"
+        assert np.isfinite(x).all() == (kind not in ("nan", "inf"))
+        if kind == "tiny":
+            assert abs(x).max() <= 2 * np.finfo(dtype).smallest_normal
+
+    draw()
+    assert len({x.shape for x in seen}) > 3
+    if kind == "huge":
+        assert max(abs(x).max() for x in seen) > np.finfo(dtype).max / 4
+
+
+@given(strategies.batches(), strategies.layouts())
+def test_layouts_change_no_value_and_no_result_beyond_rounding(batch: Any, layout: Any) -> None:
+    x = layout(batch.x)
+    assert (x == batch.x).all()
+    y, _ = arraybn.batch_norm(x, batch.weight, batch.bias, eps=batch.eps)
+    exact = exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps)
+    assert_close(y, exact.y, ulp=4, scale=exact.y_scale, dtype="float32")
+
+
+def test_the_table_has_every_kind_of_batch() -> None:
+    table = named_batches()
+    assert {"images, very far", "one value, standard", "outliers", "constant", "nearly constant"} <= set(table)
+    assert all(batch.x.shape[1] == len(batch.weight) for batch in table.values())
