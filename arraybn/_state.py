@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name, is_array_api_obj
+from ._arrays import Array, array_namespace, as_numpy, class_name, converted, device, dtype_name, is_array_api_obj
+from ._checks import as_flag
 
 if TYPE_CHECKING:
     from .modules import Module
@@ -26,15 +27,26 @@ class IncompatibleKeys(NamedTuple):
         return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
-class StateDict(OrderedDict[str, Any]):
-    """An ordered dict of arrays that also carries the versions of the modules it came from, as in PyTorch."""
+if TYPE_CHECKING:
 
-    _metadata: OrderedDict[str, dict[str, int]]
+    class StateDict(OrderedDict[str, Any]):
+        """An ordered dict of arrays that also carries the versions of the modules it came from, as in PyTorch."""
+
+        _metadata: OrderedDict[str, dict[str, int]]
+else:
+    StateDict = OrderedDict  # which torch.load unpickles by default, unlike a class of ours
 
 
-def as_buffer(name: str, value: Any) -> Any:
-    """`value` if a buffer can hold it (an array, an int, None), integers as int; otherwise a TypeError."""
+def as_buffer(name: str, value: Any, current: Any = None) -> Any:
+    """`value` if a buffer can hold it (an array, an int, None), integers as int; otherwise a TypeError.
+
+    A buffer that is an int stays one: PyTorch's habit is to assign a 0-d tensor.
+    """
+    if isinstance(current, int) and is_array_api_obj(value):
+        return _count(name, value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits; got {value}")
         return value
     if isinstance(value, np.integer):
         return int(value)
@@ -51,14 +63,17 @@ def own_values(module: Module) -> dict[str, Any]:
 
 def export(module: Module, prefix: str) -> StateDict:
     """`Module.state_dict`."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a string; got {prefix!r}")
     state = StateDict()
     state._metadata = OrderedDict()
-    for path, child in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
-        state._metadata[path] = {"version": child._version}
+    for path, child in module.named_modules(remove_duplicate=False):
+        path = prefix + (f"{path}." if path else "")  # noqa: PLW2901
+        state._metadata[path[:-1]] = {"version": child._version}
         values = own_values(child)
         like = next((value for value in values.values() if not isinstance(value, int)), None)
         for name, value in values.items():
-            state[f"{path}.{name}" if path else name] = _copy(value, like)
+            state[path + name] = _copy(value, like)
     return state
 
 
@@ -80,7 +95,7 @@ def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> Incompa
     for key in state_dict:
         if not isinstance(key, str):
             raise TypeError(f"state_dict: expected names as keys; got {key!r}")
-    metadata = getattr(state_dict, "_metadata", None) or {}
+    strict, versions = as_flag("strict", strict), _versions(state_dict)
     given = OrderedDict(state_dict)  # the modules may change it to translate an old version
     missing: list[str] = []
     unexpected: list[str] = []
@@ -88,8 +103,8 @@ def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> Incompa
     before = _snapshot(module.modules())
     try:
         for path, child in module.named_modules(remove_duplicate=False):
-            prefix, local = (f"{path}." if path else ""), metadata.get(path, {})
-            child._load_from_state_dict(given, prefix, local, strict, missing, unexpected, errors)
+            prefix, version = (f"{path}." if path else ""), versions.get(path, {})
+            child._load_from_state_dict(given, prefix, version, strict, missing, unexpected, errors)
         if strict:
             errors = _key_lines("Missing", missing) + _key_lines("Unexpected", unexpected) + errors
         if errors:
@@ -98,6 +113,17 @@ def load(module: Module, state_dict: Mapping[str, Any], strict: bool) -> Incompa
         _restore(before)
         raise
     return IncompatibleKeys(missing, unexpected)
+
+
+def _versions(state_dict: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The versions of the modules by path that `state_dict` carries, if any."""
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"state_dict._metadata: expected a mapping of paths to versions; got {metadata!r}")
+    for path, local in metadata.items():
+        if not isinstance(local, Mapping) or not isinstance(local.get("version"), int | None):
+            raise TypeError(f"state_dict._metadata[{path!r}]: expected {{'version': an integer}}; got {local!r}")
+    return metadata
 
 
 def load_own(
@@ -129,6 +155,8 @@ def load_own(
 def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
     """`value` as what `current` is, an int or an array of that home and dtype; wrong-sized: None, a line in errors."""
     shape = () if isinstance(current, int) else tuple(current.shape)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{key}: expected a plain array; got {class_name(value)}. Convert it with numpy.asarray")
     if not is_array_api_obj(value):
         value = as_numpy(key, value)
     if tuple(value.shape) != shape:
@@ -150,9 +178,9 @@ def _count(key: str, value: Array) -> int:
     """The 0-d `value` as a number of batches."""
     try:
         count = int(value)
-    except (TypeError, ValueError, OverflowError):  # complex, text, inf
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, text, inf, a tensor without values
         count = -1
-    if count < 0 or not bool(value == count):
+    if not 0 <= count < 2**63 or not bool(value == count):
         raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {value!r}")
     return count
 
