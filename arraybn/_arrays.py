@@ -17,7 +17,6 @@ from array_api_compat import device as device
 from array_api_compat import is_array_api_obj as is_array_api_obj
 from array_api_compat import (
     is_cupy_array,
-    is_jax_namespace,
     is_torch_array,
     to_device,
 )
@@ -26,8 +25,6 @@ Array: TypeAlias = Any  # any array of the standard: numpy.ndarray, cupy.ndarray
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-_WIDE: dict[tuple[str, Any], Any] = {}  # (namespace, device) → its widest dtype: a fact, looked up once
 
 
 def namespace_name(xp: Namespace) -> str:
@@ -47,14 +44,11 @@ def class_name(value: object) -> str:
 
 def wide_dtype(array: Array) -> Any:
     """float64 where the namespace and device of `array` have it, else float32: what statistics are kept in."""
-    xp, where = array_namespace(array), device(array)
-    key = (xp.__name__, where)
-    if (wide := _WIDE.get(key)) is None:
-        found = xp.__array_namespace_info__().dtypes(device=where, kind="real floating")
-        wide = found.get("float64", xp.float32)
-        if not is_jax_namespace(xp):  # jax.enable_x64 can be turned on and off
-            _WIDE[key] = wide
-    return wide
+    if isinstance(array, np.ndarray):
+        return np.dtype("f8")
+    xp = array_namespace(array)
+    found = xp.__array_namespace_info__().dtypes(device=device(array), kind="real floating")
+    return found.get("float64", xp.float32)
 
 
 def widened(array: Array) -> Array:
@@ -70,6 +64,8 @@ def as_numpy(name: str, value: Any) -> Any:
             return (value.float() if dtype_name(value.dtype) == "bfloat16" else value).numpy()
         if is_cupy_array(value):
             return value.get()
+        if is_array_api_obj(value) and not isinstance(value, np.ndarray):
+            value = _on_default_device(value)
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
             return np.from_dlpack(value)
         array = np.asarray(value)
@@ -78,6 +74,12 @@ def as_numpy(name: str, value: Any) -> Any:
     if array.dtype.kind == "O":
         raise TypeError(f"{name}: expected what numpy.asarray or DLPack takes; got {class_name(value)}")
     return array
+
+
+def _on_default_device(array: Array) -> Array:
+    """`array` where its namespace puts arrays by default, which is the host where there is one."""
+    default = array_namespace(array).__array_namespace_info__().default_device()
+    return array if default is None or device(array) == default else to_device(array, default)
 
 
 def as_namespace(xp: Namespace) -> Namespace:
@@ -90,12 +92,28 @@ def as_namespace(xp: Namespace) -> Namespace:
         ) from error
 
 
+def check_device(xp: Namespace, where: Any) -> None:
+    """Raise unless `where` is None or a device that `xp` has here."""
+    try:
+        xp.empty(0, device=where)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device: expected one that {namespace_name(xp)} has here; got {where!r}") from error
+
+
 def as_dtype(dtype: Any, xp: Namespace) -> Any:
     """`dtype`, one of `xp` or the name of one, as a dtype of `xp`."""
-    name = dtype_name(dtype)
+    name = {"float": "float64"}.get(found := dtype_name(dtype), found)  # Python's float, as in NumPy
     if name not in FLOATS or not hasattr(xp, name):
         raise TypeError(f"dtype: expected a real floating dtype of {namespace_name(xp)}; got {dtype!r}")
+    if name == "float64" and name not in xp.__array_namespace_info__().dtypes(kind="real floating"):
+        raise TypeError(f"dtype: expected float32, because {namespace_name(xp)} has no float64 here; got {dtype!r}")
     return getattr(xp, name)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless `dtype` is None or a floating dtype of some namespace."""
+    if dtype is not None and dtype_name(dtype) not in FLOATS:
+        raise TypeError(f"dtype: expected a real floating dtype; got {dtype!r}")
 
 
 def converted(name: str, value: Array, xp: Namespace, where: Any, dtype: Any) -> Array:
@@ -110,13 +128,16 @@ def converted(name: str, value: Array, xp: Namespace, where: Any, dtype: Any) ->
     return xp.astype(value, dtype, copy=True)
 
 
-def moved(array: Array, xp: Namespace | None, where: Any, dtype: Any) -> Array:
+def moved(name: str, array: Array, xp: Namespace | None, where: Any, dtype: Any) -> Array:
     """A copy of `array` with what is not None changed."""
     old = array_namespace(array)
     xp = old if xp is None else as_namespace(xp)
+    check_device(xp, where)
     if where is None and xp is old:
         where = device(array)
-    return converted("value", array, xp, where, as_dtype(array.dtype if dtype is None else dtype, xp))
+    if (own := dtype_name(array.dtype)) not in FLOATS:  # indices and masks keep their dtype
+        return converted(name, array, xp, where, getattr(xp, own))
+    return converted(name, array, xp, where, as_dtype(own if dtype is None else dtype, xp))
 
 
 @dataclass(frozen=True)
@@ -203,6 +224,8 @@ def footprint(array: Array) -> Array | None:
         pointer, itemsize = array.data.ptr, array.itemsize
     else:
         return None
+    if pointer == 0:
+        return None
     shape, strides = tuple(array.shape), _strides(array)
     interface = {"version": 3, "data": (pointer, False), "shape": shape, "strides": strides, "typestr": f"|V{itemsize}"}
     return np.asarray(SimpleNamespace(__array_interface__=interface))
@@ -215,8 +238,10 @@ def same_memory(a: Array, b: Array) -> bool:
     a, b = footprint(a), footprint(b)
     if a is None or b is None or a.size == 0:
         return False
-    start = [array.__array_interface__["data"][0] for array in (a, b)]
-    return start[0] == start[1] and (a.shape, a.strides, a.itemsize) == (b.shape, b.strides, b.itemsize)
+    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
+        return False
+    steps = [[step for step, size in zip(t.strides, t.shape, strict=True) if size > 1] for t in (a, b)]
+    return steps[0] == steps[1] and (a.shape, a.itemsize) == (b.shape, b.itemsize)
 
 
 def overlap(a: Array, b: Array) -> bool:

@@ -28,11 +28,13 @@ from ._arrays import (
 def as_floating(name: str, array: Array) -> Array:
     """`array` as a plain array of native byte order, or a TypeError that says how to make it one."""
     if isinstance(array, np.ndarray):
-        if isinstance(array, np.ma.MaskedArray | np.matrix):
+        if isinstance(array, np.ma.MaskedArray):
             raise TypeError(
-                f"{name}: expected a plain array; got {type(array).__name__}, whose mask or shape rules would be lost."
-                f" Convert it, for example with numpy.asarray({name})"
+                f"{name}: expected a plain array; got MaskedArray, whose mask would be lost."
+                f" Leave the masked samples out, or fill them, for example with {name}.filled(0.0)"
             )
+        if isinstance(array, np.matrix):
+            raise TypeError(f"{name}: expected a plain array; got matrix. Convert it with numpy.asarray({name})")
         array = np.asarray(array)  # numpy.memmap and other subclasses
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
@@ -44,14 +46,44 @@ def as_floating(name: str, array: Array) -> Array:
     if dtype_name(array.dtype) not in FLOATS:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64; got {dtype_name(array.dtype)}."
-            f" Convert it, for example with xp.astype({name}, xp.float32)"
+            f" Convert it, for example with {_cast(name, array)}"
         )
-    if is_torch_array(array) and array.requires_grad and sys.modules["torch"].is_grad_enabled():
+    return _as_plain_tensor(name, array) if is_torch_array(array) else array
+
+
+def _as_plain_tensor(name: str, tensor: Array) -> Array:
+    """`tensor` without its part in autograd."""
+    torch = sys.modules["torch"]
+    if tensor.is_meta:
+        raise TypeError(f"{name}: expected a tensor with values; got one on the meta device")
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: expected a tensor without requires_grad, because the gradients here are written by hand and"
             f" autograd would record them for nothing; got one with it. Pass {name}.detach()"
         )
-    return array
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got {tensor.layout}. Pass {name}.to_dense()")
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def check_lasting(name: str, array: Array, own: Array | None) -> None:
+    """Raise unless a layer that has the array `own` can keep `array`: one home, and no value yet to come."""
+    if own is not None:
+        check_home(name, array, own, "this layer")
+    if is_jax_array(array) and isinstance(array, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            f"{name}: expected an array with values, which a layer remembers; got a JAX tracer."
+            " Inside jax.jit, vmap and grad, call arraybn.batch_norm"
+        )
+
+
+def _cast(name: str, array: Array) -> str:
+    """How the libraries themselves write it."""
+    if is_torch_array(array):
+        return f"{name}.to(torch.float32)"
+    library = namespace_name(array_namespace(array))
+    method = is_jax_array(array) or isinstance(array, np.ndarray)
+    return f"{name}.astype({library}.float32)" if method else f"{library}.astype({name}, {library}.float32)"
 
 
 def _remedy(name: str, value: object) -> str:
@@ -68,9 +100,10 @@ def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> No
             f"{name}: expected a {theirs} array as {like_name} is; got a {ours} array."
             f" Move one of them (a layer with layer.to(xp=…), an array with numpy.asarray or from_dlpack)"
         )
-    if device(array) != device(like):
+    here, there = device(array), device(like)
+    if here != there and None not in (here, there):  # inside jax.jit an array has no device yet
         raise ValueError(
-            f"{name}: expected on {device(like)} as {like_name} is; got one on {device(array)}."
+            f"{name}: expected on {there} as {like_name} is; got one on {here}."
             f" Move one of them (a layer with layer.to(device=…), an array with to_device)"
         )
 
@@ -92,9 +125,20 @@ def as_number(name: str, value: Any) -> Any:
     """`value` as it is, if it is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number; got {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number; got one beyond the range of float") from None
+    if not finite:
         raise ValueError(f"{name}: expected a finite number; got {value!r}")
     return value
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """`value` as a bool, if it is one of Python or NumPy: "False", None and 0 are more often mistakes than meant."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name}: expected True or False; got {value!r}")
+    return bool(value)
 
 
 def as_eps(value: Any) -> float:
@@ -113,15 +157,25 @@ def as_integer(name: str, value: Any, least: int | None = None) -> int:
     return int(value)
 
 
+def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
+    """Raise unless `array` is an array of the namespace, device and shape of `like`."""
+    if not is_array_api_obj(array):
+        raise TypeError(f"{name}: expected an array like {like_name}; got {class_name(array)}")
+    if type(array) is not type(like):
+        check_home(name, array, like, like_name)
+    if array.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {tuple(like.shape)}, that of {like_name}; got {tuple(array.shape)}")
+
+
 def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
     """Raise unless `out` can take a result like x of that shape: disjoint from `inputs`, or the same as one of them."""
     if out is None:
         return
-    if not is_array_api_obj(out):
+    if not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")
     check_home("out", out, x)
     if is_jax_array(out):
-        raise TypeError("out: JAX arrays are immutable, so a result cannot be written into one; leave out=None")
+        raise TypeError("out: expected an array that can be written into; got a JAX array. Leave out=None")
     if tuple(out.shape) != shape or out.dtype != x.dtype:
         raise ValueError(
             f"out: expected shape {shape} and dtype {dtype_name(x.dtype)}, those of the result;"
@@ -129,6 +183,8 @@ def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Arra
         )
     if not is_writeable_array(out):
         raise ValueError("out: expected a writeable array; got a read-only one")
+    if is_torch_array(out):
+        _as_plain_tensor("out", out)
     memory = footprint(out)
     if memory is not None and any(step == 0 and size > 1 for step, size in zip(memory.strides, shape, strict=True)):
         raise ValueError(f"out: expected memory of its own for every value; got strides {memory.strides}")

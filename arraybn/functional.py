@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from . import reference
-from ._arrays import Array, Layout, array_namespace, dtype_name, same_memory, widened
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, as_number, check_home, check_out
+from ._arrays import FLOATS, Array, Layout, array_namespace, dtype_name, is_array_api_obj, same_memory, widened
+from ._checks import as_channel_vector, as_eps, as_floating, as_integer, as_number, check_home, check_like, check_out
 from .kernels import Kernels, select
 from .reference import Moments
 
@@ -122,7 +122,8 @@ def batch_norm(
     if mean is None:
         moments = _moments(ops, view, layout.n)
         # The synchronized mode pools the moments of all ranks here (E2), between the reduction and the map.
-        mean, mean_low, var = moments.mean, moments.mean_low, moments.m2 / max(moments.n, 1)
+        mean_low, var = moments.mean_low, moments.m2 / max(moments.n, 1)
+        mean = array_namespace(x).asarray(moments.mean, copy=True)  # the caller sees moments, and may change them
     rstd = reference.rstd(var, eps)
     a, c = reference.normalize(rstd, weight, bias, mean_low)
     y = _place(ops.affine(view, mean, a, c, None if out is None else layout.view(out)), layout, out)
@@ -175,7 +176,10 @@ def batch_norm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
     if saved._overwritten is not None:
-        raise RuntimeError(f"no backward: it needs x, but {saved._overwritten}")
+        raise RuntimeError(
+            f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
+            f" Pass another array as out, or None"
+        )
     ops, layout, x, mean, rstd = saved._kernels, saved._layout, saved._x, saved._mean, saved._rstd
     dy = as_floating("dy", dy)
     check_home("dy", dy, x)
@@ -199,9 +203,9 @@ def batch_norm_backward(
         # The synchronized mode sums dweight and dbias over all ranks here, for dx alone.
         coefficients = reference.input_gradient(dweight, dbias, max(moments.n, 1), rstd, saved._weight, mean_low)
         dx = ops.affine2(dy_view, x_view, mean, *coefficients, out_view)  # (E6)
+    dx = _place(dx, layout, out)
     if over_x:
         saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
-    dx = _place(dx, layout, out)
     return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
 
 
@@ -229,7 +233,8 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Kernels | None = 
 
     Notes
     -----
-    From float32 data, mean and m2/n are correctly rounded to float32 but for rare ties, up to |mean|/std = 10⁶.
+    From float32 data, mean and m2/n are correctly rounded to float32 but for rare ties, up to |mean|/std = 10⁶, where
+    the namespace has float64. Without it, n·m2 and the sum of |x| have to stay below the largest float32, 3·10³⁸.
 
     Examples
     --------
@@ -249,7 +254,7 @@ def _moments(ops: Kernels, x: Array, n: int) -> Moments:
         return Moments(n, mean, m2)
     xp = array_namespace(x)
     _, rest = ops.dots(xp.ones_like(x), x, mean)
-    return Moments(n, mean, m2, rest / n)
+    return Moments(n, mean, m2, mean_low=xp.where(xp.isfinite(mean), rest / n, xp.zeros_like(mean)))
 
 
 def pool(*moments: Moments) -> Moments:
@@ -268,9 +273,9 @@ def pool(*moments: Moments) -> Moments:
     Raises
     ------
     TypeError
-        None were given, or one is no `Moments`.
+        None were given, one is no `Moments`, or they are of different namespaces.
     ValueError
-        The numbers of channels differ.
+        The numbers of channels or the devices differ.
 
     Examples
     --------
@@ -366,3 +371,9 @@ def _place(result: Array, layout: Layout, out: Array | None) -> Array:
 def _check_moments(name: str, value: object) -> None:
     if not isinstance(value, Moments):
         raise TypeError(f"{name}: expected Moments, as arraybn.moments returns; got {type(value).__name__}")
+    as_integer(f"{name}.n", value.n, 0)
+    if not is_array_api_obj(value.mean) or dtype_name(value.mean.dtype) not in FLOATS:
+        as_floating(f"{name}.mean", value.mean)  # says what is wrong with it
+    if value.mean.ndim != 1:
+        raise ValueError(f"{name}.mean: expected shape (C,); got {tuple(value.mean.shape)}")
+    check_like(f"{name}.m2", value.m2, value.mean, f"{name}.mean")

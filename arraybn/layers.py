@@ -12,8 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, Namespace, array_namespace, as_dtype, as_namespace, dtype_name, namespace_name
-from ._checks import as_eps, as_floating, as_integer, as_number
+from ._arrays import (
+    FLOATS,
+    Array,
+    Namespace,
+    array_namespace,
+    as_dtype,
+    as_namespace,
+    check_device,
+    dtype_name,
+    namespace_name,
+)
+from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
 from .functional import Saved, batch_norm, batch_norm_backward, update_running_stats
 from .modules import Module, Parameter
 
@@ -45,10 +55,12 @@ class _NormBase(Module):
         self.num_features = as_integer("num_features", num_features, 1)
         self.eps = as_eps(eps)
         self.momentum = None if momentum is None else as_number("momentum", momentum)
-        self.affine, self.track_running_stats = bool(affine), bool(track_running_stats)
+        self.affine = as_flag("affine", affine)
+        self.track_running_stats = as_flag("track_running_stats", track_running_stats)
         self.channel_axis = as_integer("channel_axis", channel_axis)
         xp = as_namespace(np if xp is None else xp)
         self._check_to(dtype)
+        check_device(xp, device)
         home = {"dtype": as_dtype("float32" if dtype is None else dtype, xp), "device": device}
         shape = (self.num_features,)
         self.register_parameter("weight", Parameter(xp.ones(shape, **home)) if self.affine else None)
@@ -141,9 +153,12 @@ class _BatchNorm(_NormBase):
             statistic.
         """
         x = as_floating("x", x)
+        own = self._an_array()
+        if type(x) is not type(own) or not isinstance(x, np.ndarray):
+            check_lasting("x", x, own)
         self._check_input_dim(x)
         self._check_channels(x)
-        fixed = self._fixed_statistics()
+        fixed = self._fixed_statistics(x)
         weight, bias = (None if p is None else p.data for p in (self.weight, self.bias))
         y, saved = batch_norm(x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         commit = {} if fixed else self._tracked(saved, x)
@@ -163,27 +178,37 @@ class _BatchNorm(_NormBase):
             dy is not like y.
         """
         dx, dweight, dbias = batch_norm_backward(dy, self._recall())
-        self._forget()
-        for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
-            if parameter is not None and gradient is not None:
-                parameter.accumulate(gradient)
+        self._finish_backward((self.weight, dweight), (self.bias, dbias))
         return dx
 
     def _check_channels(self, x: Array) -> None:
-        if not -x.ndim <= self.channel_axis < x.ndim:
+        if not -x.ndim <= as_integer("channel_axis", self.channel_axis) < x.ndim:
             raise ValueError(f"x: expected an axis {self.channel_axis} (channel_axis); got shape {tuple(x.shape)}")
         if (channels := x.shape[self.channel_axis]) != self.num_features:
+            as_integer("num_features", self.num_features, 1)
+            last = x.shape[-1] == self.num_features and self.channel_axis != -1
             raise ValueError(
                 f"x: expected {self.num_features} channels (num_features) on axis {self.channel_axis};"
                 f" got {channels}, in shape {tuple(x.shape)}"
+                + (". For channels-last, build the layer with channel_axis=-1" if last else "")
             )
 
-    def _fixed_statistics(self) -> dict[str, Array]:
-        """The running statistics where they are to be used as they are, otherwise nothing."""
+    def _fixed_statistics(self, x: Array) -> dict[str, Array]:
+        """The running statistics where they are to be used as they are for x, otherwise nothing."""
+        as_flag("training", self.training)
+        as_flag("track_running_stats", self.track_running_stats)
         mean, var = self.running_mean, self.running_var
         if (mean is None) != (var is None):
-            raise ValueError("running_mean and running_var: expected either both or neither to be None; got one")
-        return {} if self.training or mean is None else {"mean": mean, "var": var}
+            which = "running_mean" if mean is None else "running_var"
+            raise ValueError(
+                f"running_mean and running_var: expected either both or neither to be None; got None for {which} alone"
+            )
+        if self.training or mean is None:
+            return {}
+        for name, array in (("running_mean", mean), ("running_var", var)):
+            if not _is_like(array, x, self.num_features):  # `batch_norm` would refuse it under another name
+                as_channel_vector(name, array, x, self.num_features)
+        return {"mean": mean, "var": var}
 
     def _tracked(self, saved: Saved, x: Array) -> dict[str, Any]:
         """The buffers after this batch, by name: nothing where they stay as they are."""
@@ -196,7 +221,9 @@ class _BatchNorm(_NormBase):
             )
         if not (self.training and self.track_running_stats) or moments.n == 0:
             return {}
-        count = None if self.num_batches_tracked is None else self.num_batches_tracked + 1
+        count = self.num_batches_tracked
+        if count is not None:
+            count = as_integer("num_batches_tracked", count, 0) + 1
         if self.running_mean is None:
             return {"num_batches_tracked": count}
         momentum = self.momentum
@@ -204,6 +231,11 @@ class _BatchNorm(_NormBase):
             momentum = 1 / count if count else 0.0
         mean, var = update_running_stats(self.running_mean, self.running_var, moments, momentum)
         return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+
+
+def _is_like(array: Array, x: Array, channels: int) -> bool:
+    """Whether `array` (C,) may stand beside x, as far as can be told quickly."""
+    return type(array) is type(x) and tuple(array.shape) == (channels,) and dtype_name(array.dtype) in FLOATS
 
 
 class BatchNorm1d(_BatchNorm):

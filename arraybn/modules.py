@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from . import _state
-from ._arrays import Array, Namespace, array_namespace, is_array_api_obj, moved
+from ._arrays import Array, Namespace, array_namespace, check_dtype, is_array_api_obj, moved
+from ._checks import as_floating, as_integer, check_like
 
 M = TypeVar("M", bound="Module")
 
@@ -40,18 +41,28 @@ class Parameter:
     __slots__ = ("data", "grad")
 
     def __init__(self, data: Array) -> None:
-        if not is_array_api_obj(data):
-            raise TypeError(f"data: expected an array; got {type(data).__name__}")
         self.data = data
         self.grad: Array | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            value = as_floating("data", value)
+        elif name == "grad" and value is not None:
+            check_like("grad", value, self.data, "data")
+        object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return f"Parameter({self.data!r})"
 
-    def accumulate(self, gradient: Array) -> None:
-        """Add `gradient`, of the shape of `data`, to `grad`, in the dtype of `data`."""
+    def plus(self, gradient: Array) -> Array:
+        """`grad` with `gradient`, of the shape of `data`, added to it, in the dtype of `data`."""
+        check_like("gradient", gradient, self.data, "data")
         gradient = array_namespace(self.data).astype(gradient, self.data.dtype)
-        self.grad = gradient if self.grad is None else self.grad + gradient
+        return gradient if self.grad is None else self.grad + gradient
+
+    def accumulate(self, gradient: Array) -> None:
+        """Make `plus(gradient)` the new `grad`."""
+        self.grad = self.plus(gradient)
 
 
 class Module:
@@ -66,9 +77,6 @@ class Module:
     >>> class Twice(arraybn.Module):
     ...     def forward(self, x):
     ...         return 2 * x
-    ...
-    ...     def backward(self, dy):
-    ...         return 2 * dy
     >>> Twice()(numpy.ones(2))
     array([2., 2.])
     """
@@ -85,8 +93,6 @@ class Module:
             object.__setattr__(self, name, {})
         object.__setattr__(self, "_remembered", None)
         object.__setattr__(self, "training", True)
-
-    # ---- What a subclass writes ----
 
     def forward(self, x: Array) -> Array:
         """The output for the input x."""
@@ -114,12 +120,19 @@ class Module:
         if self._remembered is None:
             raise RuntimeError(
                 f"{type(self).__name__}.backward: expected a forward before it, one for each backward;"
-                " there is none left. To use one layer twice in a pass, call the functions"
+                " got none. To use one layer twice in a pass, call arraybn.batch_norm and batch_norm_backward"
             )
         return self._remembered
 
     def _forget(self) -> None:
         object.__setattr__(self, "_remembered", None)
+
+    def _finish_backward(self, *gradients: tuple[Parameter | None, Array | None]) -> None:
+        """Add to the gradients of the parameters, all or none if one does not fit, and forget the forward."""
+        sums = [(p, p.plus(gradient)) for p, gradient in gradients if p is not None and gradient is not None]
+        self._forget()
+        for parameter, total in sums:
+            parameter.grad = total
 
     def __getstate__(self) -> dict[str, Any]:
         """Tables of its own for a copy, and no remembered forward in a copy or a pickle."""
@@ -136,11 +149,14 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_modules" not in self.__dict__:
-            raise AttributeError(f"cannot assign {name!r} before Module.__init__() call")
+            if isinstance(value, Parameter | Module):
+                raise AttributeError(f"cannot assign {name!r} before Module.__init__() call")
+            object.__setattr__(self, name, value)
+            return
         parameters, buffers, modules = self._parameters, self._buffers, self._modules
         if isinstance(value, Parameter):
             self._move_name(name, parameters, value)
-        elif isinstance(value, Module):
+        elif isinstance(value, Module) and name not in parameters:
             self._move_name(name, modules, value)
         elif name in parameters or name in modules:
             kind, table = ("Parameter", parameters) if name in parameters else ("Module", modules)
@@ -148,7 +164,7 @@ class Module:
                 raise TypeError(f"cannot assign {type(value).__name__!r} to {name!r} ({kind} or None expected)")
             table[name] = None
         elif name in buffers:
-            buffers[name] = _state.as_buffer(name, value)
+            buffers[name] = _state.as_buffer(name, value, buffers[name])
         else:
             object.__setattr__(self, name, value)
 
@@ -249,14 +265,13 @@ class Module:
         """Each buffer, arrays once."""
         return (buffer for _, buffer in self.named_buffers(recurse=recurse))
 
-    # ---- Modes ----
-
     def train(self: M, mode: bool = True) -> M:
         """Put this module and all below it in training mode (or, with False, in evaluation mode)."""
         if not isinstance(mode, bool):
             raise ValueError(f"training mode is expected to be boolean; got {mode!r}")
-        for module in self.modules():
-            module.training = mode
+        self.training = mode
+        for child in self.children():  # through their own train, which may be overridden to keep statistics frozen
+            child.train(mode)
         return self
 
     def eval(self: M) -> M:
@@ -271,19 +286,15 @@ class Module:
     def to(self: M, *, xp: Namespace | None = None, device: Any = None, dtype: Any = None) -> M:
         """Move every parameter, gradient and buffer, in place, drop the remembered forwards, and return this module.
 
-        Parameters
-        ----------
-        xp : module, optional
-            The namespace to move to: numpy, cupy, torch, jax.numpy, …
-        device, dtype : optional
-            As that namespace names them; a dtype also by its name, "float64".
+        `xp` is a namespace such as numpy or torch; `device` and `dtype` are as it names them, a dtype also "float64".
         """
         modules, parameters = list(self.modules()), list(self.parameters())
         for module in modules:
             module._check_to(dtype)
-        values = [value for p in parameters for value in (p.data, p.grad)]
-        values += [value for module in modules for value in module._buffers.values()]
-        new = {id(value): moved(value, xp, device, dtype) for value in values if is_array_api_obj(value)}
+        values = [(name, value) for name, p in self.named_parameters() for value in (p.data, p.grad)]
+        values += self.named_buffers()
+        new = {id(value): moved(name, value, xp, device, dtype) for name, value in values if is_array_api_obj(value)}
+        check_dtype(dtype)  # where there is no array to move
         for module in modules:
             module._forget()
             for name, value in module._buffers.items():
@@ -304,21 +315,9 @@ class Module:
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> _state.IncompatibleKeys:
         """Take over the values of a state dict, converted to the namespace, device and dtype that this module has.
 
-        Returns missing_keys and unexpected_keys.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array
-            Of anything that numpy.asarray or DLPack takes; left as it is.
-        strict : bool
-            Whether missing and unexpected keys are errors.
-
-        Raises
-        ------
-        TypeError
-            A value is no real array.
-        RuntimeError
-            Lists every missing, unexpected and wrong-sized key. In every case of an error nothing has been loaded.
+        The values of `state_dict` are anything that numpy.asarray or DLPack takes; it is left as it is. With `strict`,
+        missing and unexpected keys are errors; they are returned otherwise. Raises a TypeError where a value is no real
+        array, and one RuntimeError that lists every wrong key; then nothing has been loaded.
         """
         return _state.load(self, state_dict, strict)
 
@@ -395,6 +394,7 @@ class Sequential(Module):
 
     def __getitem__(self, index: int | slice) -> Module:
         if isinstance(index, slice):
-            return Sequential(dict(list(self._modules.items())[index]))
-        module: Module = list(self._modules.values())[index]
-        return module
+            return type(self)(dict(list(self._modules.items())[index]))
+        if not -len(self) <= as_integer("index", index) < len(self):
+            raise IndexError(f"index: expected {-len(self)} … {len(self) - 1}, for {len(self)} modules; got {index}")
+        return list(self)[index]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
-from ._arrays import Array, array_namespace
-from ._checks import as_integer
+from ._arrays import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
+from ._checks import as_flag, as_floating, as_integer, as_number, check_home
 from .modules import Module, Parameter
 
 
@@ -36,12 +37,13 @@ class Linear(Module):
         super().__init__()
         self.in_features = as_integer("in_features", in_features, 1)
         self.out_features = as_integer("out_features", out_features, 1)
-        rng = np.random.default_rng() if rng is None else rng
+        bias, rng = as_flag("bias", bias), _generator(rng)
         self.weight = Parameter(_uniform(rng, (out_features, in_features), in_features))
         self.bias = Parameter(_uniform(rng, (out_features,), in_features)) if bias else None
 
     def forward(self, x: Array) -> Array:
         """y (N, out_features) of x (N, in_features)."""
+        x = _as_input(x, self.weight)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, {self.in_features}); got {tuple(x.shape)}")
         y = x @ self.weight.data.T
@@ -51,11 +53,9 @@ class Linear(Module):
     def backward(self, dy: Array) -> Array:
         """dx (N, in_features) from dy (N, out_features)."""
         x = self._recall()
-        dx, dweight = dy @ self.weight.data, dy.T @ x
-        self._forget()
-        self.weight.accumulate(dweight)
-        if self.bias is not None:
-            self.bias.accumulate(array_namespace(dy).sum(dy, axis=0))
+        dy = _as_gradient(dy, x, (x.shape[0], self.out_features))
+        dx, dweight, dbias = dy @ self.weight.data, dy.T @ x, array_namespace(dy).sum(dy, axis=0)
+        self._finish_backward((self.weight, dweight), (self.bias, dbias))
         return dx
 
     def extra_repr(self) -> str:
@@ -101,30 +101,31 @@ class Conv2d(Module):
         self.padding = as_integer("padding", padding, 0)
         if padding >= kernel_size:
             raise ValueError(f"padding: expected less than kernel_size = {kernel_size}; got {padding}")
-        rng = np.random.default_rng() if rng is None else rng
+        bias, rng = as_flag("bias", bias), _generator(rng)
         fan_in = in_channels * kernel_size**2
         self.weight = Parameter(_uniform(rng, (out_channels, in_channels, kernel_size, kernel_size), fan_in))
         self.bias = Parameter(_uniform(rng, (out_channels,), fan_in)) if bias else None
 
     def forward(self, x: Array) -> Array:
         """y (N, out_channels, H', W') of x (N, in_channels, H, W), H' = H + 2·padding − kernel_size + 1."""
+        x = _as_input(x, self.weight)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (N, {self.in_channels}, H, W); got {tuple(x.shape)}")
         y, patches = _correlate(x, self.weight.data, self.padding)
-        self._remember(patches)
+        self._remember((patches, tuple(y.shape)))
         return y if self.bias is None else y + self.bias.data[:, None, None]
 
     def backward(self, dy: Array) -> Array:
         """dx from dy: the correlation of dy with the weight turned by 180°."""
-        patches, weight, xp = self._recall(), self.weight.data, array_namespace(dy)
-        flat = xp.reshape(dy, (dy.shape[0], dy.shape[1], -1))
+        (patches, shape), weight = self._recall(), self.weight.data
+        dy = _as_gradient(dy, patches, shape)
+        xp = array_namespace(dy)
+        flat = xp.reshape(dy, (dy.shape[0], dy.shape[1], dy.shape[2] * dy.shape[3]))
         dweight = xp.sum(flat @ xp.matrix_transpose(patches), axis=0)
         turned = xp.flip(xp.permute_dims(weight, (1, 0, 2, 3)), axis=(2, 3))
         dx, _ = _correlate(dy, turned, self.kernel_size - 1 - self.padding)
-        self._forget()
-        self.weight.accumulate(xp.reshape(dweight, weight.shape))
-        if self.bias is not None:
-            self.bias.accumulate(xp.sum(dy, axis=(0, 2, 3)))
+        dweight, dbias = xp.reshape(dweight, weight.shape), xp.sum(dy, axis=(0, 2, 3))
+        self._finish_backward((self.weight, dweight), (self.bias, dbias))
         return dx
 
     def extra_repr(self) -> str:
@@ -136,14 +137,13 @@ class Conv2d(Module):
 def _correlate(x: Array, weight: Array, padding: int) -> tuple[Array, Array]:
     """(N, O, H', W') of x (N, C, H, W) and weight (O, C, K, K); and the patches (N, C·K·K, H'·W') of x it used."""
     xp, size = array_namespace(x), weight.shape[-1]
-    for axis in (2, 3):
-        if padding:
-            edge = xp.zeros_like(x[:, :, :padding, :] if axis == 2 else x[:, :, :, :1])
-            edge = edge if axis == 2 and edge.shape[2] == padding else xp.concat([edge] * padding, axis=axis)
-            x = xp.concat([edge, x, edge], axis=axis)
+    for axis in (2, 3) if padding else ():
+        shape = tuple(padding if i == axis else size for i, size in enumerate(x.shape))
+        edge = xp.zeros(shape, dtype=x.dtype, device=device(x))
+        x = xp.concat([edge, x, edge], axis=axis)
     n, c, height, width = x.shape[0], x.shape[1], x.shape[2] - size + 1, x.shape[3] - size + 1
     if height < 1 or width < 1:
-        raise ValueError(f"x: expected at least {size} rows and columns, padding included; got {x.shape[2:]}")
+        raise ValueError(f"x: expected at least {size} rows and columns, padding included; got shape {tuple(x.shape)}")
     shifted = [x[:, :, i : i + height, j : j + width] for i in range(size) for j in range(size)]
     patches = xp.reshape(xp.stack(shifted, axis=2), (n, c * size * size, height * width))
     y = xp.reshape(weight, (weight.shape[0], -1)) @ patches
@@ -162,13 +162,16 @@ class ReLU(Module):
 
     def forward(self, x: Array) -> Array:
         """y, of the shape of x."""
+        x = as_floating("x", x)
         xp = array_namespace(x)
         self._remember(x)
         return xp.where(x < 0, xp.zeros_like(x), x)
 
     def backward(self, dy: Array) -> Array:
         """dx = dy where x > 0, else 0."""
-        x, xp = self._recall(), array_namespace(dy)
+        x = self._recall()
+        dy = _as_gradient(dy, x, tuple(x.shape))
+        xp = array_namespace(dy)
         dx = xp.where(x > 0, dy, xp.zeros_like(dy))
         self._forget()
         return dx
@@ -186,12 +189,18 @@ class Flatten(Module):
 
     def forward(self, x: Array) -> Array:
         """y (N, product)."""
-        self._remember(tuple(x.shape))
-        return array_namespace(x).reshape(x, (x.shape[0], -1))
+        x = as_floating("x", x)
+        if x.ndim < 1:
+            raise ValueError(f"x: expected at least 1 dimension, (N, …); got shape {tuple(x.shape)}")
+        y = array_namespace(x).reshape(x, (x.shape[0], math.prod(x.shape[1:])))
+        self._remember(x)
+        return y
 
     def backward(self, dy: Array) -> Array:
         """dy in the shape of x."""
-        dx = array_namespace(dy).reshape(dy, self._recall())
+        x = self._recall()
+        dy = _as_gradient(dy, x, (x.shape[0], math.prod(x.shape[1:])))
+        dx = array_namespace(dy).reshape(dy, x.shape)
         self._forget()
         return dx
 
@@ -217,10 +226,10 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     >>> round(loss, 4), dlogits
     (0.6931, array([[-0.5,  0.5]]))
     """
-    if logits.ndim != 2 or tuple(labels.shape) != (logits.shape[0],):
-        raise ValueError(
-            f"labels: expected shape ({logits.shape[0]},), one per row of logits; got {tuple(labels.shape)}"
-        )
+    logits = as_floating("logits", logits)
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(f"logits: expected shape (N, K), neither of them 0; got {tuple(logits.shape)}")
+    _check_labels(labels, logits)
     xp, n = array_namespace(logits), logits.shape[0]
     shifted = logits - xp.max(logits, axis=1, keepdims=True)
     powers = xp.exp(shifted)
@@ -253,8 +262,18 @@ class SGD:
     """
 
     def __init__(self, parameters: Iterable[Parameter], lr: float, momentum: float = 0.0) -> None:
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                f"parameters: expected several Parameters, as module.parameters() gives; got {class_name(parameters)}"
+            )
         self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("parameters: expected at least one; got none")
+        for index, parameter in enumerate(self.parameters):
+            if not isinstance(parameter, Parameter):
+                raise TypeError(f"parameters[{index}]: expected a Parameter; got {class_name(parameter)}")
         self.lr, self.momentum = lr, momentum
+        self._check_rates()
         self._velocity: list[Array | None] = [None] * len(self.parameters)
 
     def zero_grad(self) -> None:
@@ -262,15 +281,57 @@ class SGD:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def _check_rates(self) -> tuple[float, float]:
+        """lr and momentum as floats: a NumPy scalar would turn float32 parameters into float64."""
+        for name in ("lr", "momentum"):
+            if as_number(name, value := getattr(self, name)) < 0:
+                raise ValueError(f"{name}: expected a number ≥ 0; got {value!r}")
+        return float(self.lr), float(self.momentum)
+
     def step(self) -> None:
         """Move every parameter against its gradient."""
+        lr, momentum = self._check_rates()
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
             velocity = self._velocity[index]
-            velocity = parameter.grad if velocity is None else self.momentum * velocity + parameter.grad
+            velocity = parameter.grad if velocity is None else momentum * velocity + parameter.grad
             self._velocity[index] = velocity
-            parameter.data = parameter.data - self.lr * velocity
+            parameter.data = parameter.data - lr * velocity
+
+
+def _as_input(x: Array, weight: Parameter) -> Array:
+    x = as_floating("x", x)
+    check_home("weight", weight.data, x)
+    return x
+
+
+def _as_gradient(dy: Array, x: Array, shape: tuple[int, ...]) -> Array:
+    dy = as_floating("dy", dy)
+    check_home("dy", dy, x)
+    if tuple(dy.shape) != shape:
+        raise ValueError(f"dy: expected shape {shape}, that of y; got {tuple(dy.shape)}")
+    return dy
+
+
+def _check_labels(labels: Array, logits: Array) -> None:
+    if not is_array_api_obj(labels):
+        raise TypeError(f"labels: expected an array of integers; got {class_name(labels)}")
+    check_home("labels", labels, logits, "logits")
+    xp, (n, k) = array_namespace(labels), logits.shape
+    if not xp.isdtype(labels.dtype, "integral"):
+        raise TypeError(f"labels: expected an array of integers; got {dtype_name(labels.dtype)}")
+    if tuple(labels.shape) != (n,):
+        raise ValueError(f"labels: expected shape ({n},), one per row of logits; got {tuple(labels.shape)}")
+    low, high = int(xp.min(labels)), int(xp.max(labels))
+    if low < 0 or high >= k:
+        raise ValueError(f"labels: expected 0 … {k - 1}, the columns of logits; got {low if low < 0 else high}")
+
+
+def _generator(rng: np.random.Generator | None) -> np.random.Generator:
+    if rng is not None and not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng: expected a numpy.random.Generator; got {rng!r}. Pass numpy.random.default_rng(seed)")
+    return np.random.default_rng() if rng is None else rng
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> Array:

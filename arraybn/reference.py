@@ -13,7 +13,7 @@ sum ``mean + mean_low`` of two float32 numbers, because a mean rounded to the pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._arrays import Array, array_namespace, wide_dtype
 
@@ -112,7 +112,7 @@ class Moments:
     n: int
     mean: Array
     m2: Array
-    mean_low: Array | None = None
+    mean_low: Array | None = field(default=None, repr=False, kw_only=True)
 
     def var(self, correction: int = 0) -> Array:
         """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""
@@ -141,8 +141,9 @@ def pool(a: Moments, b: Moments) -> Moments:
     step = delta * (b.n / n)
     m2 = (a.m2 + b.m2) + delta * delta * (a.n * b.n / n)
     mean = mean_a + step
-    low = None if a.mean_low is None else low_a + ((mean_a - mean) + step)
-    return Moments(n, mean, m2, low)
+    if a.mean_low is None and b.mean_low is None:
+        return Moments(n, mean, m2)
+    return Moments(n, mean, m2, mean_low=low_a + ((mean_a - mean) + step))
 
 
 def _low(m: Moments) -> Array:
@@ -161,11 +162,11 @@ def update_running(running: Array, value: Array, momentum: float) -> Array:
 
 def rstd(var: Array, eps: float) -> Array:
     """(E3) 1/√(var+eps) (C,); 0 where var and eps are both 0, so that xhat of a constant channel is 0."""
-    xp = array_namespace(var)
-    if eps > 0:
-        return 1 / xp.sqrt(var + eps)
-    zero = var == 0
-    return xp.where(zero, xp.zeros_like(var), 1 / xp.sqrt(xp.where(zero, xp.ones_like(var), var)))
+    xp, total = array_namespace(var), var + eps
+    if eps >= 2.0**-126:  # below, float32 may have no such number
+        return 1 / xp.sqrt(total)
+    zero = total == 0
+    return xp.where(zero, xp.zeros_like(total), 1 / xp.sqrt(xp.where(zero, xp.ones_like(total), total)))
 
 
 def normalize(

@@ -218,7 +218,7 @@ def test_a_forward_that_fails_in_its_last_step_changes_nothing() -> None:
 def test_a_backward_needs_a_forward_of_its_own_and_one_that_raises_changes_nothing() -> None:
     layer = arraybn.BatchNorm1d(3)
     missing = (
-        r"BatchNorm1d.backward: expected a forward before it, one for each backward; there is none left.*functions"
+        r"BatchNorm1d.backward: expected a forward before it, one for each backward; got none.*batch_norm_backward"
     )
     with pytest.raises(RuntimeError, match=missing):
         layer.backward(X)
@@ -359,7 +359,9 @@ def test_state_dict_has_pytorchs_keys_order_and_version_and_is_a_copy() -> None:
     for value in saved.values():
         value[...] = 9
     assert state(model) == before
-    assert next(iter(model.state_dict(prefix="m."))) == "m.norm.weight"
+    prefixed = model.state_dict(prefix="m.")
+    assert next(iter(prefixed)) == "m.norm.weight"
+    assert list(prefixed._metadata) == ["m", "m.norm", "m.act"]
 
 
 @pytest.mark.parametrize("version", [None, 1, 2])

@@ -9,10 +9,10 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
-import scenarios
-from conftest import Home
+from conftest import Home, need
 
 import arraybn
+from arraybn.testing import exact_moments, scenarios
 
 SHAPES = [shape for shape in scenarios.SHAPES if shape != "one value"]
 
@@ -88,13 +88,50 @@ def test_pool_is_commutative_to_the_bit_without_float64_too(home: Home) -> None:
         assert one.any()
 
 
+def test_the_low_part_of_a_pooled_mean_is_that_of_the_whole_batch(home: Home) -> None:
+    x = (np.random.default_rng(0).standard_normal((40, 30)) + 1e5).astype("f4")
+    pooled = arraybn.pool(*(arraybn.moments(home.array(part)) for part in np.split(x, [13, 29])))
+    low = 0 if pooled.mean_low is None else home.numpy(pooled.mean_low).astype("f8")
+    mean = home.numpy(pooled.mean).astype("f8") + low
+    exact = np.asarray([float(exact_moments(x[:, c])[0]) for c in range(30)])
+    assert (abs(mean - exact) <= 2.0**-22).all()  # a few roundings to float32 of x − mean, which is of size 1
+    if home.wide == "float32":
+        assert abs(home.numpy(pooled.mean).astype("f8") - exact).max() > 2.0**-10  # the control
+
+
+def test_pooling_infinities_keeps_them(home: Home) -> None:
+    x = home.array(np.asarray([[np.inf, 1.0], [np.inf, 2.0]]), "float32")
+    with np.errstate(invalid="ignore"):
+        pooled = arraybn.pool(arraybn.moments(x[:1, ...]), arraybn.moments(x[1:, ...]))
+    assert home.numpy(pooled.mean).tolist() == [np.inf, 1.5]
+
+
+def test_functions_work_inside_jax_transformations_and_layers_say_that_they_do_not() -> None:
+    jax = need("jax")
+    x, weight = jax.numpy.asarray(np.random.default_rng(0).standard_normal((6, 3)), "float32"), jax.numpy.ones(3)
+
+    def forward(x: Any) -> Any:
+        return arraybn.batch_norm(x, weight)[0]
+
+    y, dy = forward(x), x**2
+    np.testing.assert_allclose(jax.jit(forward)(x), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(forward)(x[None])[0], y, rtol=1e-5, atol=1e-6)
+    _, vjp = jax.vjp(forward, x)
+    dx, _, _ = arraybn.batch_norm_backward(dy, arraybn.batch_norm(x, weight)[1])
+    np.testing.assert_allclose(vjp(dy)[0], dx, rtol=1e-4, atol=1e-5)  # JAX's own derivative of our forward
+    layer = arraybn.BatchNorm1d(3, xp=jax.numpy)
+    with pytest.raises(TypeError, match=r"x: expected an array with values.*got a JAX tracer.*call arraybn.batch_norm"):
+        jax.jit(layer)(x)
+    assert layer.num_batches_tracked == 0
+
+
 def test_pool_is_commutative_where_only_the_low_parts_of_the_means_differ() -> None:
-    xp = pytest.importorskip("array_api_strict")
+    xp = need("array_api_strict")
     where = {"device": xp.Device("no_float64"), "dtype": xp.float32}
     rng = np.random.default_rng(0)
     for _ in range(20):
         low = [xp.asarray((1e-5 * rng.standard_normal(50)).tolist(), **where) for _ in range(2)]
-        a, b = (arraybn.Moments(7, xp.full(50, 1000.0, **where), xp.ones(50, **where), part) for part in low)
+        a, b = (arraybn.Moments(7, xp.full(50, 1000.0, **where), xp.ones(50, **where), mean_low=part) for part in low)
         ab, ba = arraybn.pool(a, b), arraybn.pool(b, a)
         for name in ("mean", "m2", "mean_low"):
             assert bool(xp.all(getattr(ab, name) == getattr(ba, name)))
@@ -127,6 +164,8 @@ def test_a_layer_moves_there_and_back_with_all_its_state(home: Home) -> None:
     layer.backward(np.ones((5, 3)))
     before = {name: value.copy() for name, value in layer.state_dict().items()}
     gradient = layer.bias.grad.copy()
+    layer(np.ones((5, 3)))
+    before = layer.state_dict()
     assert layer.to(xp=home.xp, device=home.device) is layer
     with pytest.raises(RuntimeError, match="expected a forward before it"):
         layer.backward(home.array(np.ones((5, 3), "f4")))
@@ -136,9 +175,11 @@ def test_a_layer_moves_there_and_back_with_all_its_state(home: Home) -> None:
     assert home.numpy(layer(home.array(np.ones((4, 3), "f4")))).shape == (4, 3)
     layer.reset_parameters()
     assert home.numpy(layer.running_var).tolist() == [1, 1, 1]
-    if home.device is None or "CPU" in str(home.device):
-        layer.load_state_dict(before)
-        state = layer.to(xp=np).state_dict()
+    layer.load_state_dict(before)
+    host = arraybn.BatchNorm1d(3)
+    host.load_state_dict(layer.state_dict())
+    layer.to(xp=np, device="cpu")
+    for state in (layer.state_dict(), host.state_dict()):
         for name, value in before.items():
             np.testing.assert_array_equal(state[name], value)
 
@@ -176,7 +217,7 @@ def test_mixed_namespaces_are_refused_with_the_remedy(home: Home) -> None:
     other = scenarios.make("small")
     x = home.array(other.x, "float32")
     if home.name == "numpy":
-        strict = pytest.importorskip("array_api_strict")
+        strict = need("array_api_strict")
         weight = strict.asarray(other.weight)
     else:
         weight = other.weight
@@ -188,7 +229,7 @@ def test_mixed_namespaces_are_refused_with_the_remedy(home: Home) -> None:
 
 
 def test_mixed_devices_are_refused_with_the_remedy() -> None:
-    xp = pytest.importorskip("array_api_strict")
+    xp = need("array_api_strict")
     x, weight = xp.ones((4, 3), device=xp.Device("device1")), xp.ones(3, device=xp.Device("device2"))
     with pytest.raises(ValueError, match=r"weight: expected on .*device1.* as x is; got one on .*device2"):
         arraybn.batch_norm(x, weight)
@@ -200,19 +241,22 @@ def test_mixed_devices_are_refused_with_the_remedy() -> None:
 
 
 def test_jax_without_and_with_x64_differ_in_the_dtype_of_statistics() -> None:
-    jax = pytest.importorskip("jax")
+    jax = need("jax")
     for x64, wide in ((False, "float32"), (True, "float64"), (False, "float32")):
         with jax.enable_x64(x64):
             assert arraybn.moments(jax.numpy.ones((3, 2), "float32")).mean.dtype == wide
 
 
 def test_tensors_that_require_grad_are_refused_unless_autograd_is_off() -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     x = torch.ones(4, 3, requires_grad=True)
     with pytest.raises(TypeError, match=r"x: expected a tensor without requires_grad.*x.detach\(\)"):
         arraybn.batch_norm(x)
+    layer = arraybn.BatchNorm1d(3, xp=torch)
     with torch.no_grad():
-        assert arraybn.batch_norm(x)[0].shape == (4, 3)
+        y = layer(x)
+    dx = layer.backward(torch.ones(4, 3))
+    assert not any(tensor.requires_grad for tensor in (y, dx, layer.weight.grad, layer.running_mean))
 
 
 def test_the_namespace_of_every_result_is_that_of_x(home: Home) -> None:

@@ -48,6 +48,12 @@ def slack(x: Any) -> Any:
     return 16 * U * (abs(x).max(axis=(0, 2)) / std(x) + np.log2(n) + 4) * np.sqrt(n)
 
 
+def same_moments(a: arraybn.Moments, b: arraybn.Moments, x: Any) -> bool:
+    """Whether two moments of the values of x agree but for the order of additions."""
+    close = abs(a.mean - b.mean) <= slack(x) * std(x)
+    return a.n == b.n and bool((close & (abs(a.m2 - b.m2) <= 8 * slack(x) * b.m2)).all()) and bool(b.m2.min() > 0)
+
+
 def off(y: Any) -> Any:
     """Y with one element wrong by 0.1 % of the largest."""
     y = y.copy()
@@ -64,10 +70,9 @@ def test_permuting_the_batch_permutes_y_and_changes_no_statistic(x: Any, rng: An
     bound = (slack(x) * abs(weight) + 8 * U * abs(bias))[:, None] * np.sqrt(y.size)
     assert (abs(z - y[order]) <= bound).all()
     assert not (abs(off(z) - y[order]) <= bound).all()
-    assert (abs(permuted.moments.mean - saved.moments.mean) <= 8 * U * abs(x).max(axis=(0, 2))).all()
-    assert (abs(permuted.moments.m2 - saved.moments.m2) <= slack(x) * saved.moments.m2).all()
-    assert abs(saved.moments.mean).min() > 0
-    assert saved.moments.m2.min() > 0
+    assert same_moments(permuted.moments, saved.moments, x)
+    assert not same_moments(permuted.moments, arraybn.moments(x + 1e-3 * std(x)[:, None]), x)
+    assert not same_moments(permuted.moments, arraybn.moments(x * 1.001), x)
 
 
 @given(batches(), st.data())
@@ -76,13 +81,10 @@ def test_splitting_and_pooling_changes_nothing(x: Any, data: st.DataObject) -> N
     parts = [arraybn.moments(part) for part in np.split(x, cuts) if len(part) or data.draw(st.booleans())]
     whole, pooled = arraybn.moments(x), arraybn.pool(*parts)
     assert pooled.n == whole.n
-    scale = std(x)
-    bound = slack(x) * scale
-    assert (abs(pooled.mean - whole.mean) <= bound).all()
-    assert (abs(pooled.m2 - whole.m2) <= 8 * slack(x) * whole.m2).all()
-    wrong = arraybn.pool(whole, arraybn.moments(x[:1]))  # the control: one sample counted twice
-    assert wrong.n != whole.n
-    assert abs(wrong.m2 - whole.m2).max() > 0 or abs(wrong.mean - whole.mean).max() > 0
+    assert same_moments(pooled, whole, x)
+    assert not same_moments(arraybn.pool(whole, arraybn.moments(x[:1])), whole, x)  # one sample counted twice
+    assert not same_moments(arraybn.Moments(whole.n, pooled.mean + 1e-3 * std(x), pooled.m2), whole, x)
+    assert not same_moments(arraybn.Moments(whole.n, pooled.mean, 1.001 * pooled.m2), whole, x)
 
 
 @given(batches(), st.data())
@@ -195,17 +197,16 @@ def test_constant_channels_give_bias_and_nearly_constant_ones_do_not(rng: Any, n
 
 @given(batches(), seeds)
 def test_after_one_batch_with_momentum_1_evaluation_uses_its_mean_and_unbiased_variance(x: Any, rng: Any) -> None:
-    layer = arraybn.BatchNorm1d(x.shape[1], momentum=1.0, dtype="float64")
+    layer = arraybn.BatchNorm1d(x.shape[1], eps=0, momentum=1.0, dtype="float64")
     layer.weight.data, layer.bias.data = parameters(rng, x.shape[1])
     trained = layer(x)
     y = layer.eval()(x)
     moments = arraybn.moments(x)
     var = moments.m2 / (moments.n - 1)
     centred = x - moments.mean[:, None]
-    expected = (layer.weight.data / np.sqrt(var + EPS))[:, None] * centred + layer.bias.data[:, None]
+    expected = (layer.weight.data / np.sqrt(var))[:, None] * centred + layer.bias.data[:, None]
     np.testing.assert_allclose(y, expected, rtol=1e-13, atol=1e-13 * abs(expected).max())
-    wide = var > 1e3 * EPS  # elsewhere eps hides the difference between n and n − 1
-    assert (abs(y - trained).max(axis=(0, 2)) > 1e-4)[wide].all()
+    assert (abs(y - trained).max(axis=(0, 2)) > 1e-4).all()  # n − 1 is not n
     assert not np.allclose(off(y), expected, rtol=1e-13, atol=1e-13 * abs(expected).max())
 
 
@@ -225,19 +226,18 @@ def test_channels_do_not_see_each_other(x: Any, rng: Any) -> None:
     assert abs(dx1).max() > 0
 
 
-@given(batches(), seeds, st.floats(0, 1))
+@given(batches(), seeds, st.floats(0, 0.999))
 def test_running_statistics_follow_the_onnx_definition_with_decay_and_biased_variance(
     x: Any, rng: Any, decay: float
 ) -> None:
-    running_mean, running_var = rng.standard_normal(x.shape[1]), rng.uniform(0.5, 2, x.shape[1])
+    running_mean, running_var = rng.standard_normal(x.shape[1]), rng.uniform(0.5, 2, x.shape[1]) * x.var(axis=(0, 2))
     mean, var = arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), 1 - decay, correction=0)
     decay = 1 - (1 - decay)  # as the function can know it
     expected = running_mean * decay + x.mean(axis=(0, 2)) * (1 - decay)
     assert (abs(mean - expected) <= 1e-14 * (abs(running_mean) + abs(x).max(axis=(0, 2)))).all()
     np.testing.assert_allclose(var, running_var * decay + x.var(axis=(0, 2)) * (1 - decay), rtol=1e-9)
     unbiased = arraybn.update_running_stats(running_mean, running_var, arraybn.moments(x), 1 - decay)[1]
-    visible = (1 - decay) * x.var(axis=(0, 2)) > 1e-6 * var  # elsewhere n against n − 1 is lost in the old variance
-    assert (unbiased > var)[visible].all()
+    assert (unbiased > var * (1 + 1e-6)).all()  # the control: PyTorch's convention is another
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
