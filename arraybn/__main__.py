@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
-from .commands import demo, info
+from ._version import __version__
+from .commands import check, demo, info
 
-COMMANDS = {"info": info, "demo": demo}
+COMMANDS = {"info": info, "demo": demo, "check": check}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m arraybn", description="Batch normalization that people can read, trust and run anywhere."
     )
+    parser.add_argument("--version", action="version", version=f"arraybn {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="command")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
@@ -30,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "–" must not cost the result
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

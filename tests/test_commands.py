@@ -218,7 +218,7 @@ def test_info_names_what_brings_the_missing(bare_site: Path) -> None:
         "mpi4py": 'pip install "arraybn[mpi]"',
         "launcher": 'pip install "arraybn[mpi]"',
         "cpu": 'numba, ml_dtypes: pip install "arraybn[cpu]"',
-        "demo": 'matplotlib, scikit-learn, tqdm: pip install "arraybn[demo]"',
+        "demo": 'matplotlib, safetensors, scikit-learn, tqdm: pip install "arraybn[demo]"',
     }.items():
         assert "missing" in line(result, start)
         assert remedy in line(result, start)
@@ -569,3 +569,15 @@ def test_ctrl_c_ends_it_cleanly(demo_libraries: None, tmp_path: Path) -> None:
     assert child.returncode == 130
     assert stderr.strip() == "interrupted"
     assert list((tmp_path / "arraybn-demo").iterdir()) == []
+
+
+def test_the_version_and_a_reader_who_leaves_early(tmp_path: Path) -> None:
+    result = arraybn_command("--version", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"arraybn {arraybn.__version__}\n")
+    code = "import sys; sys.stdin.readline()"
+    command = [sys.executable, "-m", "arraybn", "info"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=tmp_path, env=environment()) as info:
+        subprocess.run([sys.executable, "-c", code], stdin=info.stdout, timeout=60, check=True)
+        info.stdout.close()
+        assert info.stderr.read() == b""

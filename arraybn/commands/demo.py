@@ -25,7 +25,8 @@ from ..reference import Moments
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
 DESCRIPTION = (
     "Train one small convolutional network on scikit-learn's 1,797 handwritten digits, with and without batch norm, at"
-    " several learning rates. Prints a table, draws demo.png, and saves the best network with batch norm as best.npz."
+    " several learning rates. Prints a table, draws demo.png, and saves the network with batch norm that has the lowest"
+    " training loss as best.npz."
 )
 
 LEARNING_RATES = (0.01, 0.1, 0.5, 2.0)
@@ -282,8 +283,9 @@ def _save(runs: list[Run], digits: Digits, out: Path, plot: bool) -> int:
     if not _same_when_loaded(best, saved, digits.test_images):
         print(f"demo: loaded from {saved}, the network gives other logits than the one saved", file=sys.stderr)
         return 1
-    print(f"{saved}: the network with batch norm that has the lowest loss (learning rate {best.lr:g});")
-    print(f"  loaded into a fresh network it gives the same bits, all {len(digits.test_labels)} × 10 test logits")
+    bits = f"loaded into a fresh network it gives the same bits, all {len(digits.test_labels)} × 10 test logits"
+    print(f"{saved}: the network with batch norm of the lowest training loss (learning rate {best.lr:g});")
+    print(f"  the test set had no say in the choice; {bits}")
     if plot:
         from ._demo_figure import draw
 
@@ -358,7 +360,7 @@ def _missing_libraries(plot: bool) -> str:
             importlib.import_module(module)
         except ImportError as error:
             problems.append(f"{name} ({error})")
-    return f'{", ".join(problems)}: install with  pip install "arraybn[demo]"' if problems else ""
+    return f'{", ".join(problems)}: {sys.executable} -m pip install "arraybn[demo]"' if problems else ""
 
 
 def _unusable(folder: Path) -> str:

@@ -33,7 +33,7 @@ EXTRAS = {  # extra: the distributions that it brings
     "cuda12": ("cupy-cuda12x",),
     "cuda13": ("cupy-cuda13x",),
     "mpi": ("mpi4py", "mpich"),
-    "demo": ("matplotlib", "scikit-learn", "tqdm"),
+    "demo": ("matplotlib", "safetensors", "scikit-learn", "tqdm"),
 }
 NAMESPACES = {  # module: what to do where it is missing
     "numpy": "pip install numpy",
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         "Extras": [_extra(name) for name in EXTRAS],
     }
     print(_report(sections))
+    print(f"\npip here is  {sys.executable} -m pip")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from .._arrays import Namespace
 from .diagnosis import cause_of
+from .oracle import LONG
 from .properties import PROPERTIES, Property, Subject
 from .scenarios import Batch
 
@@ -48,7 +51,9 @@ class Failure:
         lines.append(f"  on x = {x}")
         lines.append(f"     of shape {self.batch.x.shape}, with eps = {self.batch.eps:g},")
         lines.append(f"     weight = {self.batch.weight.tolist()}, bias = {self.batch.bias.tolist()}")
-        return "\n".join([*lines, f"  usual cause: {self.cause}"] if self.cause else lines)
+        if self.cause:
+            lines += textwrap.wrap(f"usual cause: {self.cause}", 110, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
 
 
 class BatchNormError(AssertionError):
@@ -104,6 +109,10 @@ def check_batch_norm(
     BatchNormError
         An AssertionError that lists, for each property that does not hold, the smallest batch found, the error in ulp,
         and the usual cause.
+    RuntimeError
+        numpy.longdouble has less than 64 bits of mantissa here, which the oracle needs.
+    ImportError
+        examples > 0 without hypothesis.
 
     Examples
     --------
@@ -123,6 +132,10 @@ def check_batch_norm(
       usual cause: the variance is divided by n − 1; in the forward it is biased, divided by n (E3)
     ...
     """
+    if np.finfo(LONG).nmant < 63:
+        raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
+    if examples:
+        importlib.import_module(".strategies", __package__)  # needs hypothesis, and says so
     subject = Subject(forward, backward, update, dtype=np.dtype(dtype), xp=xp, tolerance=tolerance, max_ratio=max_ratio)
     asked = [p for p in PROPERTIES if getattr(subject, p.needs) is not None]
     failures = []
@@ -170,8 +183,10 @@ def _batches(asking: Property, subject: Subject, examples: int) -> Iterator[Batc
 
 def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
     """A part of the batch, in fewer digits, that still fails: in each respect the first that does."""
+    varied = np.ptp(batch.x) > 0  # and is to stay so: a constant batch may fail for a reason of its own
     for smaller in (_fewer_samples, _fewer_positions, _fewer_channels, _fewer_digits):
-        batch = next((part for part in smaller(batch) if part.x[:, 0].size > 1 and fails(part)), batch)
+        parts = (part for part in smaller(batch) if part.x[:, 0].size > 1 and (np.ptp(part.x) > 0) >= varied)
+        batch = next((part for part in parts if fails(part)), batch)
     return batch
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Namespace, as_namespace, as_numpy
+from .._arrays import Namespace, array_namespace, as_namespace, as_numpy, is_array_api_obj, namespace_name
 from . import scenarios
 from .oracle import LONG, Exact, exact_batch_norm, worst
 from .scenarios import Batch
@@ -40,9 +40,13 @@ class Subject:
 
     def y(self, batch: Batch) -> Array:
         """What forward makes of the batch."""
-        result = self.forward(*map(self.given, (batch.x, batch.weight, batch.bias)), batch.eps)
-        y: Array = as_numpy("y", result[0] if isinstance(result, tuple) else result)
+        y: Array = as_numpy("y", self.raw_y(batch))
         return y
+
+    def raw_y(self, batch: Batch) -> Any:
+        """The same in the namespace of the functions."""
+        result = self.forward(*map(self.given, (batch.x, batch.weight, batch.bias)), batch.eps)
+        return result[0] if isinstance(result, tuple) else result
 
     def gradients(self, batch: Batch) -> tuple[Array, Array, Array]:
         """What backward makes of it: dx, dweight, dbias."""
@@ -111,7 +115,7 @@ def _outliers(subject: Subject) -> list[Batch]:
 
 def _constant(subject: Subject) -> list[Batch]:
     batch = scenarios.named_batches()["constant"]
-    size = 6e4 if subject.dtype.name == "float16" else 3e7
+    size = 6e4 if subject.dtype.name == "float16" else min(3e7, 30 * subject.max_ratio)
     x = np.where(batch.x == 3e7, size, batch.x)
     return [batch._replace(x=x[:n], dy=batch.dy[:n]) for n in (64, 7)]
 
@@ -150,6 +154,11 @@ def _y(subject: Subject, batch: Batch) -> Answer:
 
 
 def _y_kind(subject: Subject, batch: Batch) -> Answer:
+    if subject.xp is not None:
+        given, result = subject.given(batch.x), subject.raw_y(batch)
+        names = [namespace_name(array_namespace(array)) for array in (given, result) if is_array_api_obj(array)]
+        if len(names) == 2 and names[0] != names[1]:
+            return np.inf, f"y is a {names[1]} array; expected a {names[0]} array"
     y = subject.y(batch)
     if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
         return np.inf, f"y is {y.dtype.name} {y.shape}; expected {batch.x.dtype.name} {batch.x.shape}"

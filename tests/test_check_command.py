@@ -1,0 +1,286 @@
+"""``python -m arraybn check``: the table can tell right from wrong, and so can the check of a stranger's functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import need
+
+import arraybn
+from arraybn.commands import check
+from arraybn.commands._check_contestants import contestants
+
+Result = subprocess.CompletedProcess[str]
+
+RIGHT = """
+import numpy as np
+
+def forward(x, weight, bias, eps):
+    x64 = x.astype(np.float64)
+    centred = x64 - x64.mean(axis=(0, 2), keepdims=True)
+    centred = centred - centred.mean(axis=(0, 2), keepdims=True)
+    xhat = centred / np.sqrt((centred**2).mean(axis=(0, 2), keepdims=True) + eps)
+    return (weight[:, None] * xhat + bias[:, None]).astype(x.dtype)
+
+def unbiased(x, weight, bias, eps):
+    x64 = x.astype(np.float64)
+    n = x.shape[0] * x.shape[2]
+    centred = x64 - x64.mean(axis=(0, 2), keepdims=True)
+    xhat = centred / np.sqrt((centred**2).sum(axis=(0, 2), keepdims=True) / (n - 1) + eps)
+    return (weight[:, None] * xhat + bias[:, None]).astype(x.dtype)
+
+def forgetful(dy, x, weight, bias, eps):
+    dy, x = dy.astype(np.float64), x.astype(np.float64)
+    centred = x - x.mean(axis=(0, 2), keepdims=True)
+    rstd = 1 / np.sqrt((centred**2).mean(axis=(0, 2), keepdims=True) + eps)
+    dweight, dbias = (dy * centred * rstd).sum(axis=(0, 2)), dy.sum(axis=(0, 2))
+    n = x.shape[0] * x.shape[2]
+    return weight[:, None] * rstd * (dy - dbias[:, None] / n), dweight, dbias
+
+number = 3
+"""
+
+
+def run(*arguments: str, cwd: Path, preparation: str = "", limit: float = 60) -> Result:
+    """The command in a process of its own, which has executed `preparation` first."""
+    home = str(Path(arraybn.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    code = f"import sys\n{preparation}\nfrom arraybn.__main__ import main\nsys.exit(main({['check', *arguments]!r}))"
+    start = ["-c", code] if preparation else ["-m", "arraybn", "check", *arguments]
+    command = [sys.executable, *start]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=limit, cwd=cwd, env=env, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Any]:
+    """One run for all who look at the figures: what it printed, and what is in its JSON."""
+    folder = tmp_path_factory.mktemp("quick")
+    result = run("--quick", "--json", "found.json", cwd=folder)
+    return result, json.loads((folder / "found.json").read_text(encoding="utf-8"))
+
+
+def row(found: Any, family: str, name: str) -> Any:
+    (match,) = [row for row in found["rows"] if (row["family"], row["name"]) == (family, name)]
+    return match
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder with a stranger's module in it."""
+    (tmp_path / "mine.py").write_text(RIGHT)
+    return tmp_path
+
+
+# ---- The table ----
+
+
+def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any]) -> None:
+    result, found = quick
+    assert (result.returncode, result.stderr) == (0, "")
+    here = [(one.family, one.name) for one in contestants() if not one.missing]
+    assert [(row["family"], row["name"]) for row in found["rows"]] == here
+    for family, name in here:
+        assert f"  {name} " in result.stdout, family
+    for one in contestants():
+        assert (f"pip install {one.pip}" in result.stdout) == any(
+            other.missing for other in contestants() if other.pip == one.pip
+        )
+
+
+def test_every_contestant_that_starts_gives_figures(quick: tuple[Result, Any]) -> None:
+    for one in quick[1]["rows"]:
+        if one["name"] != "CuPy":  # installed, it still needs a GPU
+            assert one["failed"] is None, one
+            assert set(one["worst"]) >= {"y"}
+            assert set(one["errors"]["y"]) == set(check.GROUPS)
+
+
+def test_arraybn_keeps_its_promises_in_the_table(quick: tuple[Result, Any]) -> None:
+    ours = [one for one in quick[1]["rows"] if one["family"] == "arraybn" and one["failed"] is None]
+    assert [one["kept"] for one in ours] == [True] * len(ours)
+    numpy = row(quick[1], "arraybn", "NumPy")
+    for name, limit in {"mean": 1, "var": 1, "y": 4, "dx": 12}.items():
+        assert 0 < numpy["worst"][name] <= limit
+    assert numpy["errors"]["y"]["constant"] == 0  # N3
+
+
+def test_the_table_can_tell_plain_formulas_from_arraybn(quick: tuple[Result, Any]) -> None:
+    plain, ours = row(quick[1], "NumPy", "x.mean(), x.var()"), row(quick[1], "arraybn", "NumPy")
+    for name in ("var", "y"):
+        assert plain["errors"][name]["1e6"] > 1000 * ours["errors"][name]["1e6"]
+    one_pass = row(quick[1], "NumPy", "E[x²] − E[x]²")
+    assert one_pass["errors"]["var"]["1e2"] > 100 * plain["errors"]["var"]["1e2"]
+    assert plain["kept"] is None
+
+
+@pytest.mark.parametrize("peer", ["torch", "jax", "flax", "tensorflow", "onnxruntime"])
+def test_a_peer_that_is_installed_is_near_in_ordinary_batches_and_far_at_1e6(
+    quick: tuple[Result, Any], peer: str
+) -> None:
+    peers = {one.name for one in contestants() if peer in one.needs and one.family != "arraybn" and not one.missing}
+    if not peers:
+        need(peer)  # skips, or fails where it is promised
+    for one in (one for one in quick[1]["rows"] if one["name"] in peers):
+        assert one["errors"]["y"]["ordinary"] < 1000  # called as it should be: the right formula
+        assert one["errors"]["dx"]["ordinary"] < 1000 if "dx" in one["errors"] else one["family"] == "ONNX Runtime"
+        assert one["errors"]["y"]["1e6"] is None or one["errors"]["y"]["1e6"] > 1000
+
+
+def test_a_broken_promise_and_a_failure_are_in_their_rows_and_in_the_exit_status(tmp_path: Path) -> None:
+    spoil = """
+import arraybn.commands._check_contestants as c, dataclasses
+def spoiled(one):
+    def build():
+        call = one.build()
+        return lambda batch: {**call(batch), "y": call(batch)["y"] * (1 + 1e-3)}
+    return dataclasses.replace(one, build=build)
+def crash():
+    import os
+    os.kill(os.getpid(), 9)
+def explode(batch): raise ValueError("no such luck")
+ours = [one for one in c.contestants() if one.name == "NumPy"]
+c.contestants = lambda: [spoiled(ours[0]), dataclasses.replace(ours[0], family="NumPy", name="bad", promise=None,
+    build=lambda: explode), dataclasses.replace(ours[0], name="crash", needs=("json",), build=crash)]
+"""
+    (tmp_path / "spoil.py").write_text(spoil)
+    # the children import the same change, through a module that runs in place of theirs
+    child = "import sys, pathlib, spoil\nspoil.c._answer(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
+    (tmp_path / "child.py").write_text(child)
+    preparation = (
+        "sys.path.insert(0, '.')\nimport spoil, arraybn.commands.check as check\n"
+        "check.contestants, spoil.c.__name__ = spoil.c.contestants, 'child'"
+    )
+    result = run("--quick", cwd=tmp_path, preparation=preparation)
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"^  NumPy .* BROKEN$", result.stdout, re.MULTILINE)
+    assert re.search(r"BROKEN by NumPy: y \S+ > 4 ulp \(ordinary\)", result.stdout)
+    assert re.search(r"^  bad +failed: ValueError: no such luck$", result.stdout, re.MULTILINE)
+    assert re.search(r"^  crash +failed: ended by signal 9  BROKEN$", result.stdout, re.MULTILINE)
+
+
+def test_json_alone_prints_nothing_else_and_the_plot_is_a_picture(tmp_path: Path) -> None:
+    need("matplotlib")
+    few = "lambda all=c.contestants: [one for one in all() if 'numpy' in one.needs]"
+    here = f"import arraybn.commands.check as c\nc.contestants = {few}"
+    result = run("--quick", "--seed", "5", "--json", "--plot", cwd=tmp_path, preparation=here)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["seed"], found["quick"]) == (5, True)
+    picture = (tmp_path / "arraybn-check.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", picture[16:24])
+    assert width > 1200
+    assert height > 800
+    assert 30_000 < len(picture) < 1_000_000
+    assert [path.name for path in tmp_path.iterdir()] == ["arraybn-check.png"]
+    curve = dict(row(found, "NumPy", "x.mean(), x.var()")["y_by_ratio"])
+    assert curve[1e6] > 1000 * curve[1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "missing/a.png"], "--plot missing/a.png: expected a file in a folder that is there"),
+        (["--json", "."], "--json .: expected a file in a folder that is there"),
+    ],
+)
+def test_files_that_cannot_be_written_are_named_before_the_work(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    need("matplotlib")
+    result = run(*arguments, cwd=tmp_path, limit=10)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    result = run("--seed", "-1", cwd=tmp_path, limit=10)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--seed" in result.stderr
+
+
+def test_a_missing_matplotlib_is_named_before_the_work(tmp_path: Path) -> None:
+    result = run("--plot", cwd=tmp_path, preparation="sys.modules['matplotlib'] = None", limit=10)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', result.stderr)
+
+
+@pytest.mark.parametrize("n", [1, 2, 256, 12544])
+def test_the_bounds_without_float64_grow_with_log_n(n: int) -> None:
+    for name, slope in {"mean": 1, "var": 1, "y": 2, "dx": 4}.items():
+        assert check.bounds(2 * n)[name] - check.bounds(n)[name] == pytest.approx(slope)
+
+
+# ---- Your functions ----
+
+
+def test_a_right_function_passes(mine: Path) -> None:
+    result = run("mine:forward", "--examples", "5", cwd=mine)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert result.stdout.count("ok  ") >= 10
+    assert "FAILS" not in result.stdout
+
+
+def test_a_planted_fault_is_named_with_its_cause(mine: Path) -> None:
+    result = run("mine:unbiased", "--examples", "5", cwd=mine)
+    assert result.returncode == 1, result.stderr
+    assert "FAILS  y is what the definition gives\n" in result.stdout
+    assert "ok     y is of the dtype and shape of x\n" in result.stdout
+    assert re.search(r"y is what the definition gives: off by \S+ ulp, 4 are allowed\n  on x = ", result.stdout)
+    assert "usual cause: the variance is divided by n − 1" in result.stdout
+
+
+def test_a_fault_of_the_backward_is_named_with_its_cause(mine: Path) -> None:
+    result = run("mine:forward", "--backward", "mine:forgetful", "--max-ratio", "1", "--examples", "0", cwd=mine)
+    assert result.returncode == 1, result.stderr
+    assert re.findall("FAILS  (.*)", result.stdout) == ["dx is what the definition gives"]
+    assert "usual cause: the term xhat·dweight/n of (E6) is missing" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("mine", "expected package.module:function; got 'mine'"),
+        ("./mine.py:forward", "expected package.module:function, as in mine:forward; got './mine.py:forward', a file"),
+        ("nine:forward", "no module named 'nine' in this folder"),
+        ("mine:backwards", "mine has no 'backwards'; it has forward, unbiased, forgetful"),
+        ("mine:number", "mine:number: expected a function; it is of type int"),
+        ("broken:f", "importing broken raised ZeroDivisionError: division by zero"),
+        ("needy:f", "importing needy raised ModuleNotFoundError: No module named 'nowhere'"),
+        ("quits:f", "importing quits raised SystemExit: 0"),
+    ],
+)
+def test_a_bad_target_is_refused(mine: Path, target: str, message: str) -> None:
+    (mine / "broken.py").write_text("1 / 0")
+    (mine / "needy.py").write_text("import nowhere")
+    (mine / "quits.py").write_text("raise SystemExit(0)")
+    result = run(target, cwd=mine)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("check: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_options_of_the_table_are_refused_beside_a_target(mine: Path) -> None:
+    result = run("mine:forward", "--quick", cwd=mine)
+    assert result.returncode == 2
+    assert "--quick belongs to the table" in result.stderr
+
+
+def test_the_help_shows_the_signatures_and_its_example_passes(tmp_path: Path) -> None:
+    text = run("--help", cwd=tmp_path).stdout
+    for signature in ("forward(x, weight, bias, eps)", "backward(dy, x, weight, bias, eps)", "update(running_mean, "):
+        assert signature in text
+    start, end = text.index("  import numpy"), text.index("and then")
+    (tmp_path / "mine.py").write_text(re.sub("^  ", "", text[start:end], flags=re.MULTILINE))
+    result = run("mine:forward", "--examples", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
