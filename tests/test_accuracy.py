@@ -154,6 +154,12 @@ def test_n3_constant_channels_give_exactly_bias(home: Any) -> None:
     assert (home.numpy(y)[0, [0, 1, 4, 5], 0] != bias[[0, 1, 4, 5]]).all()
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-46, 1e-40, 1e-30])
+def test_n3_constant_channels_give_exactly_bias_whatever_eps(home: Any, eps: float) -> None:
+    x, bias = home.array(np.full((8, 1), 3.0, "f4")), home.array(np.asarray([0.7], "f4"))
+    assert (home.numpy(arraybn.batch_norm(x, None, bias, eps=eps)[0]) == np.float32(0.7)).all()
+
+
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 3e7, 1e300, 1e-300])
 @pytest.mark.parametrize("n", [3, 7, 1000, 99_991])
 def test_n3_constant_float64_channels_give_exactly_bias(value: float, n: int) -> None:

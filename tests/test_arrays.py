@@ -121,7 +121,7 @@ def test_broadcast_input_works() -> None:
 
 def test_dy_of_another_floating_dtype_is_converted() -> None:
     _, saved = arraybn.batch_norm(X, WEIGHT, BIAS)
-    for dy in (DY.astype("f8"), DY * (1 + 1e-9)):  # the second would make a difference in float64
+    for dy in (DY.astype("f8"), DY.astype("f8") * (1 + 1e-9)):  # the second would make a difference in float64
         dx, dweight, _ = arraybn.batch_norm_backward(dy, saved)
         np.testing.assert_array_equal(dx, EXPECTED[1])
         np.testing.assert_array_equal(dweight, EXPECTED[2])
@@ -194,6 +194,20 @@ def test_out_that_partly_overlaps_is_refused_and_nothing_is_written() -> None:
     np.testing.assert_array_equal(memory, before)
     twice = np.zeros((*SHAPE, 2), "f4")
     arraybn.batch_norm(twice[..., 0], out=twice[..., 1])  # interleaved but disjoint
+
+
+def test_axes_of_one_value_do_not_hide_that_out_is_x_itself() -> None:
+    memory = X[:, :, 0, 0].copy()
+    out = memory.reshape(6, 3, 1)
+    x = np.lib.stride_tricks.as_strided(memory, (6, 3, 1), (12, 4, 400))
+    y, _ = arraybn.batch_norm(x, out=out)
+    assert y is out
+
+
+def test_changing_the_moments_of_a_forward_does_not_change_its_backward() -> None:
+    _, saved = arraybn.batch_norm(X, WEIGHT, BIAS)
+    saved.moments.mean[...] = 100
+    np.testing.assert_array_equal(arraybn.batch_norm_backward(DY, saved)[0], EXPECTED[1])
 
 
 def test_torch_memory_is_seen_too() -> None:

@@ -83,6 +83,12 @@ def mine(tmp_path: Path) -> Path:
 # ---- The table ----
 
 
+def test_backward_and_update_need_a_target(tmp_path: Path) -> None:
+    result = run("--backward", "mine:backward", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "expected a target, module:forward, before --backward and --update; got none" in result.stderr
+
+
 def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any]) -> None:
     result, found = quick
     assert (result.returncode, result.stderr) == (0, "")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import need
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 
 import arraybn
 from arraybn.testing import (
@@ -110,6 +111,38 @@ def folded(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     return x * a[:, None] + (bias - mean * a).astype("f4")[:, None]
 
 
+class Reuses:
+    """Returns the same memory each time."""
+
+    def __call__(self, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        self.memory = getattr(self, "memory", {})
+        y = self.memory.setdefault(x.shape, np.zeros_like(x))
+        y[...] = make()[0](x, weight, bias, eps)
+        return y
+
+
+def of_equal_blocks(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """Averages the means of blocks of 1000 values, as if the last were as long as the others."""
+
+    def mean_of(x: Any, axes: Any) -> Any:
+        flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+        blocks = [flat[:, i : i + 1000].mean(axis=1) for i in range(0, flat.shape[1], 1000)]
+        return np.mean(blocks, axis=0)[None, :, None]
+
+    return make(mean_of=mean_of)[0](x, weight, bias, eps)
+
+
+def first_channels(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """Leaves channels from 32 on as they are."""
+    y = make()[0](x, weight, bias, eps)
+    y[:, 32:] = x[:, 32:]
+    return y
+
+
+def noisy_half(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return make()[0](x, weight, bias, eps) * np.float32(1.004)
+
+
 def in_half(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     return make()[0](x, weight, bias, eps).astype("f2").astype(x.dtype)
 
@@ -129,17 +162,29 @@ PLANTED: dict[str, tuple[Functions | Callable[..., Any], str, str]] = {
     "no weight": (make(scale=lambda xhat, w, b: xhat + b), Y, "weight is left out"),
     "no bias": (make(scale=lambda xhat, w, b: w * xhat), Y, "bias is left out"),
     "exchanged": (make(scale=lambda xhat, w, b: b * xhat + w), Y, "weight and bias are exchanged"),
+    "eps fixed": (lambda x, w, b, eps: make()[0](x, w, b, 1e-5), Y, "eps is 1e-5 whatever is asked for"),
+    "eps as least": (make(root=lambda v, e: np.sqrt(np.maximum(v, e))), Y, "eps is the least that var can be"),
+    "1 + weight": (make(scale=lambda xhat, w, b: (1 + w) * xhat + b), Y, "weight is taken as 1 + weight"),
+    "reused memory": (Reuses(), "a call leaves nothing behind", ""),
+    "equal blocks": (of_equal_blocks, Y, ""),
+    "first channels": (first_channels, Y, ""),
+    "0.4 % too large": (noisy_half, Y, ""),
     "bias scaled": (make(scale=lambda xhat, w, b: w * (xhat + b)), Y, "weight multiplies bias too"),
     "layer norm": (make(axes=(1, 2)), Y, "over each sample, as in layer norm"),
     "instance norm": (make(axes=(2,)), Y, "as in instance norm"),
     "samples alone": (make(axes=(0,)), Y, "over the samples alone"),
     "all channels": (make(axes=(0, 1, 2)), Y, "over all channels together"),
     "one pass in float32": (make(wide=np.float32, var=one_pass), "y keeps its digits where", "E[x²] − E[x]²"),
+    "one pass, never negative": (
+        make(wide=np.float32, var=lambda x, m, a: np.maximum(one_pass(x, m, a), 0)),
+        "y keeps its digits where",
+        "E[x²] − E[x]²",
+    ),
     "folded": (folded, "y keeps its digits where", "folded into the bias"),
     "mean in float32": (
         make(mean_of=lambda x, a: x.mean(axis=a, keepdims=True).astype("f4")),
         "y keeps its digits where",
-        "E3",
+        "same for all values of a channel",
     ),
     "half precision": (in_half, Y, "half precision"),
     "input written": (spoiled_input, "forward leaves its arguments", ""),
@@ -175,6 +220,26 @@ PLANTED: dict[str, tuple[Functions | Callable[..., Any], str, str]] = {
         "momentum is the weight of the old value",
     ),
     "biased running_var": (make(correct=lambda v, n: v), VAR, "enters biased"),
+    "two passes in float32": (
+        make(wide=np.float32, var=lambda x, m, a: x.var(axis=a, keepdims=True)),
+        "running_var keeps",
+        "mean that is taken away is itself rounded",
+    ),
+    "exchanged statistics": (
+        (make()[0], make()[1], lambda *a: make()[2](*a)[::-1]),
+        MEAN,
+        "running_mean and running_var are exchanged",
+    ),
+    "eps of the forward alone": (
+        (make()[0], lambda dy, x, w, b, eps: make()[1](dy, x, w, b, 0.0), make()[2]),
+        DX,
+        "eps is left out of the backward",
+    ),
+    "dx in float64": (
+        (make()[0], lambda dy, x, w, b, eps: make()[1](dy.astype("f8"), x, w, b, eps), make()[2]),
+        "dx is of the dtype",
+        "",
+    ),
     "Keras": (
         make(new=lambda old, v, a: a * old + (1 - a) * v, correct=lambda v, n: v),
         VAR,
@@ -194,6 +259,7 @@ def test_each_planted_fault_is_found_and_named(name: str) -> None:
     found = [failure for asked, failure in failures.items() if asked.startswith(broken)]
     assert found, f"{broken!r} holds; what fails: {list(failures)}"
     assert cause in found[0].cause, found[0].cause
+    assert bool(cause) == bool(found[0].cause), found[0].cause  # a wrong cause is worse than none
     assert found[0].property in str(caught.value)
     assert found[0].error > found[0].limit
     if cause and broken == Y and "half" not in cause:
@@ -237,6 +303,41 @@ def test_the_definition_in_float64_passes() -> None:
     check_batch_norm(*make())
 
 
+@pytest.mark.parametrize("var", [None, lambda x, m, a: x.var(axis=a, keepdims=True)])
+def test_float32_throughout_passes_near_zero_mean_and_not_far_from_it(var: Any) -> None:
+    functions = make(wide=np.float32, **({} if var is None else {"var": var}))
+    check_batch_norm(*functions, tolerance=32, max_ratio=1)
+    with pytest.raises(BatchNormError, match="y keeps its digits where the mean is far from zero"):
+        check_batch_norm(*functions, tolerance=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"dtype": "bfloat16"}, ValueError, "dtype: expected 'float16', 'float32' or 'float64'; got 'bfloat16'"),
+        ({"tolerance": 0}, ValueError, "tolerance: expected a number > 0; got 0"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance: expected a finite number; got nan"),
+        ({"max_ratio": float("inf")}, ValueError, "max_ratio: expected a finite number; got inf"),
+        ({"max_ratio": 0.5}, ValueError, "max_ratio: expected a number from 1 to 1e6; got 0.5"),
+        ({"examples": -1}, ValueError, "examples: expected an integer ≥ 0; got -1"),
+        ({"xp": pytest}, TypeError, "xp: expected an array namespace"),
+    ],
+)
+def test_options_are_checked_first(options: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        check_batch_norm(make()[0], **options)
+
+
+def test_what_a_function_raises_is_told_once() -> None:
+    def forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        raise KeyError("scale")
+
+    with pytest.raises(BatchNormError) as caught:
+        check_batch_norm(forward, examples=0)
+    assert str(caught.value).count("raised KeyError") == 1
+    assert str(caught.value).count(": the same") == len(caught.value.failures) - 1
+
+
 def test_arraybn_passes_on_torch_tensors() -> None:
     check_batch_norm(*ours(), xp=need("torch"), examples=5)
 
@@ -277,7 +378,9 @@ def test_the_oracle_is_exact_where_sums_of_floats_are_not() -> None:
     assert m2 == 2 * 10**32 + 1 - mean
     assert float(np.asarray([1e16, 1.0, -1e16]).mean()) == 0  # the control
     tiny = exact_moments(np.asarray([5e-324, 1e308]))
-    assert tiny[0] * 2 - int(1e308) == 2**-1074 if isinstance(tiny[0], float) else tiny[0] > int(1e308) // 2
+    assert tiny[0] * 2 == Fraction(1e308) + Fraction(5e-324)
+    huge = np.asarray([[1.3e308], [-1.3e308]])
+    assert exact_batch_norm(huge, [1.0], [0.0], huge, eps=0).y.astype(float).tolist() == [[1], [-1]]
 
 
 def test_the_oracle_gives_the_textbook_numbers_and_every_channel_axis() -> None:
@@ -325,10 +428,11 @@ def test_assert_close_tells_kind_and_value_apart() -> None:
         ([1.0], a, {}, "expected an array; got list"),
         (a, np.nextafter(a, np.float32(9)), {}, r"2 of 2 values differ by more than 0.5 ulp of float32: by 1 at index"),
         (np.asarray([np.nan]), np.asarray([1.0]), {}, "by inf"),
+        (a, a, {"ulp": float("nan")}, "2 of 2 values differ"),
         (np.asarray([np.inf]), np.asarray([-np.inf]), {}, "by inf"),
     ):
         with pytest.raises(AssertionError, match=text):
-            assert_close(actual, desired, ulp=0.5, **options)
+            assert_close(actual, desired, **{"ulp": 0.5, **options})
     assert_close(a, np.nextafter(a, np.float32(9)), ulp=1)
     assert_close(a + np.float32(1e-3), a, ulp=1, scale=1e5)
 
@@ -340,6 +444,17 @@ def test_check_vjp_tells_a_gradient_that_is_off_by_a_tenth_of_a_percent() -> Non
         check_vjp(np.sin, [x], dy, [1.001 * dy * np.cos(x)])
     with pytest.raises(AssertionError, match=r"argument 0: expected a gradient of shape \(2, 3\); got \(3, 2\)"):
         check_vjp(np.sin, [x], dy, [(dy * np.cos(x)).T])
+    for gradients, options in (([], {}), ([dy], {"directions": 0})):
+        with pytest.raises(ValueError, match="gradients, directions: expected at least one of each"):
+            check_vjp(np.sin, [x], dy, gradients, **options)
+    with pytest.raises(ValueError, match=r"dy: expected shape \(2, 3\), that of the function's result; got \(3,\)"):
+        check_vjp(np.sin, [x], dy[0], [dy])
+
+
+@pytest.mark.parametrize("options", [{"kinds": ["norml"]}, {"dtype": "bfloat16"}, {"least": 100}, {"max_ratio": 0.1}])
+def test_strategies_refuse_what_they_do_not_know(options: Any) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        find(strategies.batches(**options), lambda batch: True)
 
 
 @pytest.mark.parametrize("kind", strategies.KINDS)

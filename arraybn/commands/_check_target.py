@@ -34,6 +34,8 @@ def check_target(arguments: argparse.Namespace) -> int:
             examples=_examples(arguments.examples),
             report=_print_property,
         )
+    except (TypeError, ValueError) as error:  # an option; what the functions raise is reported with the properties
+        raise RefusedError(str(error)) from error
     except BatchNormError as error:
         print(f"\n{error}")
         return 1

@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if np.finfo(LONG).nmant < 63:
             raise RefusedError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
+        if arguments.target is None and (arguments.backward or arguments.update):
+            raise RefusedError("expected a target, module:forward, before --backward and --update; got none")
         return _check_everything(arguments) if arguments.target is None else check_target(arguments)
     except BrokenPipeError:
         raise

@@ -49,7 +49,7 @@ def assert_close(actual: Any, desired: Any, *, ulp: float, scale: Any = None, dt
     with np.errstate(invalid="ignore"):
         errors = abs(got - want) / oracle.ulp(np.where(np.isfinite(want), want, 1) if scale is None else scale, name)
     errors = np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.where(np.isnan(errors), np.inf, errors))
-    if (wrong := errors > ulp).any():
+    if (wrong := ~(errors <= ulp)).any():
         index = tuple(int(i) for i in np.unravel_index(np.argmax(errors), errors.shape))
         raise AssertionError(
             f"{int(wrong.sum())} of {errors.size} values differ by more than {ulp:g} ulp of {name}:"
@@ -109,6 +109,8 @@ def check_vjp(
 
     Raises
     ------
+    ValueError
+        There is nothing to check, or dy is not like the result.
     AssertionError
         Names the argument and gives both numbers.
 
@@ -118,6 +120,10 @@ def check_vjp(
     >>> x, dy = numpy.asarray([1.0, 2.0]), numpy.asarray([1.0, -1.0])
     >>> check_vjp(lambda x: x**2, [x], dy, [2 * x * dy])
     """
+    if not gradients or directions < 1:
+        raise ValueError("gradients, directions: expected at least one of each; got none, so nothing would be checked")
+    if np.shape(dy) != (shape := np.shape(function(*arguments))):
+        raise ValueError(f"dy: expected shape {shape}, that of the function's result; got {np.shape(dy)}")
     rng = np.random.default_rng(seed)
     for index, gradient in enumerate(gradients):
         if np.shape(gradient) != np.shape(arguments[index]):

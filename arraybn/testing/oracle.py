@@ -148,14 +148,17 @@ def exact_moments(values: Any) -> tuple[Fraction, Fraction]:
 
 def as_long(value: Fraction) -> Any:
     """A rational as a longdouble, rounded once or twice."""
+    power = value.numerator.bit_length() - value.denominator.bit_length()
+    value /= Fraction(2) ** power  # near 1, whatever the range of float
     high = float(value)
-    return LONG(high) + LONG(float(value - Fraction(high)))
+    return np.ldexp(LONG(high) + LONG(float(value - Fraction(high))), power)
 
 
 def centred(values: Array, mean: Fraction) -> Array:
     """`values` − mean in longdouble, the mean taken away in two parts."""
-    high = float(mean)
-    result: Array = (values.astype(LONG) - LONG(high)) - LONG(float(mean - Fraction(high)))
+    high = as_long(mean)
+    rest = mean - Fraction(*high.as_integer_ratio())
+    result: Array = (values.astype(LONG) - high) - as_long(rest)
     return result
 
 

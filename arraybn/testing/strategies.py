@@ -72,6 +72,13 @@ def batches(
     ...     assert (batch.x == batch.x[:1, :, :1]).all()
     >>> test_constant_channels_have_no_variance()
     """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"kinds: expected some of {KINDS}; got {unknown[0]!r}")
+    if dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64'; got {dtype!r}")
+    if not (0 <= least <= most**2 and max_ratio >= 1):
+        raise ValueError(f"expected 0 ≤ least ≤ most² and max_ratio ≥ 1; got {least}, {most} and {max_ratio}")
+    max_ratio = min(max_ratio, float(np.finfo(dtype).max) / 16)
     shape = draw(
         st.tuples(*(st.integers(low, most) for low in (min(least, 1), 1, min(least, 1)))).filter(
             lambda shape: shape[0] * shape[2] >= least

@@ -34,6 +34,12 @@ def forwards(x: Array, w: Array, b: Array, eps: float) -> dict[str, Callable[[],
             w * (x - mean) / (np.sqrt(var) + eps) + b
         ),
         "eps is left out (E3)": lambda: w * (x - mean) / np.sqrt(var) + b,
+        "eps is 1e-5 whatever is asked for (E3)": lambda: w * (x - mean) / np.sqrt(var + 1e-5) + b,
+        "eps is 1e-3 whatever is asked for (E3)": lambda: w * (x - mean) / np.sqrt(var + 1e-3) + b,
+        "eps is the least that var can be; it is added to var (E3)": lambda: (
+            w * (x - mean) / np.sqrt(np.maximum(var, eps)) + b
+        ),
+        "weight is taken as 1 + weight (E3)": lambda: (1 + w) * xhat + b,
         "eps is squared (E3)": lambda: w * (x - mean) / np.sqrt(var + eps**2) + b,
         "the root is missing: x − mean is divided by var + eps (E3)": lambda: w * (x - mean) / (var + eps) + b,
         "the mean is not taken away (E3)": lambda: w * x / np.sqrt(var + eps) + b,
@@ -67,9 +73,24 @@ def input_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, Call
         "the sums of (E6) are not divided by n": lambda: w * r * (dy - dbias - xhat * dweight),
         "n of (E6) is N, without the positions S": lambda: w * r * (dy - (dbias + xhat * dweight) / x.shape[0]),
         "n − 1 stands for n beside xhat·dweight in (E6)": lambda: w * r * (dy - dbias / n - xhat * dweight / (n - 1)),
+        "n − 1 stands for n in (E6)": lambda: w * r * (dy - (dbias + xhat * dweight) / (n - 1)),
+        "eps is left out of the backward, or is not the forward's (E6)": lambda: _dx_with(dy, x, w, var),
+        "the variance is unbiased in the backward (E6)": lambda: _dx_with(dy, x, w, var * n / (n - 1) + eps),
+        "weight enters dx twice (E6)": lambda: w * w * r * (dy - dbias / n - xhat * dweight / n),
+        "the sign of dbias/n in (E6) is wrong": lambda: w * r * (dy + dbias / n - xhat * dweight / n),
+        "the sign of xhat·dweight/n in (E6) is wrong": lambda: w * r * (dy - dbias / n + xhat * dweight / n),
         "the sign of the sums in (E6) is wrong": lambda: w * r * (dy + dbias / n + xhat * dweight / n),
         "dx has the wrong sign (E6)": lambda: -w * r * (dy - dbias / n - xhat * dweight / n),
     }
+
+
+def _dx_with(dy: Array, x: Array, w: Array, total: Array) -> Array:
+    """(E6) with `total` in the place of var + eps."""
+    n, r = x.shape[0] * x.shape[2], 1 / np.sqrt(total)
+    xhat = (x - x.mean(axis=_AXES, keepdims=True)) * r
+    dbias, dweight = dy.sum(axis=_AXES, keepdims=True), (dy * xhat).sum(axis=_AXES, keepdims=True)
+    result: Array = w * r * (dy - dbias / n - xhat * dweight / n)
+    return result
 
 
 def parameter_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, dict[str, Callable[[], Array]]]:
@@ -107,6 +128,7 @@ def updates(
     return {
         "running_mean": {
             decay: lambda: momentum * old_mean + keep * mean,
+            "running_mean and running_var are exchanged": lambda: keep * old_var + momentum * unbiased,
             "running_mean is replaced by the batch's; momentum is not used (E4)": lambda: mean,
             "running_mean is not updated (E4)": lambda: old_mean,
             "the batch's mean is added without taking momentum·running_mean away (E4)": lambda: (
@@ -119,6 +141,13 @@ def updates(
             ),
             decay: lambda: momentum * old_var + keep * unbiased,
             f"{decay}, and the variance enters biased": lambda: momentum * old_var + keep * biased,
+            "running_mean and running_var are exchanged": lambda: keep * old_mean + momentum * mean,
+            "the variance is multiplied by (n − 1)/n; it is by n/(n − 1) (E4)": lambda: (
+                keep * old_var + momentum * biased * (n - 1) / n
+            ),
+            "the variance is corrected with N; it is with n, positions and all (E4)": lambda: (
+                keep * old_var + momentum * biased * x.shape[0] / (x.shape[0] - 1)
+            ),
             "running_var takes in the standard deviation; it is the variance (E4)": lambda: (
                 keep * old_var + momentum * np.sqrt(unbiased)
             ),
