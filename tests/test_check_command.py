@@ -43,7 +43,7 @@ def forgetful(dy, x, weight, bias, eps):
     rstd = 1 / np.sqrt((centred**2).mean(axis=(0, 2), keepdims=True) + eps)
     dweight, dbias = (dy * centred * rstd).sum(axis=(0, 2)), dy.sum(axis=(0, 2))
     n = x.shape[0] * x.shape[2]
-    return weight[:, None] * rstd * (dy - dbias[:, None] / n), dweight, dbias
+    return (weight[:, None] * rstd * (dy - dbias[:, None] / n)).astype(np.float32), dweight, dbias
 
 number = 3
 """
