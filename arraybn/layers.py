@@ -215,9 +215,10 @@ class _BatchNorm(_NormBase):
         moments = saved.moments
         assert moments is not None  # these are the batch's own statistics
         if moments.n == 1:
+            remedy = "or use eval()" if self.training else "or keep running statistics"
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}."
-                " Leave out the last incomplete batch, or use eval()"
+                f" Leave out the last incomplete batch, {remedy}"
             )
         if not (self.training and self.track_running_stats) or moments.n == 0:
             return {}

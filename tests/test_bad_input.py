@@ -601,9 +601,9 @@ LAYERS = [
     Bad(
         "layer(X[:1, :, None])",
         ValueError,
-        one_value("(1, 3, 1)"),
+        one_value("(1, 3, 1)").replace("use eval()", "keep running statistics"),
         "input size",
-        "use eval()",
+        "keep running statistics",
         "layer = BatchNorm1d(3, track_running_stats=False).eval()",
     ),
     Bad(

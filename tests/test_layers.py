@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -153,11 +154,25 @@ def test_one_value_per_channel_is_pytorchs_error_and_changes_nothing() -> None:
         for shape in ((1, 3), (1, 3, 1)):
             with pytest.raises(
                 ValueError,
-                match=r"^Expected more than 1 value per channel when training, got input size \(1, 3.*\)\. .*eval",
+                match=r"^Expected more than 1 value per channel when training, got input size \(1, 3.*\)\. Leave out",
             ):
                 layer(np.ones(shape))
         assert state(layer) == before
     assert arraybn.BatchNorm1d(3).eval()(np.ones((1, 3))).shape == (1, 3)
+
+
+def test_remedies_fit_the_case() -> None:
+    untracked = arraybn.BatchNorm1d(3, track_running_stats=False)
+    for layer, remedy in ((untracked, "or use eval()"), (copy.copy(untracked).eval(), "or keep running statistics")):
+        with pytest.raises(ValueError, match=rf"{re.escape(remedy)}$"):
+            layer(np.ones((1, 3)))
+    images = np.zeros((2, 4, 4, 3))
+    with pytest.raises(
+        ValueError, match=r"got 4, in shape .*\. For channels-last, build the layer with channel_axis=-1$"
+    ):
+        arraybn.BatchNorm2d(3)(images)
+    with pytest.raises(ValueError, match=r"got 4, in shape \(2, 4, 4, 3\)$"):
+        arraybn.BatchNorm2d(5)(images)
 
 
 def test_an_empty_batch_counts_for_nothing_and_its_gradients_are_zero() -> None:
