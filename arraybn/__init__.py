@@ -3,10 +3,11 @@
 from . import network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
-from .functional import batch_norm, batch_norm_backward, moments, pool, update_running_stats
+from .functional import batch_norm, batch_norm_backward
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
+from .statistics import moments, pool, update_running_stats
 
 __all__ = [
     "BatchNorm1d",

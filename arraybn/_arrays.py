@@ -53,7 +53,14 @@ def wide_dtype(array: Array) -> Any:
 
 def widened(array: Array) -> Array:
     """`array` in `wide_dtype`: a new array, never the caller's own."""
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float64)
     return array_namespace(array).astype(array, wide_dtype(array), copy=True)
+
+
+def copied(array: Array) -> Array:
+    """A new array with the values of `array`."""
+    return array.copy() if isinstance(array, np.ndarray) else array_namespace(array).asarray(array, copy=True)
 
 
 def as_numpy(name: str, value: Any) -> Any:

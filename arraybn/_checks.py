@@ -24,9 +24,13 @@ from ._arrays import (
     same_memory,
 )
 
+_NUMPY_FLOATS = {np.dtype(name).num for name in ("float16", "float32", "float64")}
+
 
 def as_floating(name: str, array: Array) -> Array:
     """`array` as a plain array of native byte order, or a TypeError that says how to make it one."""
+    if type(array) is np.ndarray and array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative:
+        return array
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(
@@ -94,6 +98,8 @@ def _remedy(name: str, value: object) -> str:
 
 def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> None:
     """Raise unless `array` is of the namespace and on the device of `like`."""
+    if isinstance(array, np.ndarray) and isinstance(like, np.ndarray):
+        return
     ours, theirs = namespace_name(array_namespace(array)), namespace_name(array_namespace(like))
     if ours != theirs:
         raise TypeError(
@@ -114,7 +120,7 @@ def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *
         return None
     array = as_floating(name, array)
     check_home(name, array, x, of)
-    if tuple(array.shape) != (channels,):
+    if array.shape != (channels,) and tuple(array.shape) != (channels,):
         raise ValueError(
             f"{name}: expected shape ({channels},), one value per channel of {of}; got {tuple(array.shape)}"
         )
@@ -123,7 +129,7 @@ def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *
 
 def as_number(name: str, value: Any) -> Any:
     """`value` as it is, if it is a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number; got {value!r}")
     try:
         finite = math.isfinite(value)
@@ -150,7 +156,7 @@ def as_eps(value: Any) -> float:
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:
     """`value` as an int, if it is an integer and not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer; got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name}: expected an integer ≥ {least}; got {value!r}")

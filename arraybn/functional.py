@@ -8,10 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from . import reference
-from ._arrays import FLOATS, Array, Layout, array_namespace, dtype_name, is_array_api_obj, same_memory, widened
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, as_number, check_home, check_like, check_out
+from ._arrays import (
+    Array,
+    Layout,
+    array_namespace,
+    copied,
+    overlap,
+    same_memory,
+    widened,
+)
+from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Kernels, select
 from .reference import Moments
+from .statistics import reduce
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +38,8 @@ class Saved:
     _layout: Layout = field(repr=False)
     _x: Array = field(repr=False)  # (N, C, *S), the caller's own; None once it is overwritten
     _overwritten: str | None = field(repr=False)  # by what
-    _mean: Array = field(repr=False)  # (C,), and so are the next two: copies of the forward's
+    _mean: Array = field(repr=False)  # (C,), and so are the next three: copies of the forward's
+    _mean_low: Array | None = field(repr=False)
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
@@ -119,17 +129,40 @@ def batch_norm(
     weight, bias, mean, var = (None if array is None else widened(array) for array in vectors.values())
 
     view, moments, mean_low = layout.view(x), None, None
+    target = None if out is None else layout.view(out)
     if mean is None:
-        moments = _moments(ops, view, layout.n)
-        # The synchronized mode pools the moments of all ranks here (E2), between the reduction and the map.
-        mean_low, var = moments.mean_low, moments.m2 / max(moments.n, 1)
-        mean = array_namespace(x).asarray(moments.mean, copy=True)  # the caller sees moments, and may change them
+        moments, y = _normalized(ops, view, layout.n, weight, bias, eps, target)
+        mean, mean_low = copied(moments.mean), moments.mean_low  # the caller sees moments, and may change them
+        var = moments.m2 / max(moments.n, 1)
     rstd = reference.rstd(var, eps)
-    a, c = reference.normalize(rstd, weight, bias, mean_low)
-    y = _place(ops.affine(view, mean, a, c, None if out is None else layout.view(out)), layout, out)
+    if moments is None:
+        y = ops.affine(view, mean, *reference.normalize(rstd, weight, bias), target)
+    y = _place(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
-    return y, Saved(moments, ops, layout, kept, lost, mean, rstd, weight, bias is not None)
+    return y, Saved(moments, ops, layout, kept, lost, mean, mean_low, rstd, weight, bias is not None)
+
+
+def _normalized(
+    ops: Kernels, x: Array, n: int, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Moments, Array]:
+    """The batch's own moments of x (N, C, S) (E1), and y (E3)."""
+
+    def coefficients(mean: Array, m2: Array, channels: slice, mean_low: Array | None = None) -> tuple[Array, Array]:
+        rstd = reference.rstd(m2 / max(n, 1), eps)
+        return reference.normalize(rstd, _of(weight, channels), _of(bias, channels), mean_low)
+
+    if (both := getattr(ops, "moments_affine", None)) is not None:
+        mean, m2, y = both(x, coefficients, out)
+        return Moments(n, mean, m2), y
+    moments = reduce(ops, x, n)
+    # The synchronized mode pools the moments of all ranks here (E2), between the reduction and the map.
+    a, c = coefficients(moments.mean, moments.m2, slice(None), moments.mean_low)
+    return moments, ops.affine(x, moments.mean, a, c, out)
+
+
+def _of(vector: Array | None, channels: slice) -> Array | None:
+    return None if vector is None else vector[channels]
 
 
 def batch_norm_backward(
@@ -180,7 +213,7 @@ def batch_norm_backward(
             f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
             f" Pass another array as out, or None"
         )
-    ops, layout, x, mean, rstd = saved._kernels, saved._layout, saved._x, saved._mean, saved._rstd
+    layout, x = saved._layout, saved._x
     dy = as_floating("dy", dy)
     check_home("dy", dy, x)
     if tuple(dy.shape) != layout.shape:
@@ -190,190 +223,43 @@ def batch_norm_backward(
     if dy.dtype != x.dtype:
         dy = array_namespace(dy).astype(dy, x.dtype)
 
-    dy_view, x_view, out_view = layout.view(dy), layout.view(x), None if out is None else layout.view(out)
-    moments = saved.moments
-    mean_low = None if moments is None else moments.mean_low
-    sum_dy, sum_dy_x = ops.dots(dy_view, x_view, mean)
-    dweight, dbias = reference.parameter_gradients(sum_dy, sum_dy_x, rstd, mean_low)
-    if moments is None:
-        zero = array_namespace(rstd).zeros_like(rstd)
-        a, _ = reference.normalize(rstd, saved._weight, None)
-        dx = ops.affine(dy_view, zero, a, zero, out_view)  # (E7)
-    else:
-        # The synchronized mode sums dweight and dbias over all ranks here, for dx alone.
-        coefficients = reference.input_gradient(dweight, dbias, max(moments.n, 1), rstd, saved._weight, mean_low)
-        dx = ops.affine2(dy_view, x_view, mean, *coefficients, out_view)  # (E6)
-    dx = _place(dx, layout, out)
+    target = None if out is None else layout.view(out)
+    dx, dweight, dbias = _gradients(saved, layout.view(dy), layout.view(x), target)
+    dx = _place(dx, layout, out, target)
     if over_x:
         saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
     return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Kernels | None = None) -> Moments:
-    """n, mean and m2 of each channel of x (E1).
+def _gradients(saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
+    """dx, dweight and dbias (E5, E6) from dy and x (N, C, S)."""
+    ops, moments, weight = saved._kernels, saved.moments, saved._weight
+    mean, low, rstd = saved._mean, saved._mean_low, saved._rstd
+    if moments is None:
+        dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd)
+        zero = array_namespace(rstd).zeros_like(rstd)
+        a, _ = reference.normalize(rstd, weight, None)
+        return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
-    Parameters
-    ----------
-    x : array (N, C, *S)
-        float16, bfloat16, float32 or float64, in any memory layout.
-    channel_axis : int
-        The axis that is kept; -1 for channels-last.
-    kernels : str or module, optional
-        Forces a kernel module.
+    def coefficients(sum_dy: Array, sum_dy_x: Array, channels: slice) -> tuple[Array, Array, Array]:
+        part = rstd[channels]
+        dweight, dbias = reference.parameter_gradients(sum_dy, sum_dy_x, part, _of(low, channels))
+        n = max(moments.n, 1)
+        return reference.input_gradient(dweight, dbias, n, part, _of(weight, channels), _of(low, channels))
 
-    Returns
-    -------
-    Moments
-        `mean` in units of x, `m2` in units of x², float64 where the namespace has it. Of nothing: n = 0 and zeros.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm` for x, channel_axis and kernels.
-
-    Notes
-    -----
-    From float32 data, mean and m2/n are correctly rounded to float32 but for rare ties, up to |mean|/std = 10⁶, where
-    the namespace has float64. Without it, n·m2 and the sum of |x| have to stay below the largest float32, 3·10³⁸.
-
-    Examples
-    --------
-    >>> import numpy, arraybn
-    >>> arraybn.moments(numpy.asarray([[1.0, 3.0, 5.0]]), channel_axis=0).mean
-    array([3.])
-    """
-    x = as_floating("x", x)
-    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    return _moments(select(x, kernels), layout.view(x), layout.n)
+    if (both := getattr(ops, "dots_affine2", None)) is not None:
+        sum_dy, sum_dy_x, dx = both(dy, x, mean, coefficients, out)
+    else:
+        sum_dy, sum_dy_x = ops.dots(dy, x, mean)
+        # The synchronized mode sums these over all ranks here, for the coefficients alone.
+        dx = ops.affine2(dy, x, mean, *coefficients(sum_dy, sum_dy_x, slice(None)), out)
+    return dx, *reference.parameter_gradients(sum_dy, sum_dy_x, rstd, low)
 
 
-def _moments(ops: Kernels, x: Array, n: int) -> Moments:
-    """(E1) of x (N, C, S), with the low part of the mean where float32 is the widest dtype."""
-    mean, m2 = ops.moments(x)
-    if n == 0 or dtype_name(mean.dtype) == "float64":
-        return Moments(n, mean, m2)
-    xp = array_namespace(x)
-    _, rest = ops.dots(xp.ones_like(x), x, mean)
-    return Moments(n, mean, m2, mean_low=xp.where(xp.isfinite(mean), rest / n, xp.zeros_like(mean)))
-
-
-def pool(*moments: Moments) -> Moments:
-    """The moments of disjoint batches taken together, as if they had been one batch (E2).
-
-    Parameters
-    ----------
-    *moments : Moments
-        At least one; all with the same number of channels, namespace and device. An empty one (n = 0) changes nothing.
-
-    Returns
-    -------
-    Moments
-        pool(a, b) and pool(b, a) have the same bits.
-
-    Raises
-    ------
-    TypeError
-        None were given, one is no `Moments`, or they are of different namespaces.
-    ValueError
-        The numbers of channels or the devices differ.
-
-    Examples
-    --------
-    >>> import numpy, arraybn
-    >>> x = numpy.asarray([[0.0], [2.0], [7.0]])
-    >>> both = arraybn.pool(arraybn.moments(x[:2]), arraybn.moments(x[2:]))
-    >>> both.n, both.mean, both.m2
-    (3, array([3.]), array([26.]))
-    """
-    if not moments:
-        raise TypeError("moments: expected at least one Moments; got none")
-    for index, part in enumerate(moments):
-        _check_moments(f"moments[{index}]", part)
-        check_home(f"moments[{index}].mean", part.mean, moments[0].mean, "moments[0].mean")
-        if part.mean.shape != moments[0].mean.shape:
-            raise ValueError(
-                f"moments[{index}]: expected {moments[0].mean.shape[0]} channels as moments[0] has;"
-                f" got {part.mean.shape[0]}"
-            )
-    pooled = moments[0]
-    for part in moments[1:]:
-        pooled = reference.pool(pooled, part)
-    return pooled
-
-
-def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
-) -> tuple[Array, Array]:
-    """The running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
-
-    Parameters
-    ----------
-    running_mean, running_var : array (C,)
-        Never written into.
-    moments : Moments
-        Of the batch. With n = 0 the values stay as they are.
-    momentum : float
-        The weight of the new batch, PyTorch's convention. A decay d, as in ONNX, Keras and Flax, is 1 − momentum.
-    correction : int
-        1: the variance enters unbiased, m2/(n − 1), as in PyTorch. 0: biased, m2/n, as in ONNX, Keras and Flax.
-
-    Returns
-    -------
-    running_mean, running_var : array (C,)
-        New arrays, in the dtypes of the arguments.
-
-    Raises
-    ------
-    TypeError
-        An argument is not what is said above.
-    ValueError
-        A shape does not fit, or 0 < n ≤ correction: that batch has no unbiased variance.
-
-    Examples
-    --------
-    >>> import numpy, arraybn
-    >>> batch = arraybn.moments(numpy.asarray([[1.0], [3.0]]))
-    >>> arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 0.5)
-    (array([1.]), array([1.5]))
-    """
-    _check_moments("moments", moments)
-    channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
-    for name, array in running.items():
-        if array is None:
-            raise TypeError(f"{name}: expected an array ({channels},); got None")
-        running[name] = as_channel_vector(name, array, moments.mean, channels, of="moments.mean")
-    momentum = float(as_number("momentum", momentum))
-    correction = as_integer("correction", correction, 0)
-    if 0 < moments.n <= correction:
-        raise ValueError(
-            f"moments: expected n > correction = {correction}, or the variance is not defined; got n = {moments.n}"
-        )
-    if moments.n == 0:
-        xp = array_namespace(moments.mean)
-        return tuple(xp.asarray(array, copy=True) for array in running.values())
-    mean, var = running.values()
-    return (
-        reference.update_running(mean, moments.mean, momentum),
-        reference.update_running(var, moments.var(correction), momentum),
-    )
-
-
-def _place(result: Array, layout: Layout, out: Array | None) -> Array:
-    """The sweep's `result` in the caller's layout, in `out` where one was given."""
-    result = layout.restore(result)
+def _place(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:
+    """The sweep's `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
-        return result
-    out[...] = result
+        return layout.restore(result)
+    if result is not target or not overlap(target, out):  # or it is there already
+        out[...] = layout.restore(result)
     return out
-
-
-def _check_moments(name: str, value: object) -> None:
-    if not isinstance(value, Moments):
-        raise TypeError(f"{name}: expected Moments, as arraybn.moments returns; got {type(value).__name__}")
-    as_integer(f"{name}.n", value.n, 0)
-    if not is_array_api_obj(value.mean) or dtype_name(value.mean.dtype) not in FLOATS:
-        as_floating(f"{name}.mean", value.mean)  # says what is wrong with it
-    if value.mean.ndim != 1:
-        raise ValueError(f"{name}.mean: expected shape (C,); got {tuple(value.mean.shape)}")
-    check_like(f"{name}.m2", value.m2, value.mean, f"{name}.mean")

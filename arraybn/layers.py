@@ -24,8 +24,9 @@ from ._arrays import (
     namespace_name,
 )
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
-from .functional import Saved, batch_norm, batch_norm_backward, update_running_stats
+from .functional import Saved, batch_norm, batch_norm_backward
 from .modules import Module, Parameter
+from .statistics import update_running_stats
 
 
 class _NormBase(Module):

@@ -114,6 +114,7 @@ ORDER = [
     "_checks",
     "reference",
     "kernels",
+    "statistics",
     "functional",
     "_state",
     "modules",

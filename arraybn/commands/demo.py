@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checkpoint
-from ..functional import moments
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy
 from ..reference import Moments
+from ..statistics import moments
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
 DESCRIPTION = (

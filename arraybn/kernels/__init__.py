@@ -5,16 +5,23 @@ A kernel module offers the sweeps of ``arraybn.reference`` under the same names 
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib
+import importlib.util
+from typing import Protocol, cast
+
+import numpy as np
 
 from .. import reference
-from .._arrays import Array
+from .._arrays import Array, array_namespace, namespace_name
 
 
 class Kernels(Protocol):
     """The four sweeps. u and x are (N, C, S); mean, a, b, c and the sums are (C,), in `arraybn._arrays.wide_dtype`.
 
-    `out`, where given, is an array like x that the module may write into; the result is what is returned.
+    `out`, where given, is an array like x that the module may write into; the result is what is returned. A module may
+    offer `moments_affine` and `dots_affine2` beside them, as ``kernels/cpu.py`` does: two sweeps with the formulas for
+    the coefficients between them, so that it can take a few channels through both before the next.
     """
 
     def moments(self, x: Array) -> tuple[Array, Array]:
@@ -31,20 +38,45 @@ class Kernels(Protocol):
 
 
 SWEEPS = ("moments", "dots", "affine", "affine2")
-MODULES: dict[str, Kernels] = {"reference": reference}
+MODULES = {"reference": "arraybn.reference", "cpu": "arraybn.kernels.cpu"}  # imported when first used
 
 
 def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
-    """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays."""
+    """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
+
+    "cpu" takes NumPy arrays, where numba is installed; "reference" takes all arrays.
+    """
     if kernels is None:
-        return reference
+        return _module("cpu") if isinstance(x, np.ndarray) and _has_numba() else reference
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
-        return MODULES[kernels]
+        if kernels == "cpu":
+            _check_cpu(x)
+        return _module(kernels)
     if missing := [name for name in SWEEPS if not callable(getattr(kernels, name, None))]:
         raise TypeError(
             f"kernels: expected a module with the sweeps {', '.join(SWEEPS)};"
             f" got {kernels!r} without {', '.join(missing)}"
         )
     return kernels
+
+
+@functools.cache
+def _module(name: str) -> Kernels:
+    return cast(Kernels, importlib.import_module(MODULES[name]))
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _check_cpu(x: Array) -> None:
+    """Raise unless the CPU kernels can take `x`."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {namespace_name(array_namespace(x))} array')
+    if not _has_numba():
+        raise ImportError(
+            'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
+        )

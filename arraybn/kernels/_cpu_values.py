@@ -1,0 +1,93 @@
+"""Elements of data in compiled code: float64 for all arithmetic, whatever the dtype of the array.
+
+float16 travels as int16 and bfloat16 as uint16, because Numba knows neither. Each function is given twice: in Python,
+which says what it means and runs where compiling is switched off, and as what Numba makes of a call to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+
+def wide(value: Any) -> Any:
+    """The value of an element, as float64."""
+    if isinstance(value, np.int16):
+        return np.float64(value.view(np.float16))
+    if isinstance(value, np.uint16):
+        return np.float64((np.uint32(value) << np.uint32(16)).view(np.float32))
+    return np.float64(value)
+
+
+def narrow(value: Any, out: Any) -> Any:
+    """`value` (float64) as an element of the array `out`, rounded to nearest, ties to even."""
+    if out.dtype == np.int16:
+        return np.float16(np.float32(value)).view(np.int16)
+    if out.dtype == np.uint16:
+        return _as_bfloat16(np.float32(value))
+    return out.dtype.type(value)
+
+
+def _as_bfloat16(value: Any) -> Any:
+    bits = int(value.view(np.uint32))
+    return np.uint16(bits >> 16 | 0x40 if np.isnan(value) else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+
+
+def _conversion(source: types.Type, target: types.Type, build: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    """A function of compiled code, given by its instructions."""
+
+    @intrinsic
+    def convert(typing_context, value):  # type: ignore[no-untyped-def]
+        return target(source), lambda context, builder, signature, arguments: build(builder, arguments[0])
+
+    return convert
+
+
+def _build_to_bfloat16(code: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    def i32(number: int) -> ir.Value:
+        return ir.Constant(ir.IntType(32), number)
+
+    bits = code.bitcast(value, ir.IntType(32))
+    high = code.lshr(bits, i32(16))
+    rounded = code.lshr(code.add(bits, code.add(i32(0x7FFF), code.and_(high, i32(1)))), i32(16))
+    is_nan = code.fcmp_unordered("uno", value, value)
+    return code.trunc(code.select(is_nan, code.or_(high, i32(0x40)), rounded), ir.IntType(16))
+
+
+_from_half = _conversion(
+    types.int16, types.float32, lambda code, bits: code.fpext(code.bitcast(bits, ir.HalfType()), ir.FloatType())
+)
+_to_half = _conversion(
+    types.float32, types.int16, lambda code, value: code.bitcast(code.fptrunc(value, ir.HalfType()), ir.IntType(16))
+)
+_from_bfloat16 = _conversion(
+    types.uint16,
+    types.float32,
+    lambda code, bits: code.bitcast(
+        code.shl(code.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.FloatType()
+    ),
+)
+_to_bfloat16 = _conversion(types.float32, types.uint16, _build_to_bfloat16)
+
+
+@overload(wide)
+def _wide_compiled(value):  # type: ignore[no-untyped-def]
+    if value == types.int16:
+        return lambda value: np.float64(_from_half(value))
+    if value == types.uint16:
+        return lambda value: np.float64(_from_bfloat16(value))
+    return lambda value: np.float64(value)  # noqa: PLW0108 (Numba wants a function of Python)
+
+
+@overload(narrow)
+def _narrow_compiled(value, out):  # type: ignore[no-untyped-def]
+    if out.dtype == types.int16:
+        return lambda value, out: _to_half(np.float32(value))
+    if out.dtype == types.uint16:
+        return lambda value, out: _to_bfloat16(np.float32(value))
+    return lambda value, out: value

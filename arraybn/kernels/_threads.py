@@ -1,0 +1,129 @@
+"""The thread pool of the CPU kernels, and how many threads it has: the one global, which changes no bits."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from .._checks import as_integer
+
+
+def get_num_threads() -> int:
+    """How many threads the CPU kernels use.
+
+    Unless set, the cores that this process may run on, shared among the ranks that a launcher (mpirun, srun) has put on
+    this machine, and at most OMP_NUM_THREADS.
+
+    Examples
+    --------
+    >>> import arraybn
+    >>> arraybn.get_num_threads() >= 1
+    True
+    """
+    if _pool.threads is None:
+        _pool.threads = _default_threads()
+    return _pool.threads
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads the CPU kernels use, in this process. No result depends on it, to the last bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `threads` is no integer ≥ 1.
+
+    Examples
+    --------
+    >>> import arraybn
+    >>> before = arraybn.get_num_threads()
+    >>> arraybn.set_num_threads(1)
+    >>> arraybn.get_num_threads()
+    1
+    >>> arraybn.set_num_threads(before)
+    """
+    _pool.resize(as_integer("threads", threads, 1))
+
+
+def run(work: Callable[[int], None], items: Iterable[int]) -> None:
+    """Call `work` once with each of `items`, in that order but on all threads at once; raise what it raises.
+
+    The calling thread works too and never waits for a helper that has not begun, so any number of threads may call.
+    """
+    items = list(items)
+    helpers = min(get_num_threads(), len(items)) - 1
+    if helpers < 1:
+        for item in items:
+            work(item)
+        return
+    queue = iter(items)  # next() of a list's iterator is one step under the GIL
+
+    def drain() -> None:
+        for item in queue:
+            work(item)
+
+    futures = _pool.submit(drain, helpers)
+    try:
+        drain()
+    finally:
+        for _ in queue:  # after an exception: leave the rest undone
+            pass
+        running = [future for future in futures if not future.cancel()]
+        wait(running)
+    for future in running:
+        future.result()
+
+
+class _Pool:
+    """The helpers: one thread fewer than the kernels use."""
+
+    def __init__(self) -> None:
+        self.threads: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in a forked child, where the threads of the parent do not exist."""
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def resize(self, threads: int) -> None:
+        """Use so many threads from now on; calls that are running keep theirs."""
+        with self._lock:
+            self.threads = threads
+            if self._executor is not None and threads - 1 != self._size:
+                self._executor.shutdown(wait=False)
+                self._executor = None
+
+    def submit(self, function: Callable[[], None], copies: int) -> list[Future[None]]:
+        with self._lock:
+            if self._executor is None or self._size < copies:
+                if self._executor is not None:
+                    self._executor.shutdown(wait=False)
+                self._size = max(copies, get_num_threads() - 1)
+                self._executor = ThreadPoolExecutor(self._size, "arraybn")
+            return [self._executor.submit(function) for _ in range(copies)]
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.forget)
+
+
+def _default_threads() -> int:
+    """The cores of this process; its share of the machine's where several ranks are on it."""
+    machine = os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    ranks = _positive("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE") or 1
+    limit = _positive("OMP_NUM_THREADS") or mine
+    return max(1, min(mine, machine // ranks, limit))
+
+
+def _positive(*names: str) -> int | None:
+    """The first of these environment variables that is a number ≥ 1."""
+    for value in map(os.environ.get, names):
+        if value is not None and value.isdecimal() and int(value) >= 1:
+            return int(value)
+    return None
