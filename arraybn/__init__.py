@@ -4,6 +4,7 @@ from . import network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward
+from .kernels._threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
@@ -19,11 +20,13 @@ __all__ = [
     "Sequential",
     "batch_norm",
     "batch_norm_backward",
+    "get_num_threads",
     "load",
     "moments",
     "network",
     "pool",
     "save",
+    "set_num_threads",
     "testing",
     "update_running_stats",
 ]

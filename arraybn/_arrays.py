@@ -6,25 +6,29 @@ array API.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+import array_api_compat
+import array_api_compat.numpy
 import numpy as np
-from array_api_compat import array_namespace as array_namespace
 from array_api_compat import device as device
 from array_api_compat import is_array_api_obj as is_array_api_obj
-from array_api_compat import (
-    is_cupy_array,
-    is_torch_array,
-    to_device,
-)
+from array_api_compat import is_cupy_array, is_torch_array, to_device
 
 Array: TypeAlias = Any  # any array of the standard: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def array_namespace(array: Array) -> Namespace:
+    """The array API namespace of `array`."""
+    if type(array) is np.ndarray:  # a small batch norm spends a third of its time on this question
+        return array_api_compat.numpy
+    return array_api_compat.array_namespace(array)
 
 
 def namespace_name(xp: Namespace) -> str:
@@ -56,6 +60,11 @@ def widened(array: Array) -> Array:
     if isinstance(array, np.ndarray):
         return array.astype(np.float64)
     return array_namespace(array).astype(array, wide_dtype(array), copy=True)
+
+
+def cast(array: Array, dtype: Any) -> Array:
+    """A new array with the values of `array` in `dtype`."""
+    return array.astype(dtype) if isinstance(array, np.ndarray) else array_namespace(array).astype(array, dtype)
 
 
 def copied(array: Array) -> Array:
@@ -147,7 +156,7 @@ def moved(name: str, array: Array, xp: Namespace | None, where: Any, dtype: Any)
     return converted(name, array, xp, where, as_dtype(own if dtype is None else dtype, xp))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Layout:
     """How an array of any layout is seen as (N, C, S), and how a result is put back into that layout.
 
@@ -175,7 +184,7 @@ class Layout:
         order, memory_shape = _memory_order(x), shape
         if order is not None:
             memory_shape, axis = tuple(shape[i] for i in order), order.index(axis)
-        before, after = _product(memory_shape[:axis]), _product(memory_shape[axis + 1 :])
+        before, after = math.prod(memory_shape[:axis]), math.prod(memory_shape[axis + 1 :])
         return cls(shape, order, (before, memory_shape[axis], after))
 
     @property
@@ -185,25 +194,22 @@ class Layout:
 
     def view(self, array: Array) -> Array:
         """`array`, of the user's shape, as (N, C, S)."""
-        xp = array_namespace(array)
         if self.order is not None:
-            array = xp.permute_dims(array, self.order)
-        return xp.reshape(array, self.ncs)
+            array = array_namespace(array).permute_dims(array, self.order)
+        return _reshaped(array, self.ncs)
 
     def restore(self, array: Array) -> Array:
         """`array` (N, C, S) in the user's shape and axis order."""
-        xp = array_namespace(array)
         if self.order is None:
-            return xp.reshape(array, self.shape)
-        array = xp.reshape(array, tuple(self.shape[i] for i in self.order))
-        return xp.permute_dims(array, tuple(self.order.index(i) for i in range(len(self.order))))
+            return _reshaped(array, self.shape)
+        array = _reshaped(array, tuple(self.shape[i] for i in self.order))
+        return array_namespace(array).permute_dims(array, tuple(self.order.index(i) for i in range(len(self.order))))
 
 
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    if isinstance(array, np.ndarray):
+        return array.reshape(shape)
+    return array_namespace(array).reshape(array, shape)
 
 
 def _strides(array: Array) -> tuple[int, ...] | None:
@@ -214,6 +220,8 @@ def _strides(array: Array) -> tuple[int, ...] | None:
 
 
 def _memory_order(array: Array) -> tuple[int, ...] | None:
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        return None
     strides = _strides(array)
     if strides is None:
         return None

@@ -27,9 +27,14 @@ from ._arrays import (
 _NUMPY_FLOATS = {np.dtype(name).num for name in ("float16", "float32", "float64")}
 
 
+def _is_plain(array: Any) -> bool:
+    """Whether `array` is what nearly all callers pass, which is told quickly."""
+    return type(array) is np.ndarray and array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative
+
+
 def as_floating(name: str, array: Array) -> Array:
     """`array` as a plain array of native byte order, or a TypeError that says how to make it one."""
-    if type(array) is np.ndarray and array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative:
+    if _is_plain(array):
         return array
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
@@ -116,11 +121,11 @@ def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> No
 
 def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *, of: str = "x") -> Array | None:
     """`array` (C,), checked against `x`; None stays None."""
-    if array is None:
-        return None
+    if array is None or (_is_plain(array) and type(x) is np.ndarray and array.shape == (channels,)):
+        return array
     array = as_floating(name, array)
     check_home(name, array, x, of)
-    if array.shape != (channels,) and tuple(array.shape) != (channels,):
+    if tuple(array.shape) != (channels,):
         raise ValueError(
             f"{name}: expected shape ({channels},), one value per channel of {of}; got {tuple(array.shape)}"
         )
@@ -142,7 +147,9 @@ def as_number(name: str, value: Any) -> Any:
 
 def as_flag(name: str, value: Any) -> bool:
     """`value` as a bool, if it is one of Python or NumPy: "False", None and 0 are more often mistakes than meant."""
-    if not isinstance(value, bool | np.bool):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool):
         raise TypeError(f"{name}: expected True or False; got {value!r}")
     return bool(value)
 
@@ -165,7 +172,7 @@ def as_integer(name: str, value: Any, least: int | None = None) -> int:
 
 def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
     """Raise unless `array` is an array of the namespace, device and shape of `like`."""
-    if not is_array_api_obj(array):
+    if type(array) is not np.ndarray and not is_array_api_obj(array):
         raise TypeError(f"{name}: expected an array like {like_name}; got {class_name(array)}")
     if type(array) is not type(like):
         check_home(name, array, like, like_name)
@@ -175,8 +182,6 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
 
 def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
     """Raise unless `out` can take a result like x of that shape: disjoint from `inputs`, or the same as one of them."""
-    if out is None:
-        return
     if not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")
     check_home("out", out, x)

@@ -5,6 +5,7 @@ Each takes arrays and returns arrays; none keeps or changes anything. The maths 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import reference
@@ -122,20 +123,20 @@ def batch_norm(
     if (mean is None) != (var is None):
         given, missing = ("mean", "var") if var is None else ("var", "mean")
         raise ValueError(f"{missing}: expected an array, because {given} is given; got None")
-    vectors = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    vectors = {name: as_channel_vector(name, array, x, channels) for name, array in vectors.items()}
-    check_out(out, x, layout.shape, {"x": x, **vectors})
+    weight, bias = as_channel_vector("weight", weight, x, channels), as_channel_vector("bias", bias, x, channels)
+    if mean is not None:
+        mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
+    if out is not None:
+        check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
     ops = select(x, kernels)
-    weight, bias, mean, var = (None if array is None else widened(array) for array in vectors.values())
+    weight, bias = None if weight is None else widened(weight), None if bias is None else widened(bias)
 
-    view, moments, mean_low = layout.view(x), None, None
-    target = None if out is None else layout.view(out)
+    view, target = layout.view(x), None if out is None else layout.view(out)
     if mean is None:
-        moments, y = _normalized(ops, view, layout.n, weight, bias, eps, target)
+        moments, rstd, y = _normalized(ops, view, layout.n, weight, bias, eps, target)
         mean, mean_low = copied(moments.mean), moments.mean_low  # the caller sees moments, and may change them
-        var = moments.m2 / max(moments.n, 1)
-    rstd = reference.rstd(var, eps)
-    if moments is None:
+    else:
+        mean, moments, mean_low, rstd = widened(mean), None, None, reference.rstd(widened(var), eps)
         y = ops.affine(view, mean, *reference.normalize(rstd, weight, bias), target)
     y = _place(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
@@ -145,24 +146,16 @@ def batch_norm(
 
 def _normalized(
     ops: Kernels, x: Array, n: int, weight: Array | None, bias: Array | None, eps: float, out: Array | None
-) -> tuple[Moments, Array]:
-    """The batch's own moments of x (N, C, S) (E1), and y (E3)."""
-
-    def coefficients(mean: Array, m2: Array, channels: slice, mean_low: Array | None = None) -> tuple[Array, Array]:
-        rstd = reference.rstd(m2 / max(n, 1), eps)
-        return reference.normalize(rstd, _of(weight, channels), _of(bias, channels), mean_low)
-
-    if (both := getattr(ops, "moments_affine", None)) is not None:
-        mean, m2, y = both(x, coefficients, out)
-        return Moments(n, mean, m2), y
+) -> tuple[Moments, Array, Array]:
+    """The moments of x (N, C, S) (E1), rstd, and y (E3)."""
+    if (forward := getattr(ops, "forward", None)) is not None:
+        mean, m2, rstd, y = forward(x, weight, bias, eps, out)
+        return Moments(n, mean, m2), rstd, y
     moments = reduce(ops, x, n)
     # The synchronized mode pools the moments of all ranks here (E2), between the reduction and the map.
-    a, c = coefficients(moments.mean, moments.m2, slice(None), moments.mean_low)
-    return moments, ops.affine(x, moments.mean, a, c, out)
-
-
-def _of(vector: Array | None, channels: slice) -> Array | None:
-    return None if vector is None else vector[channels]
+    rstd = reference.rstd(moments.m2 / max(moments.n, 1), eps)
+    a, c = reference.normalize(rstd, weight, bias, moments.mean_low)
+    return moments, rstd, ops.affine(x, moments.mean, a, c, out)
 
 
 def batch_norm_backward(
@@ -218,8 +211,10 @@ def batch_norm_backward(
     check_home("dy", dy, x)
     if tuple(dy.shape) != layout.shape:
         raise ValueError(f"dy: expected shape {layout.shape}, that of x and y; got {tuple(dy.shape)}")
-    check_out(out, x, layout.shape, {"dy": dy, "x": x})
-    over_x = out is not None and same_memory(out, x)
+    over_x = False
+    if out is not None:
+        check_out(out, x, layout.shape, {"dy": dy, "x": x})
+        over_x = same_memory(out, x)
     if dy.dtype != x.dtype:
         dy = array_namespace(dy).astype(dy, x.dtype)
 
@@ -241,19 +236,13 @@ def _gradients(saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Ar
         a, _ = reference.normalize(rstd, weight, None)
         return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
-    def coefficients(sum_dy: Array, sum_dy_x: Array, channels: slice) -> tuple[Array, Array, Array]:
-        part = rstd[channels]
-        dweight, dbias = reference.parameter_gradients(sum_dy, sum_dy_x, part, _of(low, channels))
-        n = max(moments.n, 1)
-        return reference.input_gradient(dweight, dbias, n, part, _of(weight, channels), _of(low, channels))
-
-    if (both := getattr(ops, "dots_affine2", None)) is not None:
-        sum_dy, sum_dy_x, dx = both(dy, x, mean, coefficients, out)
-    else:
-        sum_dy, sum_dy_x = ops.dots(dy, x, mean)
-        # The synchronized mode sums these over all ranks here, for the coefficients alone.
-        dx = ops.affine2(dy, x, mean, *coefficients(sum_dy, sum_dy_x, slice(None)), out)
-    return dx, *reference.parameter_gradients(sum_dy, sum_dy_x, rstd, low)
+    backward: Callable[..., tuple[Array, Array, Array]] | None = getattr(ops, "backward", None)
+    if backward is not None:
+        return backward(dy, x, mean, rstd, weight, out)
+    dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd, low)
+    # The synchronized mode sums these over all ranks here, for dx alone.
+    coefficients = reference.input_gradient(dweight, dbias, max(moments.n, 1), rstd, weight, low)
+    return ops.affine2(dy, x, mean, *coefficients, out), dweight, dbias
 
 
 def _place(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:

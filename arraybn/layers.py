@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ._arrays import (
-    FLOATS,
     Array,
     Namespace,
     array_namespace,
@@ -26,7 +25,7 @@ from ._arrays import (
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
 from .functional import Saved, batch_norm, batch_norm_backward
 from .modules import Module, Parameter
-from .statistics import update_running_stats
+from .statistics import updated
 
 
 class _NormBase(Module):
@@ -107,10 +106,17 @@ class _NormBase(Module):
             text += f", xp={namespace_name(xp)}" if namespace_name(xp) != "numpy" else ""
         return text
 
+    def _own_parameters(self) -> tuple[Parameter | None, Parameter | None]:
+        """Weight and bias, without the detour of `Module.__getattr__`."""
+        return self._parameters["weight"], self._parameters["bias"]
+
     def _an_array(self) -> Array | None:
         """One of this layer's arrays, which all are of one home; None if there is none."""
-        arrays = [p.data for p in (self.weight, self.bias) if p is not None] + [self.running_mean, self.running_var]
-        return next((array for array in arrays if array is not None), None)
+        for parameter in self._own_parameters():
+            if parameter is not None:
+                return parameter.data
+        mean = self._buffers["running_mean"]
+        return self._buffers["running_var"] if mean is None else mean
 
     def _check_to(self, dtype: Any) -> None:
         if dtype is not None and (name := dtype_name(dtype)) in ("float16", "bfloat16"):
@@ -154,17 +160,16 @@ class _BatchNorm(_NormBase):
             statistic.
         """
         x = as_floating("x", x)
-        own = self._an_array()
-        if type(x) is not type(own) or not isinstance(x, np.ndarray):
-            check_lasting("x", x, own)
+        if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
+            check_lasting("x", x, self._an_array())
         self._check_input_dim(x)
         self._check_channels(x)
         fixed = self._fixed_statistics(x)
-        weight, bias = (None if p is None else p.data for p in (self.weight, self.bias))
+        weight, bias = self._own_parameters()
+        weight, bias = weight and weight.data, bias and bias.data
         y, saved = batch_norm(x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
-        commit = {} if fixed else self._tracked(saved, x)
-        for name, value in commit.items():
-            setattr(self, name, value)
+        if not fixed:
+            self._buffers.update(self._tracked(saved, x))
         self._remember(saved)
         return y
 
@@ -179,7 +184,8 @@ class _BatchNorm(_NormBase):
             dy is not like y.
         """
         dx, dweight, dbias = batch_norm_backward(dy, self._recall())
-        self._finish_backward((self.weight, dweight), (self.bias, dbias))
+        weight, bias = self._own_parameters()
+        self._finish_backward((weight, dweight), (bias, dbias))
         return dx
 
     def _check_channels(self, x: Array) -> None:
@@ -198,7 +204,7 @@ class _BatchNorm(_NormBase):
         """The running statistics where they are to be used as they are for x, otherwise nothing."""
         as_flag("training", self.training)
         as_flag("track_running_stats", self.track_running_stats)
-        mean, var = self.running_mean, self.running_var
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if (mean is None) != (var is None):
             which = "running_mean" if mean is None else "running_var"
             raise ValueError(
@@ -206,9 +212,8 @@ class _BatchNorm(_NormBase):
             )
         if self.training or mean is None:
             return {}
-        for name, array in (("running_mean", mean), ("running_var", var)):
-            if not _is_like(array, x, self.num_features):  # `batch_norm` would refuse it under another name
-                as_channel_vector(name, array, x, self.num_features)
+        as_channel_vector("running_mean", mean, x, self.num_features)  # `batch_norm` would refuse it as "mean"
+        as_channel_vector("running_var", var, x, self.num_features)
         return {"mean": mean, "var": var}
 
     def _tracked(self, saved: Saved, x: Array) -> dict[str, Any]:
@@ -223,21 +228,19 @@ class _BatchNorm(_NormBase):
             )
         if not (self.training and self.track_running_stats) or moments.n == 0:
             return {}
-        count = self.num_batches_tracked
+        buffers = self._buffers
+        count, mean, var = buffers["num_batches_tracked"], buffers["running_mean"], buffers["running_var"]
         if count is not None:
             count = as_integer("num_batches_tracked", count, 0) + 1
-        if self.running_mean is None:
+        if mean is None:
             return {"num_batches_tracked": count}
         momentum = self.momentum
         if momentum is None:  # the average of all batches so far
             momentum = 1 / count if count else 0.0
-        mean, var = update_running_stats(self.running_mean, self.running_var, moments, momentum)
+        mean = as_channel_vector("running_mean", mean, x, self.num_features)
+        var = as_channel_vector("running_var", var, x, self.num_features)
+        mean, var = updated(mean, var, moments, as_number("momentum", momentum))
         return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
-
-
-def _is_like(array: Array, x: Array, channels: int) -> bool:
-    """Whether `array` (C,) may stand beside x, as far as can be told quickly."""
-    return type(array) is type(x) and tuple(array.shape) == (channels,) and dtype_name(array.dtype) in FLOATS
 
 
 class BatchNorm1d(_BatchNorm):

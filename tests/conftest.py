@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,13 @@ def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
 
         return make
 
+    def without_numba(stack: contextlib.ExitStack) -> Home:
+        stack.enter_context(unittest.mock.patch("arraybn.kernels._has_numba", return_value=False))
+        return Home("numpy without numba", np, None, "float64")
+
     return {
         "numpy": lambda _: Home("numpy", np, None, "float64"),
+        "numpy-reference": without_numba,
         "strict": strict("CPU_DEVICE", "float64"),
         "strict-device1": strict("device1", "float64"),
         "strict-no_float64": strict("no_float64", "float32"),
@@ -89,6 +95,15 @@ def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
 
 
 HOMES = _homes()
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def numpy_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy arrays are served by the reference, as without numba, and by the compiled kernels."""
+    if request.param == "cpu":
+        need("numba")
+    else:
+        monkeypatch.setattr("arraybn.kernels._has_numba", lambda: False)
 
 
 @pytest.fixture(params=list(HOMES))

@@ -12,6 +12,8 @@ import arraybn
 from arraybn.testing import exact_batch_norm, exact_moments, scenarios, ulp, worst
 from arraybn.testing.oracle import LONG, Exact, as_long
 
+pytestmark = pytest.mark.usefixtures("numpy_kernels")
+
 F32, F64 = np.dtype("f4"), np.dtype("f8")
 CASES = [(shape, scale) for shape in scenarios.SHAPES if shape != "one value" for scale in scenarios.SCALES]
 

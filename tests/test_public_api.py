@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 from conftest import need
 
@@ -28,11 +30,13 @@ PUBLIC = [
     "Sequential",
     "batch_norm",
     "batch_norm_backward",
+    "get_num_threads",
     "load",
     "moments",
     "network",
     "pool",
     "save",
+    "set_num_threads",
     "testing",
     "update_running_stats",
 ]
@@ -42,6 +46,8 @@ SIGNATURES = {
     " out=None, kernels=None)",
     "batch_norm_backward": "(dy, saved, *, out=None)",
     "moments": "(x, *, channel_axis=1, kernels=None)",
+    "get_num_threads": "()",
+    "set_num_threads": "(threads)",
     "pool": "(*moments)",
     "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
@@ -68,20 +74,40 @@ def test_signatures_are_these(name: str) -> None:
     assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
-def test_the_reference_has_the_signatures_of_the_kernel_protocol() -> None:
-    assert list(kernels.MODULES) == ["reference"]
-    for module in kernels.MODULES.values():
-        for name in kernels.SWEEPS:
-            wanted = list(inspect.signature(getattr(kernels.Kernels, name)).parameters.values())[1:]
-            assert list(inspect.signature(getattr(module, name)).parameters.values()) == wanted
-    assert kernels.select(None) is kernels.select(None, "reference") is kernels.select(None, reference) is reference
+@pytest.mark.parametrize("name", kernels.MODULES)
+def test_every_kernel_module_has_the_signatures_of_the_protocol(name: str) -> None:
+    if name == "cpu":
+        need("numba")
+    module = importlib.import_module(kernels.MODULES[name])
+    for sweep in kernels.SWEEPS:
+        wanted = list(inspect.signature(getattr(kernels.Kernels, sweep)).parameters.values())[1:]
+        assert list(inspect.signature(getattr(module, sweep)).parameters.values()) == wanted
+    assert kernels.select(numpy.zeros(1), name) is kernels.select(numpy.zeros(1), module) is module
+
+
+def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(kernels.MODULES) == ["reference", "cpu"]
+    need("numba")
+    from arraybn.kernels import cpu
+
+    strict = need("array_api_strict")
+    assert kernels.select(numpy.zeros(1)) is cpu
+    assert kernels.select(strict.zeros(1)) is reference
+    with pytest.raises(TypeError, match=r'kernels: expected a NumPy array for "cpu"; got a array_api_strict array'):
+        kernels.select(strict.zeros(1), "cpu")
+    monkeypatch.setattr(kernels, "_has_numba", lambda: False)
+    assert kernels.select(numpy.zeros(1)) is reference
+    with pytest.raises(ImportError, match=r'kernels: expected numba .*pip install "arraybn\[cpu\]"'):
+        kernels.select(numpy.zeros(1), "cpu")
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLIC if inspect.isfunction(getattr(arraybn, n))])
 def test_docstrings_have_every_section(name: str) -> None:
     text = inspect.getdoc(getattr(arraybn, name)) or ""
     sections = re.findall(r"^([A-Z]\w+)\n-+$", text, re.MULTILINE)
-    needed = ["Parameters", "Raises", "Examples"] + (["Returns"] if name != "save" else [])
+    signature = inspect.signature(getattr(arraybn, name))
+    needed = ["Examples"] + (["Parameters", "Raises"] if signature.parameters else [])
+    needed += ["Returns"] if signature.return_annotation != "None" else []
     assert set(needed) <= set(sections)
     documented = set(re.findall(r"\w+", " ".join(re.findall(r"^([*\w, ]+) : ", text, re.MULTILINE))))
     documented |= set(re.findall(r"^\*(\w+)", text, re.MULTILINE))
@@ -102,9 +128,7 @@ def test_importing_loads_nothing_optional() -> None:
         "safetensors",
         "scipy",
     ]
-    code = (
-        f"import sys, arraybn, numpy; arraybn.BatchNorm1d(2)(numpy.eye(2)); print(set({optional}) & set(sys.modules))"
-    )
+    code = f"import sys, arraybn; layer = arraybn.BatchNorm1d(2); print(set({optional}) & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "set()"
 

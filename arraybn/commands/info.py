@@ -20,7 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from .. import kernels
 from .._version import __version__
 
 HELP = "what is installed here, what of it works, and how to get the rest"
@@ -33,7 +32,7 @@ EXTRAS = {  # extra: the distributions that it brings
     "cuda12": ("cupy-cuda12x",),
     "cuda13": ("cupy-cuda13x",),
     "mpi": ("mpi4py", "mpich"),
-    "demo": ("matplotlib", "safetensors", "scikit-learn", "tqdm"),
+    "demo": ("matplotlib", "numba", "safetensors", "scikit-learn", "tqdm"),
 }
 NAMESPACES = {  # module: what to do where it is missing
     "numpy": "pip install numpy",
@@ -59,6 +58,13 @@ if sys.argv[1] == "numpy":
 version = sys.modules[sys.argv[1].partition(".")[0]].__version__
 print(json.dumps([version, found]))
 """
+_NUMBA_PROBE = """
+from arraybn import get_num_threads
+from arraybn.kernels._cpu_entries import cache_folder
+threads = get_num_threads()
+folder = cache_folder() or "no folder, because none can be written"
+print(f"{threads} thread{'s' * (threads > 1)}, compiled once and kept in {folder}")
+"""
 _MPI_PROBE = """
 import mpi4py
 mpi4py.rc.initialize = False
@@ -77,19 +83,26 @@ for index in range(runtime.getDeviceCount()):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`info` takes none."""
+    """`--compile`."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="first compile the CPU kernels for every dtype, so that no later call has to",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0, whatever is missing."""
+    if arguments.compile and not _compile():
+        return 1
     namespaces = {name: _python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_there(name)}
     mpi = _python(_MPI_PROBE) if _is_there("mpi4py") else None
-    gpus = _gpu_probes()
+    gpus, numba = _gpu_probes(), _python(_NUMBA_PROBE) if _is_there("numba") else None
     deadline = time.monotonic() + TIME_LIMIT
     sections = {
         f"arraybn {__version__}": _basics(),
         "Namespaces": [_namespace(name, namespaces.get(name), deadline) for name in NAMESPACES],
-        "Kernels": [Row(name, "", _first_line(module.__doc__)) for name, module in kernels.MODULES.items()],
+        "Kernels": _kernels(numba, deadline),
         "MPI": _mpi(mpi, deadline),
         "GPUs": _gpus(gpus, deadline),
         "Extras": [_extra(name) for name in EXTRAS],
@@ -97,6 +110,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(_report(sections))
     print(f"\npip here is  {sys.executable} -m pip")
     return 0
+
+
+def _compile() -> bool:
+    """Compile the CPU kernels and say how long it takes; whether they can be."""
+    if not _is_there("numba"):
+        print('--compile: expected numba; it is not installed. Run: pip install "arraybn[cpu]"', file=sys.stderr)
+        return False
+    from ..kernels._cpu_entries import compile_all
+
+    start = time.monotonic()
+    for name in compile_all():
+        print(f"compiled, or found compiled, for {name} after {time.monotonic() - start:.1f} s", flush=True)
+    print()
+    return True
 
 
 # ---- Asking in a subprocess ----
@@ -188,6 +215,15 @@ def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
     return Row(name, version, text)
 
 
+def _kernels(numba: Probe | None, deadline: float) -> list[Row]:
+    rows = [Row("reference", "", "any array; always there")]
+    if numba is None:
+        return [*rows, Row("cpu", "missing", 'pip install "arraybn[cpu]"')]
+    lines, problem = numba.answer(deadline)
+    text = f"cannot be used: {problem or 'no answer'}" if problem or not lines else f"NumPy arrays; {lines[-1]}"
+    return [*rows, Row("cpu", f"numba {_version('numba')}", text)]
+
+
 def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
     launcher = _launcher()
     rows = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')]
@@ -233,10 +269,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
 
 
 def _shortened(library: str) -> str:

@@ -20,8 +20,8 @@ class Kernels(Protocol):
     """The four sweeps. u and x are (N, C, S); mean, a, b, c and the sums are (C,), in `arraybn._arrays.wide_dtype`.
 
     `out`, where given, is an array like x that the module may write into; the result is what is returned. A module may
-    offer `moments_affine` and `dots_affine2` beside them, as ``kernels/cpu.py`` does: two sweeps with the formulas for
-    the coefficients between them, so that it can take a few channels through both before the next.
+    offer `forward` and `backward` beside them, as ``kernels/cpu.py`` does: two sweeps with the formulas of
+    ``reference.py`` between, so that it can take a few channels through both before the next.
     """
 
     def moments(self, x: Array) -> tuple[Array, Array]:

@@ -1,18 +1,22 @@
-"""Elements of data in compiled code: float64 for all arithmetic, whatever the dtype of the array.
+"""What compiled code needs beside the loops: the elements of data, and the namespace that ``reference.py`` asks for.
 
-float16 travels as int16 and bfloat16 as uint16, because Numba knows neither. Each function is given twice: in Python,
-which says what it means and runs where compiling is switched off, and as what Numba makes of a call to it.
+Elements are float64 in all arithmetic, whatever the dtype of the array. float16 travels as int16 and bfloat16 as
+uint16, because Numba knows neither. Each function is given twice: in Python, which says what it means and runs where
+compiling is switched off, and as what Numba makes of a call to it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, overload
+
+from .._arrays import array_namespace
 
 
 def wide(value: Any) -> Any:
@@ -91,3 +95,42 @@ def _narrow_compiled(value, out):  # type: ignore[no-untyped-def]
     if out.dtype == types.uint16:
         return lambda value, out: _to_bfloat16(np.float32(value))
     return lambda value, out: value
+
+
+# ---- The namespace of the formulas, which are compiled for numbers; `astype` alone takes arrays ----------------------
+
+sqrt = np.sqrt
+
+
+@njit
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """As in the array API, for numbers."""
+    return x if condition else y
+
+
+@njit
+def zeros_like(x: Any) -> float:
+    """As in the array API, for numbers."""
+    return 0.0
+
+
+@njit
+def ones_like(x: Any) -> float:
+    """As in the array API, for numbers."""
+    return 1.0
+
+
+def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
+    """As in the array API."""
+    return x.astype(dtype)
+
+
+@overload(astype)
+def _astype_compiled(x, dtype, copy=True):  # type: ignore[no-untyped-def]
+    return lambda x, dtype, copy=True: x.astype(dtype)
+
+
+@overload(array_namespace, inline="always")
+def _array_namespace_compiled(array):  # type: ignore[no-untyped-def]
+    this = sys.modules[__name__]
+    return lambda array: this

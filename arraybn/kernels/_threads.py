@@ -13,8 +13,11 @@ from .._checks import as_integer
 def get_num_threads() -> int:
     """How many threads the CPU kernels use.
 
-    Unless set, the cores that this process may run on, shared among the ranks that a launcher (mpirun, srun) has put on
-    this machine, and at most OMP_NUM_THREADS.
+    Returns
+    -------
+    int
+        Unless set: the cores that this process may run on, shared among the ranks that mpirun has put on this machine,
+        and at most OMP_NUM_THREADS where that is set.
 
     Examples
     --------
@@ -28,12 +31,17 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads the CPU kernels use, in this process. No result depends on it, to the last bit.
+    """Set how many threads the CPU kernels use in this process. No result depends on it, to the last bit.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1, which is the calling thread alone.
 
     Raises
     ------
     TypeError, ValueError
-        `threads` is no integer ≥ 1.
+        `threads` is no integer, or below 1.
 
     Examples
     --------

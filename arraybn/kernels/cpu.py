@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import reference
 from .._arrays import Array
-from . import _cpu_loops as loops
 from . import _threads
+from ._cpu_entries import compiled
+from ._cpu_tiles import BLOCK, LONG, PIECE
 
-TILE = 2**20  # bytes of a tile, so that the second sweep finds it in the second-level cache
+TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in cache
+RUN = 2048  # bytes side by side that are worth going to
+LEAST = 2**18  # bytes of a tile at least, so that starting it does not show
 CACHE = 24 * 2**20  # bytes that all threads together may hope to find in cache again
 Run = Callable[[Callable[[int], None], Iterable[int]], None]  # calls a function with each item
-Coefficients = Callable[..., tuple[Array, ...]]
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
 
@@ -47,16 +50,18 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> _Cut:
     n = samples * plane
     if n == 0:
         return _Cut(channels * plane, plane, 0, channels, channels, 0, 1, 0)
-    channel, width = n * itemsize, min(plane, loops.PIECE) * itemsize  # bytes of a channel, and of its run in a row
-    tile = min(max(channels * channel // 16, TILE // 4), TILE)
+    channel, width = n * itemsize, min(plane, PIECE) * itemsize  # bytes of a channel, and of its run in a row
+    tile = min(max(channels * channel // 16, LEAST), TILE)
     group = min(max(tile // channel, 1), channels)
-    if plane >= loops.LONG:
-        rows, least = samples * -(-plane // loops.PIECE), 1
-    else:
-        rows, least = samples, loops.BLOCK
-        if group < channels and group * width < 2048:  # runs too short to be read at full speed
-            group = min(max(16384 // width, 1), channels)
-    height = rows if group * channel <= 2 * tile else max(tile // (group * width), least)
+    rows, least, whole = samples, BLOCK, group * channel <= 2 * tile
+    if plane >= LONG:
+        rows, least = samples * -(-plane // PIECE), 1
+    elif group < min(
+        run := -(-RUN // width), channels
+    ):  # the values of so many channels in a row are read at full speed
+        whole = run * channel <= 2 * TILE and 4 * run <= channels
+        group = run if whole else min(8 * run, channels)
+    height = rows if whole else min(max(tile // (group * width), least), rows)
     return _Cut(channels * plane, plane, n, channels, group, rows, height, group * channel)
 
 
@@ -65,82 +70,85 @@ def _one_after_another(work: Callable[[Any], None], items: Iterable[Any]) -> Non
         work(item)
 
 
-class _Work:
-    """The arrays of a sweep as lines, how the work on them is cut, and the sweeps over one group of channels."""
+def _contiguous(array: Array) -> Array:
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
 
-    def __init__(self, x: Array, u: Array | None = None, out: Array | None = None, *, writes: bool = False) -> None:
+
+class _Work:
+    """The arrays of a sweep as lines, how the work on them is cut, and the sweeps over one group of channels.
+
+    A sweep gets the first channel c0 of the group, how to `run` over its tiles, and vectors with a number for each of
+    its channels.
+    """
+
+    __slots__ = ("code", "cut", "in_place", "result", "u", "x", "y")
+
+    def __init__(self, x: Array, u: Array | None = None) -> None:
         self.cut = _cut(x.shape, x.itemsize)
-        self.code = loops.compiled(x.dtype.char)
+        self.code = compiled(x.dtype.char)
         self.x = self._line(x)
         self.u = self.x if u is None else self._line(u)
-        if writes:
-            fits = out is not None and out.flags.c_contiguous and out.flags.aligned
-            self.result = out if fits else np.empty(x.shape, x.dtype)
-            self.y = self._line(self.result)
 
     def _line(self, array: Array) -> Array:
-        flags = array.flags
-        line = (array if flags.c_contiguous and flags.aligned else array.copy()).reshape(-1)
+        line = _contiguous(array).reshape(-1)
         return line.view(self.code.storage) if self.code.storage else line
 
-    def sums(self) -> Array:
-        """Two numbers per channel (2, C), to be set."""
-        return np.zeros((2, self.cut.channels))
+    def writes(self, x: Array, out: Array | None) -> None:
+        """Let the result be `out` where that can be written as a line, otherwise a new array like x."""
+        fits = out is not None and out.flags.c_contiguous and out.flags.aligned
+        self.result = out if fits else np.empty(x.shape, x.dtype)
+        self.y = self._line(self.result)
+        self.in_place = int(fits and (np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u)))
 
-    def over_groups(self, work: Callable[[slice, Run], None]) -> None:
-        """Call `work` with each group of channels, and with how to run over the tiles of the group.
+    def vectors(self, number: int) -> Array:
+        """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
+        return (np.empty if self.cut.n else np.zeros)((number, self.cut.channels))
+
+    def over_groups(self, work: Callable[..., None], *vectors: Array) -> None:
+        """Call `work` with each group's first channel, how to run over its tiles, and its part of the vectors (C,).
 
         Either each thread has groups of its own, or all threads are together on the tiles of one group.
         """
         cut = self.cut
         channels, group = cut.channels, cut.group
-        if cut.n == 0:
-            return
         if group == channels:
-            work(slice(0, channels), _threads.run)
+            if cut.n:
+                work(0, _threads.run, *vectors)
             return
         firsts, threads = range(0, channels, group), _threads.get_num_threads()
-        whole = cut.height == cut.rows
-        if whole or (len(firsts) >= 4 * threads and cut.group_bytes * threads <= CACHE):
-            _threads.run(lambda c: work(slice(c, min(c + group, channels)), _one_after_another), firsts)
-        else:
-            _one_after_another(lambda c: work(slice(c, min(c + group, channels)), _threads.run), firsts)
+        apart = cut.height == cut.rows or (len(firsts) >= 4 * threads and cut.group_bytes * threads <= CACHE)
+        inner, outer = (_one_after_another, _threads.run) if apart else (_threads.run, _one_after_another)
+        outer(lambda c: work(c, inner, *(vector[c : c + group] for vector in vectors)), firsts)
 
-    def moments(self, channels: slice, run: Run, mean: Array, m2: Array) -> None:
-        """(E1) Set the mean and m2 of these channels."""
+    def moments(self, c0: int, run: Run, mean: Array, m2: Array) -> None:
+        """(E1) Set mean and m2."""
         sample, plane, n, _, _, rows, height, _ = self.cut
-        c0, mean, m2 = channels.start, mean[channels], m2[channels]
         if height == rows:
             self.code.moments(self.x, sample, plane, n, c0, rows, mean, m2)
             return
-        shift = np.empty(mean.size)
+        shift, spread = np.empty(mean.size), self.code.spread
         self.code.shift(self.x, sample, plane, n, c0, shift)
-        spread = self.code.spread
         for _ in range(2):  # the second time only where the shift was far from the mean
             self._add_tiles(run, lambda r0, r1, s, q: spread(self.x, sample, plane, c0, r0, r1, shift, s, q), mean, m2)
             if not self.code.finish(n, shift, mean, m2):
                 return
             shift[:] = mean
 
-    def dots(self, channels: slice, run: Run, mean: Array, s: Array, q: Array) -> None:
-        """(E5) Set Σu and Σu·(x−mean) of these channels."""
-        sample, plane, c0, code, mean = *self.cut[:2], channels.start, self.code.dots, mean[channels]
-        self._add_tiles(
-            run,
-            lambda r0, r1, s, q: code(self.u, self.x, sample, plane, c0, r0, r1, mean, s, q),
-            s[channels],
-            q[channels],
-        )
+    def dots(self, c0: int, run: Run, mean: Array, s: Array, q: Array) -> None:
+        """(E5) Set s to Σu and q to Σu·(x−mean)."""
+        sample, plane, code = *self.cut[:2], self.code.dots
+        self._add_tiles(run, lambda r0, r1, s, q: code(self.u, self.x, sample, plane, c0, r0, r1, mean, s, q), s, q)
 
-    def affine(self, channels: slice, run: Run, mean: Array, a: Array, c: Array) -> None:
-        """(E3, E7) Write a·(x−mean) + c of these channels."""
-        sample, plane, c0, code, mean = *self.cut[:2], channels.start, self.code.affine, mean[channels]
-        self._each_tile(run, lambda r0, r1: code(self.x, sample, plane, c0, r0, r1, mean, a, c, self.y))
+    def affine(self, c0: int, run: Run, mean: Array, a: Array, c: Array) -> None:
+        """(E3, E7) Write a·(x−mean) + c."""
+        sample, plane, code, y, in_place = *self.cut[:2], self.code.affine, self.y, self.in_place
+        self._each_tile(run, lambda r0, r1: code(self.x, sample, plane, c0, r0, r1, mean, a, c, y, in_place))
 
-    def affine2(self, channels: slice, run: Run, mean: Array, a: Array, b: Array, c: Array) -> None:
-        """(E6) Write a·u + b·(x−mean) + c of these channels."""
-        sample, plane, c0, code, mean = *self.cut[:2], channels.start, self.code.affine2, mean[channels]
-        self._each_tile(run, lambda r0, r1: code(self.u, self.x, sample, plane, c0, r0, r1, mean, a, b, c, self.y))
+    def affine2(self, c0: int, run: Run, mean: Array, a: Array, b: Array, c: Array) -> None:
+        """(E6) Write a·u + b·(x−mean) + c."""
+        sample, plane, code, y, in_place = *self.cut[:2], self.code.affine2, self.y, self.in_place
+        self._each_tile(run, lambda r0, r1: code(self.u, self.x, sample, plane, c0, r0, r1, mean, a, b, c, y, in_place))
 
     def _add_tiles(self, run: Run, sweep: Callable[[int, int, Array, Array], None], s: Array, q: Array) -> None:
         """Set s and q to the sums of what `sweep` finds in each tile, added by halves."""
@@ -172,59 +180,94 @@ class _Work:
 def moments(x: Array) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
     work = _Work(x)
-    mean, m2 = work.sums()
-    work.over_groups(lambda channels, run: work.moments(channels, run, mean, m2))
+    mean, m2 = work.vectors(2)
+    work.over_groups(work.moments, mean, m2)
     return mean, m2
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
     """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
     work = _Work(x, u)
-    s, q = work.sums()
-    work.over_groups(lambda channels, run: work.dots(channels, run, mean, s, q))
+    s, q = work.vectors(2)
+    work.over_groups(work.dots, mean, s, q)
     return s, q
 
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    work = _Work(x, out=out, writes=True)
-    work.over_groups(lambda channels, run: work.affine(channels, run, mean, a[channels], c[channels]))
+    work = _Work(x)
+    work.writes(x, out)
+    work.over_groups(work.affine, mean, a, c)
     return work.result
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
     """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    work = _Work(x, u, out, writes=True)
-    work.over_groups(lambda channels, run: work.affine2(channels, run, mean, a[channels], b[channels], c[channels]))
+    work = _Work(x, u)
+    work.writes(x, out)
+    work.over_groups(work.affine2, mean, a, b, c)
     return work.result
 
 
-def moments_affine(x: Array, coefficients: Coefficients, out: Array | None = None) -> tuple[Array, Array, Array]:
-    """`moments`, then `affine` with the a and c that `coefficients(mean, m2, channels)` gives; mean, m2 and the result.
-
-    `channels` is a slice; mean, m2, a and c are those of these channels alone.
-    """
-    work = _Work(x, out=out, writes=True)
-    mean, m2 = work.sums()
-
-    def both(channels: slice, run: Run) -> None:
-        work.moments(channels, run, mean, m2)
-        work.affine(channels, run, mean, *coefficients(mean[channels], m2[channels], channels))
-
-    work.over_groups(both)
-    return mean, m2, work.result
+# ---- Two sweeps, a group of channels through both before the next ----------------------------------------------------
 
 
-def dots_affine2(
-    u: Array, x: Array, mean: Array, coefficients: Coefficients, out: Array | None = None
+def forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
+    work = _Work(x)
+    work.writes(x, out)
+    cut, code = work.cut, work.code
+    mean, m2, rstd = work.vectors(3)
+    weight = np.ones(cut.channels) if weight is None else weight
+    bias = np.zeros(cut.channels) if bias is None else bias
+
+    def group(c0: int, run: Run, weight: Array, bias: Array, mean: Array, m2: Array, rstd: Array) -> None:
+        if cut.height == cut.rows:
+            size = cut.sample, cut.plane, cut.n
+            code.forward(work.x, *size, c0, cut.rows, weight, bias, eps, mean, m2, rstd, work.y, work.in_place)
+            return
+        work.moments(c0, run, mean, m2)
+        rstd[:] = reference.rstd(m2 / cut.n, eps)
+        work.affine(c0, run, mean, *reference.normalize(rstd, weight, bias))
+
+    work.over_groups(group, weight, bias, mean, m2, rstd)
+    return mean, m2, rstd, work.result
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """`dots`, then `affine2` with the a, b and c that `coefficients(Σu, Σu·(x−mean), channels)` gives; sums, result."""
-    work = _Work(x, u, out, writes=True)
-    s, q = work.sums()
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+    work = _Work(x, dy)
+    work.writes(x, out)
+    cut, code = work.cut, work.code
+    dweight, dbias = work.vectors(2)
+    weight = np.ones(cut.channels) if weight is None else weight
 
-    def both(channels: slice, run: Run) -> None:
-        work.dots(channels, run, mean, s, q)
-        work.affine2(channels, run, mean, *coefficients(s[channels], q[channels], channels))
+    def group(c0: int, run: Run, mean: Array, rstd: Array, weight: Array, dweight: Array, dbias: Array) -> None:
+        if cut.height == cut.rows:
+            size, given = (cut.sample, cut.plane, cut.n), (mean, rstd, weight)
+            code.backward(work.u, work.x, *size, c0, cut.rows, *given, dweight, dbias, work.y, work.in_place)
+            return
+        work.dots(c0, run, mean, dbias, dweight)
+        dweight[:], _ = reference.parameter_gradients(dbias, dweight, rstd)
+        work.affine2(c0, run, mean, *reference.input_gradient(dweight, dbias, cut.n, rstd, weight))
 
-    work.over_groups(both)
-    return s, q, work.result
+    work.over_groups(group, mean, rstd, weight, dweight, dbias)
+    return work.result, dweight, dbias
+
+
+def update_running_stats(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
+) -> tuple[Array, Array]:
+    """(E4) The running statistics (C,) after one more batch, in their dtypes."""
+    dtype = running_mean.dtype
+    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype:
+        update = reference.update_running
+        return update(running_mean, mean, momentum), update(running_var, var, momentum)
+    new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
+    old_mean, old_var, mean, var = map(_contiguous, (running_mean, running_var, mean, var))
+    compiled(dtype.char).running(old_mean, old_var, mean, var, momentum, new_mean, new_var)
+    return new_mean, new_var

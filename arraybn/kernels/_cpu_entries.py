@@ -1,0 +1,296 @@
+"""What Python calls of the compiled kernels: the sweeps over a tile, and two of them with the formulas between.
+
+Each is compiled for a dtype when it is first called, and kept on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import config, types
+from numba.core.caching import FunctionCache
+
+from .. import reference
+from . import _cpu_tiles, _cpu_values
+from ._cpu_tiles import (
+    LONG,
+    affine2_of_lines,
+    affine2_of_planes,
+    affine_of_lines,
+    affine_of_planes,
+    dots_of_lines,
+    dots_of_planes,
+    minus,
+    moments_of_lines,
+    moments_of_planes,
+    plain,
+)
+from ._cpu_values import wide
+
+# ---- The sweeps --------------------------------------------------------------------------------------
+
+
+@plain
+def _shift(x: Any, sample: int, plane: int, n: int, c0: int, shift: Any) -> None:
+    """Set `shift` to a value near the mean of each channel: that of its first values, exactly if they are all equal."""
+    places = min(plane, 8)
+    samples = min(n // plane, 8 // places)
+    first, total = np.empty(shift.size), np.zeros(shift.size)
+    for j in range(shift.size):
+        first[j] = wide(x[np.uintp((c0 + j) * plane)])
+    for k in range(samples):
+        for i in range(places):
+            for j in range(shift.size):
+                total[j] += minus(wide(x[np.uintp(k * sample + (c0 + j) * plane + i)]), first[j])
+    for j in range(shift.size):
+        near = first[j] + total[j] / (samples * places)
+        shift[j] = near if np.isfinite(near) else 0.0
+
+
+@plain
+def _spread(x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, shift: Any, s: Any, q: Any) -> None:
+    """(E1) Σd and Σd² with d = x − shift."""
+    if plane >= LONG:
+        moments_of_planes(x, x, sample, plane, c0, r0, r1, shift, s, q)
+    else:
+        moments_of_lines(x, x, sample, plane, c0, r0, r1, shift, s, q)
+
+
+@plain
+def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
+    """Turn Σd and Σd² into mean and m2, in place; return whether some shift was so far off that digits were lost."""
+    far = False
+    for j in range(s.size):
+        d = s[j] / n
+        m2 = q[j] - s[j] * d
+        far |= s[j] * d > 4 * m2
+        s[j] = shift[j] + d
+        q[j] = 0.0 if m2 < 0 else m2
+    return far
+
+
+@plain
+def _moments(x: Any, sample: int, plane: int, n: int, c0: int, rows: int, mean: Any, m2: Any) -> None:
+    """(E1) The moments of whole channels, where they are one tile."""
+    shift = np.empty(mean.size)
+    _shift(x, sample, plane, n, c0, shift)
+    for _ in range(2):
+        _spread(x, sample, plane, c0, 0, rows, shift, mean, m2)
+        if not _finish(n, shift, mean, m2):
+            return
+        shift[:] = mean
+
+
+@plain
+def _dots(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+    """(E5) Σu and Σu·(x−mean)."""
+    if plane >= LONG:
+        dots_of_planes(u, x, sample, plane, c0, r0, r1, mean, s, q)
+    else:
+        dots_of_lines(u, x, sample, plane, c0, r0, r1, mean, s, q)
+
+
+@plain
+def _affine(
+    x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, a: Any, c: Any, out: Any, in_place: int
+) -> None:
+    """(E3, E7) a·(x−mean) + c."""
+    if plane >= LONG:
+        affine_of_planes(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+    else:
+        affine_of_lines(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+
+
+@plain
+def _affine2(
+    u: Any,
+    x: Any,
+    sample: int,
+    plane: int,
+    c0: int,
+    r0: int,
+    r1: int,
+    mean: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    out: Any,
+    in_place: int,
+) -> None:
+    """(E6) a·u + b·(x−mean) + c."""
+    if plane >= LONG:
+        affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    else:
+        affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+# ---- Two sweeps over whole channels, where they are one tile, with the formulas of ``reference.py`` between ----------
+# The formulas are compiled for the numbers of one channel.
+
+_rstd, _normalize, _update_running = plain(reference.rstd), plain(reference.normalize), plain(reference.update_running)
+_parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
+
+
+def _forward(
+    x: Any,
+    sample: int,
+    plane: int,
+    n: int,
+    c0: int,
+    rows: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    mean: Any,
+    m2: Any,
+    rstd: Any,
+    out: Any,
+    in_place: int,
+) -> None:
+    """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
+    _moments(x, sample, plane, n, c0, rows, mean, m2)
+    a, c = np.empty(mean.size), np.empty(mean.size)
+    for j in range(mean.size):
+        rstd[j] = _rstd(m2[j] / n, eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
+    _affine(x, sample, plane, c0, 0, rows, mean, a, c, out, in_place)
+
+
+def _backward(
+    dy: Any,
+    x: Any,
+    sample: int,
+    plane: int,
+    n: int,
+    c0: int,
+    rows: int,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    dweight: Any,
+    dbias: Any,
+    out: Any,
+    in_place: int,
+) -> None:
+    """(E5, E6) Set dweight and dbias, and write dx."""
+    _dots(dy, x, sample, plane, c0, 0, rows, mean, dbias, dweight)
+    a, b, c = np.empty(mean.size), np.empty(mean.size), np.empty(mean.size)
+    for j in range(mean.size):
+        dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
+        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
+    _affine2(dy, x, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
+
+
+def _running(old_mean: Any, old_var: Any, mean: Any, var: Any, momentum: float, new_mean: Any, new_var: Any) -> None:
+    """(E4) Set the running statistics after one more batch."""
+    new_mean[:] = _update_running(old_mean, mean, momentum)
+    new_var[:] = _update_running(old_var, var, momentum)
+
+
+# ---- Compiling -------------------------------------------------------------------------------------------------------
+
+_READ = functools.partial(types.Array, ndim=1, layout="C", readonly=True)
+_WRITE = functools.partial(types.Array, ndim=1, layout="C")
+_STORED = {"e": types.int16, "E": types.uint16, "f": types.float32, "d": types.float64}  # by the dtype's character
+
+
+class Compiled:
+    """The entries for one dtype, each compiled, or read from the cache on disk, when it is first asked for."""
+
+    def __init__(self, stored: types.Type) -> None:
+        self.storage = np.dtype(stored.name) if isinstance(stored, types.Integer) else None  # to be viewed as
+        data, result = _READ(stored), _WRITE(stored)
+        given, sums = _READ(types.float64), _WRITE(types.float64)
+        place, in_place, eps = (types.intp,) * 5, types.intp, types.float64
+        self._signatures = {
+            "shift": (_shift, (data, *place[:4], sums)),
+            "spread": (_spread, (data, *place, given, sums, sums)),
+            "finish": (_finish, (types.intp, given, sums, sums)),
+            "moments": (_moments, (data, *place, sums, sums)),
+            "dots": (_dots, (data, data, *place, given, sums, sums)),
+            "affine": (_affine, (data, *place, given, given, given, result, in_place)),
+            "affine2": (_affine2, (data, data, *place, given, given, given, given, result, in_place)),
+            "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
+            "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
+            "running": (_running, (data, data, given, given, eps, result, result)),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._signatures:
+            raise AttributeError(name)
+        entry = _compile(*self._signatures[name])
+        setattr(self, name, entry)
+        return entry
+
+    def names(self) -> list[str]:
+        """The entries."""
+        return list(self._signatures)
+
+
+@functools.cache
+def compiled(dtype: str) -> Compiled:
+    """The entries for the dtype of that character."""
+    return Compiled(_STORED[dtype])
+
+
+def compile_all() -> Iterator[str]:
+    """Compile every entry for one dtype after another, and yield the names of the dtypes."""
+    for dtype, name in {"f": "float32", "d": "float64", "e": "float16", "E": "bfloat16"}.items():
+        entries = compiled(dtype)
+        for entry in entries.names():
+            getattr(entries, entry)
+        yield name
+
+
+def cache_folder() -> str | None:
+    """Where compiled entries are kept; None where no folder can be written."""
+    try:
+        return str(_Cache(getattr(_forward, "py_func", _forward)).cache_path)
+    except RuntimeError:
+        return None
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache on disk, which otherwise looks at this file alone to see whether it is out of date."""
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        return *super()._index_key(signature, codegen), _sources()
+
+
+@functools.cache
+def _sources() -> str:
+    files = (__file__, _cpu_tiles.__file__, _cpu_values.__file__, reference.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
+    """`function`, compiled for these types, from the cache on disk if it is there."""
+    if config.DISABLE_JIT:
+        return function
+    function = getattr(function, "py_func", function)
+    entry = plain(nogil=True)(function)
+    try:
+        entry._cache = _Cache(function)
+    except RuntimeError as error:
+        if "no locator" not in str(error):
+            raise
+        _warn_no_cache()
+    entry.compile(arguments)
+    entry.disable_compile()
+    return entry
+
+
+@functools.cache
+def _warn_no_cache() -> None:
+    warnings.warn(
+        "arraybn: no folder to keep compiled kernels in, so every process compiles its own, for seconds. Set"
+        ' NUMBA_CACHE_DIR to a folder that can be written, or pass kernels="reference"',
+        RuntimeWarning,
+        stacklevel=2,
+    )

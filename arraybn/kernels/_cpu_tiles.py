@@ -1,0 +1,306 @@
+"""Numba's loops over a tile of the data: what is done to a run of values, and how runs are strung together.
+
+Data is seen as (N, C, S), contiguous, and addressed as one long line: the value of sample n, channel c, place s is at
+n·sample + c·plane + s, where `plane` is S and `sample` is C·S. All arithmetic is in float64, whatever the data's dtype.
+
+Runs are of two kinds. Where a plane (the S values of a sample and channel) is long, a run is a piece of a plane, and
+its coefficients are numbers. Where it is short, down to the one value of channels-last, a run goes over the planes of
+many channels, and its coefficients are arrays as long as the run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ._cpu_values import narrow, wide
+
+LONG = 32  # planes of this many values are runs of their own
+WIDE = 1024  # values in a run over short planes: its coefficients stay in the first-level cache
+PIECE = 8192  # values in a run along a long plane
+BLOCK = 64  # runs whose sums are added up before they are added to the tile's, which keeps rounding small
+
+# Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `minus`.
+# Dividing by zero gives inf or NaN, as in NumPy.
+plain = functools.partial(njit, error_model="numpy")
+_sum = functools.partial(njit, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
+
+
+@plain
+def minus(x: Any, mean: Any) -> Any:
+    """x − mean, as written: were it taken apart, Σ(x−mean) could become Σx − n·mean and lose every digit."""
+    return x - mean
+
+
+# ---- Runs: what each sweep does to values that lie side by side ------------------------------------------------------
+# Places are unsigned: of a signed one Numba asks at every step whether it counts from the end, which is 4 times slower.
+
+
+@_sum
+def _moments_along(u: Any, x: Any, start: Any, stop: Any, shift: Any) -> Any:
+    s = q = 0.0
+    for i in range(start, stop):
+        d = minus(wide(x[i]), shift)
+        s += d
+        q += d * d
+    return s, q
+
+
+@_map
+def _moments_across(u: Any, x: Any, start: Any, stop: Any, shift: Any, s: Any, q: Any) -> None:
+    for j in range(stop - start):
+        d = wide(x[start + j]) - shift[j]
+        s[j] += d
+        q[j] += d * d
+
+
+@_sum
+def _dots_along(u: Any, x: Any, start: Any, stop: Any, mean: Any) -> Any:
+    s = q = 0.0
+    for i in range(start, stop):
+        v = wide(u[i])
+        s += v
+        q += v * minus(wide(x[i]), mean)
+    return s, q
+
+
+@_map
+def _dots_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, s: Any, q: Any) -> None:
+    for j in range(stop - start):
+        v = wide(u[start + j])
+        s[j] += v
+        q[j] += v * (wide(x[start + j]) - mean[j])
+
+
+@_map
+def _affine_along(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+    for i in range(start, stop):
+        out[i - o] = narrow(a * (wide(x[i]) - mean) + c, out)
+
+
+@_map
+def _affine_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+    for j in range(stop - start):
+        i = start + j
+        out[i - o] = narrow(a[j] * (wide(x[i]) - mean[j]) + c[j], out)
+
+
+@_map
+def _affine2_along(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+    for i in range(start, stop):
+        out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
+
+
+@_map
+def _affine2_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+    for j in range(stop - start):
+        i = start + j
+        out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
+
+
+@plain
+def _copy(buffer: Any, start: Any, stop: Any, out: Any) -> None:
+    for i in range(start, stop):
+        out[i] = buffer[i - start]
+
+
+# ---- Tiles: channels c0, c0 + 1, … (as many as there are coefficients) of rows r0 … r1 - 1 ---------------------------
+# A row is a sample, or, of planes longer than PIECE, the k-th piece of a sample's planes: r = n·pieces + k.
+
+
+@plain
+def _pieces(plane: int) -> int:
+    """How many rows a sample is cut into."""
+    return (plane + PIECE - 1) // PIECE
+
+
+@plain
+def _row(r: int, sample: int, plane: int) -> tuple[int, int]:
+    """Where the run of row r and channel 0 begins, and how long the runs of that row are, where planes are long."""
+    if plane <= PIECE:
+        return r * sample, plane
+    n, k = divmod(r, _pieces(plane))
+    return n * sample + k * PIECE, min(PIECE, plane - k * PIECE)
+
+
+@plain
+def _together(channels: int, sample: int, plane: int) -> tuple[int, int]:
+    """Of how many channels, and of how many times, a run over short planes takes the planes."""
+    if channels * plane == sample and sample <= WIDE:  # whole times lie side by side
+        return channels, WIDE // sample
+    return min(channels, max(1, WIDE // plane)), 1
+
+
+@plain
+def _lines(number: int, values: int) -> Any:
+    """Room for so many lines of so many values (number, ≥ values).
+
+    The lines are 2,720 bytes apart, modulo 4,096: a load seems to wait for a store whose address has the same last
+    twelve bits, so lines that begin on the same place of a page, which is where malloc puts them, halve the speed.
+    """
+    return np.empty((number, (values + 511) // 512 * 512 + 340))
+
+
+@plain
+def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
+    """Set `line` to a channel's number for each value of a run over short planes."""
+    if plane == 1:
+        for k in range(times):
+            for j in range(values.size):
+                line[np.uintp(k * values.size + j)] = values[j]
+        return
+    for k in range(times):
+        for j in range(values.size):
+            for i in range(plane):
+                line[np.uintp((k * values.size + j) * plane + i)] = values[j]
+
+
+@plain
+def _add_up(line: Any, plane: int, sums: Any) -> None:
+    """Add what each place of a run over short planes has gathered to the sum of its channel."""
+    for k in range(line.size // (sums.size * plane)):
+        if plane == 1:
+            for j in range(sums.size):
+                sums[j] += line[np.uintp(k * sums.size + j)]
+            continue
+        for j in range(sums.size):
+            total = 0.0
+            for i in range(plane):
+                total += line[np.uintp((k * sums.size + j) * plane + i)]
+            sums[j] += total
+
+
+def _sums_along(run: Any) -> Any:
+    """The loops of a reduction where planes are long; `run` returns the two sums of a run."""
+
+    @plain
+    def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+        s_block, q_block = np.empty(mean.size), np.empty(mean.size)
+        s[:] = 0.0
+        q[:] = 0.0
+        for block in range(r0, r1, BLOCK):
+            s_block[:] = 0.0
+            q_block[:] = 0.0
+            for r in range(block, min(block + BLOCK, r1)):
+                row, length = _row(r, sample, plane)
+                for j in range(mean.size):
+                    start = np.uintp(row + (c0 + j) * plane)
+                    s_run, q_run = run(u, x, start, start + np.uintp(length), mean[j])
+                    s_block[j] += s_run
+                    q_block[j] += q_run
+            s += s_block
+            q += q_block
+
+    return reduce
+
+
+def _sums_across(run: Any) -> Any:
+    """The loops of a reduction where planes are short; `run` adds to two lines of sums."""
+
+    @plain
+    def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+        together, times = _together(mean.size, sample, plane)
+        lines = _lines(3, together * times * plane)
+        s[:] = 0.0
+        q[:] = 0.0
+        for j in range(0, mean.size, together):
+            k = min(together, mean.size - j)
+            size = k * times * plane
+            line, s_line, q_line = lines[0, :size], lines[1, :size], lines[2, :size]
+            _repeat(mean[j : j + k], plane, times, line)
+            for block in range(r0, r1, BLOCK * times):
+                s_line[:] = 0.0
+                q_line[:] = 0.0
+                end = min(block + BLOCK * times, r1)
+                for r in range(block, end, times):
+                    start = np.uintp(r * sample + (c0 + j) * plane)
+                    run(u, x, start, start + np.uintp(min(times, end - r) * k * plane), line, s_line, q_line)
+                _add_up(s_line, plane, s[j : j + k])
+                _add_up(q_line, plane, q[j : j + k])
+
+    return reduce
+
+
+# A loop that writes over what it reads is not vectorized, so `in_place` a run is written to a buffer, and copied.
+
+
+def _map_along(run: Any) -> Any:
+    """The loops of a map where planes are long; `run` writes a run of `out`, from place o on."""
+
+    @plain
+    def map_(
+        u: Any,
+        x: Any,
+        sample: int,
+        plane: int,
+        c0: int,
+        r0: int,
+        r1: int,
+        mean: Any,
+        a: Any,
+        b: Any,
+        c: Any,
+        out: Any,
+        in_place: int,
+    ) -> None:
+        buffer = np.empty(in_place * PIECE, out.dtype)
+        target = buffer if in_place else out
+        for r in range(r0, r1):
+            row, length = _row(r, sample, plane)
+            for j in range(mean.size):
+                start = np.uintp(row + (c0 + j) * plane)
+                stop = start + np.uintp(length)
+                run(u, x, start, stop, mean[j], a[j], b[j], c[j], target, start * np.uintp(in_place))
+                if in_place:
+                    _copy(buffer, start, stop, out)
+
+    return map_
+
+
+def _map_across(run: Any) -> Any:
+    """The loops of a map where planes are short; `run` writes a run of `out`, from place o on."""
+
+    @plain
+    def map_(
+        u: Any,
+        x: Any,
+        sample: int,
+        plane: int,
+        c0: int,
+        r0: int,
+        r1: int,
+        mean: Any,
+        a: Any,
+        b: Any,
+        c: Any,
+        out: Any,
+        in_place: int,
+    ) -> None:
+        together, times = _together(mean.size, sample, plane)
+        lines = _lines(4, together * times * plane)
+        buffer = np.empty(in_place * together * times * plane, out.dtype)
+        target = buffer if in_place else out
+        for j in range(0, mean.size, together):
+            k = min(together, mean.size - j)
+            _repeat(mean[j : j + k], plane, times, lines[0])
+            _repeat(a[j : j + k], plane, times, lines[1])
+            _repeat(b[j : j + k], plane, times, lines[2])
+            _repeat(c[j : j + k], plane, times, lines[3])
+            for r in range(r0, r1, times):
+                start = np.uintp(r * sample + (c0 + j) * plane)
+                stop = start + np.uintp(min(times, r1 - r) * k * plane)
+                run(u, x, start, stop, lines[0], lines[1], lines[2], lines[3], target, start * np.uintp(in_place))
+                if in_place:
+                    _copy(buffer, start, stop, out)
+
+    return map_
+
+
+moments_of_planes, moments_of_lines = _sums_along(_moments_along), _sums_across(_moments_across)
+dots_of_planes, dots_of_lines = _sums_along(_dots_along), _sums_across(_dots_across)
+affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across)
+affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across)
