@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from ._version import __version__
-from .commands import check, demo, info
+from .commands import bench, check, demo, info
 
-COMMANDS = {"info": info, "demo": demo, "check": check}
+COMMANDS = {"info": info, "demo": demo, "check": check, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

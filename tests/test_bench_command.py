@@ -1,0 +1,835 @@
+"""``python -m arraybn bench``: what it times, in which order, what follows from the samples, and who is left out.
+
+No test asserts a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import need
+from test_commands import bare, bare_site  # noqa: F401, a fixture
+
+import arraybn
+from arraybn import reference
+from arraybn.__main__ import main
+from arraybn.commands import _bench_cases as cases
+from arraybn.commands import _bench_check as check
+from arraybn.commands import _bench_clock as clock
+from arraybn.commands import _bench_contestants as contestants
+from arraybn.commands import _bench_growth as growth
+from arraybn.commands import _bench_ladder as ladder
+from arraybn.commands import _bench_machine as machine
+from arraybn.commands import _bench_report as report
+from arraybn.commands import bench
+from arraybn.commands._bench_cases import Case
+from arraybn.commands._bench_clock import Cell, PeerError, Result, Session, Settings, Worker, interleave
+from arraybn.commands._bench_contestants import ARRAYBN, PEERS, Library
+from arraybn.kernels import SWEEPS, _threads
+
+ALL = ("forward", "backward", "eval", "layer", "step")
+FAKES = """
+import os, signal, sys, time
+from arraybn.commands._bench_contestants import Prepared, numpy_calls
+
+def changed(name, change):
+    def build(problem):
+        prepared = numpy_calls(problem)
+        calls = {what: change(call, problem) for what, call in prepared.rows["NumPy formulas"].items()}
+        return Prepared({name: calls}, prepared.read)
+    return build
+
+def times(factor):
+    def change(call, problem):
+        def scaled():
+            result = call()
+            return tuple(factor * one for one in result) if isinstance(result, tuple) else factor * result
+        return scaled
+    return change
+
+def when_timed(act):  # the cases of the checks are smaller
+    return lambda call, problem: act if problem.x.size > 1000 else call
+
+def crash():
+    print("on its way out", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leave():
+    print("Fatal: no such luck", file=sys.stderr, flush=True)
+    os._exit(3)
+
+def explode():
+    raise MemoryError("no room")
+
+right = changed("right", times(1))
+wrong = changed("wrong", times(1.001))
+crashing = changed("crashing", when_timed(crash))
+leaving = changed("leaving", when_timed(leave))
+exploding = changed("exploding", when_timed(explode))
+hanging = changed("hanging", when_timed(lambda: time.sleep(1000)))
+talking = changed("talking", lambda call, problem: lambda: (print("a word"), call())[1])
+"""
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def run(*arguments: str, cwd: Path, preparation: str = "", limit: float = 90) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which has executed `preparation` first."""
+    code = f"import sys\n{preparation}\nfrom arraybn.__main__ import main\nsys.exit(main({['bench', *arguments]!r}))"
+    start = ["-c", code] if preparation else ["-m", "arraybn", "bench", *arguments]
+    return subprocess.run(
+        [sys.executable, *start],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=limit,
+        cwd=cwd,
+        env=environment(),
+        check=False,
+    )
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(Path(arraybn.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a library of a function in FAKES."""
+    (tmp_path / "fakes.py").write_text(FAKES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    return lambda name: Library(name, name, ("numpy",), "numpy", f"fakes:{name}", 3)
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--shapes", "32x64"],
+            "argument --shapes: expected two to five integers ≥ 1, as in 32,64,112,112; got '32x64'",
+        ),
+        (["--shapes", "8,4", "7"], "expected two to five integers ≥ 1, as in 32,64,112,112; got '7'"),
+        (["--shapes", "8,0"], "got '8,0'"),
+        (["--shapes", "8,,4"], "got '8,,4'"),
+        (["--shapes", "1,2,3,4,5,6"], "got '1,2,3,4,5,6'"),
+        (["--shapes", "1,64,1"], "expected more than one value per channel, or there is no std; got '1,64,1'"),
+        (["--peers", "pytorch"], "expected some of reference, numpy, torch, jax, tensorflow, or none; got 'pytorch'"),
+        (["--repeats", "0"], "argument --repeats: expected an integer ≥ 1; got '0'"),
+        (["--growth", "10"], "argument --growth: expected a number of elements from 1e3 to 1e10; got '10'"),
+        (["--growth", "much"], "got 'much'"),
+        (["--layout", "middle"], "argument --layout: invalid choice: 'middle'"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--what", "forwards"], "argument --what: invalid choice: 'forwards'"),
+    ],
+)
+def test_a_bad_option_is_named_with_what_was_expected(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--growth", "--shapes", "8,4"],
+            "--shapes belongs to the table, which --growth and --ladder take the place of",
+        ),
+        (["--ladder", "--dtype", "float64"], "--dtype belongs to the table"),
+        (
+            ["--ladder", "--peers", "none"],
+            "--peers belongs to the table and to --growth; the ladder is arraybn's alone",
+        ),
+        (["--peers", "none", "numpy"], "--peers: expected none alone, or names without it; got none numpy"),
+        (["--json", "."], "--json .: expected a file in a folder that is there"),
+        (["--json", "nowhere/found.json"], "--json nowhere/found.json: expected a file in a folder that is there"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert message in err
+
+
+def test_a_peer_that_is_missing_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = Library("jax", "JAX", ("no_such_package",), "jax", "nowhere:nothing", 4)
+    monkeypatch.setattr(bench, "PEERS", (PEERS[0], absent))
+    assert main(["bench", "--peers", "jax"]) == 2
+    assert re.search(
+        r"--peers: expected libraries that are installed; jax is not:  \S+ -m pip install jax", capsys.readouterr().err
+    )
+    assert [peer.name for peer in bench.peers(None)] == ["reference"]
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", "some.png"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', err)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--quick --peers torch jax --plot a.png",
+        "--shapes 32,64,112,112 64,128 --layout first last --dtype float32 float64 --what forward step --repeats 4",
+        "--growth 2000000 --ladder --json 'a file.json'",
+    ],
+)
+def test_the_command_that_is_printed_asks_for_the_same(line: str) -> None:
+    arguments = parsed(*shlex.split(line))
+    words = shlex.split(bench.command(arguments))
+    assert words[:4] == ["python", "-m", "arraybn", "bench"]
+    assert parsed(*words[4:]) == arguments
+
+
+# ---- Cases -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_full_run_has_the_resnet_shapes_in_both_layouts_and_the_small_ones() -> None:
+    found = cases.choose()
+    for shape in ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)):
+        assert {case.layout for case in found if case.shape == shape and case.dtype == "float32"} == {"first", "last"}
+    assert {case.layout for case in found if case.dtype == "float64"} == {"first", "last"}
+    small = [case for case in found if case.elements <= cases.SMALL]
+    assert [(case.shape, case.whats) for case in small] == [
+        ((64, 128), ("layer", "step")),
+        ((1, 64, 8, 8), ("layer", "step")),
+    ]
+    assert {case.whats for case in found if case not in small} == {("forward", "backward", "eval")}
+
+
+def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() -> None:
+    (section,) = bench.plan(parsed("--quick"))
+    assert [str(case) for case in section.cases] == [
+        "(32, 64, 112, 112) float32, channels-first",
+        "(32, 1024, 14, 14) float32, channels-first",
+        "(32, 1024, 14, 14) float32, channels-last",
+        "(64, 128) float32",
+        "(1, 64, 8, 8) float32, channels-first",
+    ]
+    names = [library.name for library in section.libraries]
+    assert names == ["arraybn", *(p.name for p in PEERS if p.name != "reference" and not p.missing)]
+
+
+def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice() -> None:
+    line = "--shapes 8,4,5 8,4 8,4,5 --layout first last --dtype float64 float32 --what backward --peers none"
+    arguments = parsed(*shlex.split(line))
+    (section,) = bench.plan(arguments)
+    assert [(case.shape, case.layout, case.dtype) for case in section.cases] == [
+        ((8, 4, 5), "first", "float64"),
+        ((8, 4, 5), "first", "float32"),
+        ((8, 4, 5), "last", "float64"),
+        ((8, 4, 5), "last", "float32"),
+        ((8, 4), "first", "float64"),  # two axes have one layout
+        ((8, 4), "first", "float32"),
+    ]
+    assert {case.whats for case in section.cases} == {("backward",)}
+    assert [library.name for library in section.libraries] == ["arraybn"]
+
+
+@pytest.mark.parametrize(("what", "arrays"), [("forward", 2), ("backward", 3), ("eval", 2), ("step", 5), ("copy", 2)])
+def test_the_bytes_are_those_of_what_must_be_read_and_written(what: str, arrays: int) -> None:
+    assert Case((4, 3, 5, 7), dtype="float32").moved(what) == arrays * 420 * 4
+    assert Case((4, 3, 5, 7), dtype="float64").moved(what) == arrays * 420 * 8
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_a_problem_is_as_its_case_says_and_the_same_each_time(layout: str, dtype: str) -> None:
+    case = Case((7, 3, 5, 4), layout, dtype)
+    problem, again = cases.make_problem(case), cases.make_problem(case)
+    assert problem.x.shape == problem.dy.shape == ((7, 3, 5, 4) if layout == "first" else (7, 5, 4, 3))
+    assert {array.dtype.name for array in problem[1:7]} == {dtype}
+    assert {array.shape for array in problem[3:7]} == {(3,)}
+    assert problem.x.tobytes() == again.x.tobytes() != problem.dy.tobytes()
+    assert Case.of(json.loads(json.dumps(case.as_json()))) == case
+
+
+def test_large_data_repeats_and_parts_are_all_of_it() -> None:
+    x = cases.make_problem(Case((3, 2**19 + 1))).x.ravel()
+    assert x.size > 2**20
+    np.testing.assert_array_equal(x[2**20 :], x[: x.size - 2**20])
+    for count in (1, 2, 3, 7):
+        pieces = cases.parts(x[:5], count)
+        assert np.concatenate(pieces).tolist() == x[:5].tolist()
+        assert all(piece.size for piece in pieces)
+
+
+def test_the_copy_copies_everything() -> None:
+    for threads in (1, 2, 5):
+        source, target = np.arange(12.0).reshape(3, 4), np.zeros((3, 4))
+        contestants.copying(source, target, threads)()
+        np.testing.assert_array_equal(source, target)
+
+
+# ---- Interleaving ----------------------------------------------------------------------------------------------------
+
+
+def test_everyone_has_a_turn_before_anyone_has_the_next_and_each_begins_a_round_once() -> None:
+    table = [Cell("a", "a", what) for what in ("copy", "forward", "backward")]
+    order, rounds = [], []
+
+    def take(cell: Cell) -> float:
+        order.append(cell.what)
+        return 1.0
+
+    interleave(table, take, rounds=3, done=lambda: rounds.append(len(order)))
+    assert order == ["copy", "forward", "backward", "forward", "backward", "copy", "backward", "copy", "forward"]
+    assert rounds == [3, 6, 9]
+    assert [len(cell.seconds) for cell in table] == [3, 3, 3]
+
+
+def test_who_fails_has_no_more_turns_and_the_rest_goes_on() -> None:
+    good, bad = Cell("a", "good", "forward"), Cell("b", "bad", "forward")
+
+    def take(cell: Cell) -> float:
+        if cell is bad and len(cell.seconds) == 2:
+            raise PeerError("gone")
+        return 0.5
+
+    interleave([good, bad], take, rounds=6)
+    assert (len(good.seconds), len(bad.seconds), bad.failed) == (6, 2, "gone")
+    interleave([], take, rounds=2)  # nobody is left
+
+
+def test_a_budget_takes_turns_from_the_slow_alone_and_never_below_three() -> None:
+    quick, slow = Cell("a", "quick", "forward", calls=10), Cell("b", "slow", "forward")
+    times = {"quick": 0.001, "slow": 2.0}
+    interleave([quick, slow], lambda cell: times[cell.row], rounds=20, budget=1.0)
+    assert (len(quick.seconds), len(slow.seconds)) == (20, 3)
+
+
+def test_quartiles_are_of_all_samples() -> None:
+    assert Cell("a", "a", "copy", seconds=[4.0, 1.0, 3.0, 2.0, 5.0]).quartiles == (2.0, 3.0, 4.0)
+    assert Cell("a", "a", "copy").median is None
+
+
+# ---- The check, and those who do not come through --------------------------------------------------------------------
+
+
+def session(*libraries: Library, rounds: int = 3, limit: float = 60) -> Session:
+    return Session(libraries, Settings(rounds, limit=limit))
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Session]:
+    with session(ARRAYBN, PEERS[0], PEERS[1]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (40, 6, 7), (8, 6, 7, 5), (4, 6, 3, 7, 5)])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_arraybn_its_reference_and_plain_formulas_pass_the_check(
+    ours: Session, shape: tuple[int, ...], layout: str, dtype: str
+) -> None:
+    result = ours.measure(Case(shape, layout, dtype, ALL))
+    assert ours.faults == {}
+    assert [cell.failed for cell in result.cells] == [""] * len(result.cells)
+    assert {(cell.row, cell.what) for cell in result.cells} == {
+        ("numpy.copyto", "copy"),
+        *(("arraybn, out=", what) for what in ("forward", "backward", "eval")),
+        *((row, what) for row in ("arraybn", "arraybn reference", "NumPy formulas") for what in ALL),
+    }
+    assert {len(cell.seconds) for cell in result.cells} == {3}
+
+
+@pytest.mark.parametrize(("name", "row"), [("torch", "PyTorch"), ("jax", "JAX"), ("tensorflow", "TensorFlow")])
+def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: str, row: str) -> None:
+    (peer,) = [peer for peer in PEERS if peer.name == name]
+    if peer.missing:
+        need(name)
+    with session(peer, rounds=1) as running:
+        for case in (Case((20, 6), whats=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
+            result = running.measure(case)
+            refused = name == "tensorflow" and case.dtype == "float64"
+            assert {cell.failed for cell in result.cells} == {"its fused op takes no float64" if refused else ""}
+            assert {(cell.row, cell.what) for cell in result.cells} == {(row, what) for what in ALL}
+        running._check(Case(cases.CHECKED[4], "last", whats=ALL))
+        assert {text for text in running.faults.values() if "no float64" not in text} == set()
+
+
+def test_a_result_wrong_by_a_thousandth_is_found_out_and_not_timed(fakes: Any) -> None:
+    with session(fakes("right"), fakes("wrong")) as running:
+        for dtype in cases.DTYPES:
+            result = running.measure(Case((40, 30), dtype=dtype, whats=ALL))
+            right, wrong = ([cell for cell in result.cells if cell.row == row] for row in ("right", "wrong"))
+            assert [len(cell.seconds) for cell in right] == [3] * len(ALL)
+            assert [cell.seconds for cell in wrong] == [[]] * len(ALL)
+            assert all(
+                re.fullmatch(rf"wrong: y of forward is off by \S+ ulp of {dtype}, 256 are allowed", cell.failed)
+                for cell in wrong
+            )
+            assert f"    wrong{'':<23}   wrong: y of forward" in report.block(result, 2)
+
+
+@pytest.mark.parametrize("what", ALL)
+@pytest.mark.parametrize("ours", [True, False])
+def test_each_result_wrong_by_a_thousandth_is_a_fault(what: str, ours: bool) -> None:
+    case = Case(cases.CHECKED[3], "last", whats=(what,))
+    truth = check.truths(case)
+    exact = [(exact.shape, exact.astype("f4").ravel().astype("f8")) for _, exact, _ in truth[what]]
+    assert check.fault({what: exact}, truth, case, ours=ours) == ""
+    for index, (name, _, _) in enumerate(truth[what]):
+        spoiled = [(shape, values * (1 + 1e-3 * (i == index))) for i, (shape, values) in enumerate(exact)]
+        assert f"wrong: {name} of {what} is off by" in check.fault({what: spoiled}, truth, case, ours=ours)
+    flat = [((case.elements,), exact[0][1]), *exact[1:]]
+    assert "has shape (336,), not (8, 6, 7)" in check.fault({what: flat}, truth, case, ours=ours)
+
+
+def test_who_crashes_leaves_raises_or_hangs_costs_only_its_rows(fakes: Any) -> None:
+    names = ("right", "crashing", "leaving", "exploding", "hanging", "talking")
+    with session(*map(fakes, names)) as running:
+        running.workers["hanging"].limit = 0.5
+        large = running.measure(Case((400, 30), whats=("forward",)))
+        after = running.measure(Case((20, 4), whats=("forward",)))
+    assert running.faults == {}  # all of them are right
+    failed = {cell.row: cell.failed for cell in large.cells}
+    assert failed == {
+        "right": "",
+        "crashing": "ended by signal 9",
+        "leaving": "Fatal: no such luck",
+        "exploding": "MemoryError: no room",
+        "hanging": "no answer within 0.5 s",
+        "talking": "",  # what a library prints is no answer
+    }
+    timed = {cell.row: len(cell.seconds) for cell in after.cells}
+    assert timed == {"right": 3, "crashing": 0, "leaving": 0, "exploding": 3, "hanging": 0, "talking": 3}
+
+
+def test_a_library_that_cannot_be_imported_costs_only_its_rows(fakes: Any) -> None:
+    needy = Library("needy", "Needy", ("no_such_package",), "needy", "fakes:right", 3)
+    with session(needy, fakes("right")) as running:
+        result = running.measure(Case((20, 4), whats=("forward",)))
+    assert [(cell.row, len(cell.seconds)) for cell in result.cells] == [("Needy", 0), ("right", 3)]
+    assert "ModuleNotFoundError: No module named 'no_such_package'" in result.cells[0].failed
+
+
+def test_a_worker_that_waits_uses_no_processor_time() -> None:
+    worker = Worker(ARRAYBN)
+    try:
+        assert worker.answer() == {}
+        worker.ask("prepare", case=Case((300, 4, 100), whats=("forward",)).as_json())
+        worker.ask("time", row="arraybn", what="forward", calls=3, warm=0)
+        times = Path(f"/proc/{worker._process.pid}/stat")
+        if not times.exists():
+            pytest.skip("this system does not tell how long another process has worked")
+        before = ticks(times)
+        time.sleep(0.5)
+        assert ticks(times) - before <= 2  # of some fifty
+    finally:
+        worker.stop()
+
+
+def ticks(stat: Path) -> int:
+    """How long a process has worked, as Linux counts."""
+    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+
+def test_a_case_that_memory_has_no_room_for_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch, fakes: Any) -> None:
+    monkeypatch.setattr(clock, "available_memory", lambda: 10**6)
+    rounds: list[int] = []
+    with Session([fakes("right")], Settings(2, done=lambda: rounds.append(1))) as running:
+        result = running.measure(Case((1000, 1000)))
+        small = running.measure(Case((20, 4), whats=("forward",)))
+    assert result.skipped == "skipped: needs about 0.0 GB of memory, 0.0 GB are available"
+    assert (result.cells, len(rounds)) == ([], 4)
+    assert result.skipped in report.block(result, 2)
+    assert [len(cell.seconds) for cell in small.cells] == [2]
+    assert clock.memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * 3 + 8) * 4 * 10**6
+
+
+# ---- What follows from the samples -----------------------------------------------------------------------------------
+
+
+def made_up() -> Result:
+    case = Case((32, 64, 10, 10))
+    seconds = {"numpy.copyto": 1e-4, "arraybn, out=": 1.5e-4, "arraybn": 2e-4, "PyTorch": 8e-4}
+    found = [
+        Cell("x", row, what, seconds=[value * f for f in (0.9, 1.0, 1.2)])
+        for row, value in seconds.items()
+        for what in (("copy",) if row == "numpy.copyto" else ("forward", "eval"))
+    ]
+    return Result(case, [*found, Cell("y", "JAX", "forward", failed="ended by signal 9")])
+
+
+def test_ratios_and_speeds_follow_from_medians_and_bytes() -> None:
+    result = made_up()
+    found = {(one["row"], one["what"]): one for one in report.as_json(result)["rows"]}
+    bytes_of_x = 32 * 64 * 100 * 4
+    forward = found["PyTorch", "forward"]
+    assert (forward["ratio"], forward["copy_ratio"]) == (pytest.approx(4), pytest.approx(8))
+    assert forward["gb_per_s"] == pytest.approx(2 * bytes_of_x / 8e-4 / 1e9)
+    assert forward["copy_fraction"] == pytest.approx(1 / 8)
+    assert found["numpy.copyto", "copy"]["copy_fraction"] == pytest.approx(1)
+    assert (found["JAX", "forward"]["median"], found["JAX", "forward"]["failed"]) == (None, "ended by signal 9")
+
+
+def test_a_block_has_a_heading_for_each_what_and_a_line_for_each_row() -> None:
+    lines = report.block(made_up(), 2).splitlines()
+    assert lines[1] == "(32, 64, 10, 10) float32, channels-first, 0.8 MB"
+    assert lines[2].startswith("  numpy.copyto of x, 2 threads: 0.100 ms (0.095–0.110), 16.4 GB/s")
+    headings = [line.split("  ")[1].strip() for line in lines if "quartiles" in line]
+    assert headings == ["forward (training)", "backward", "forward (evaluation)"]
+    (torch,) = [line for line in lines[: lines.index("", 4)] if line.startswith("    PyTorch")]
+    assert torch.split()[1:] == ["0.800", "0.760–0.880", "4.00", "2.0", "12%", "8.00"]
+    assert "    JAX                            ended by signal 9" in lines
+
+
+@pytest.mark.parametrize(("others", "warned"), [(None, False), (0.0, False), (0.1, False), (0.9, True)])
+def test_a_machine_that_others_use_is_warned_of(others: float | None, warned: bool) -> None:
+    assert ("other programs kept 0.9 of 2 cores busy" in report.company(others, 2)) == warned
+
+
+def test_the_work_of_others_is_seen_and_ours_is_not_taken_for_it() -> None:
+    watch = machine.Others()
+    end = time.perf_counter() + 0.4
+    while time.perf_counter() < end:
+        sum(range(1000))
+    busy = watch.cores()
+    assert busy is None or 0 <= busy < (os.cpu_count() or 1) + 0.1
+    assert machine.processor()
+    assert machine.cores() >= 1
+    assert machine.version("numpy") == np.__version__
+    assert machine.version("no_such_package") == ""
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert machine._of_the_container(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._of_the_container(tmp_path) is None
+    free = machine.available_memory()
+    assert free is None or free > 0
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+SMALL = shlex.split(
+    "--shapes 24,6,5,4 40,30 --layout first last --dtype float32 float64 --peers numpy reference --repeats 3"
+)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Any, Path]:
+    """One run for all who look at it: what it printed, what is in its JSON, and where its files are."""
+    folder = tmp_path_factory.mktemp("table")
+    plot = ["--plot", "bench.png"] if has_matplotlib() else []
+    result = run(*SMALL, "--what", *ALL, "--json", "found.json", *plot, cwd=folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result, json.loads((folder / "found.json").read_text(encoding="utf-8")), folder
+
+
+def has_matplotlib() -> bool:
+    try:
+        need("matplotlib")
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def test_the_head_says_where_with_what_and_how_to_get_it_again(table: Any) -> None:
+    head = table[0].stdout.split("\n\n")[0]
+    assert re.search(r", \d+ cores?, arraybn uses \d+ threads?; ", head)
+    assert f"arraybn {arraybn.__version__}, NumPy {np.__version__}" in head
+    assert re.search(r"^copy limit: [\d.]+ GB/s \(numpy.copyto by \d+ threads?, [\d.]+ MB: ", head, re.MULTILINE)
+    assert re.search(rf"^again: python -m arraybn bench {' '.join(SMALL[:3])} ", head, re.MULTILINE)
+
+
+def test_every_case_and_row_is_in_the_table_and_in_the_json(table: Any) -> None:
+    result, found, _ = table
+    for case in (Case(tuple(one["shape"]), one["layout"], one["dtype"]) for one in found["table"]):
+        assert f"\n{case}" in result.stdout
+    assert len(found["table"]) == 6
+    for one in found["table"]:
+        rows = [row["row"] for row in one["rows"] if row["what"] == "forward"]
+        assert rows == ["arraybn, out=", "arraybn", "arraybn reference", "NumPy formulas"]
+        assert all(len(row["seconds"]) == 3 and row["failed"] is None for row in one["rows"])
+    assert re.search(r"Checked first, on 6 small batches, .* 4 \(y\) and 12\s\(gradients\) in float32", result.stdout)
+
+
+def test_the_figures_of_the_json_can_be_computed_again(table: Any) -> None:
+    found = table[1]
+    for one in found["table"]:
+        medians = {(row["row"], row["what"]): float(np.median(row["seconds"])) for row in one["rows"]}
+        copy = medians["numpy.copyto", "copy"]
+        for row in one["rows"]:
+            median = medians[row["row"], row["what"]]
+            moved = found["passes"][row["what"]] * one["bytes_of_x"]
+            assert row["median"] == pytest.approx(median)
+            assert row["gb_per_s"] == pytest.approx(moved / median / 1e9)
+            assert row["copy_ratio"] == pytest.approx(median / copy)
+            assert row["copy_fraction"] == pytest.approx(moved / (2 * one["bytes_of_x"]) * copy / median)
+            ours = medians.get(("arraybn", row["what"]))
+            assert row["ratio"] == (None if ours is None else pytest.approx(median / ours))
+    assert found["copy_limit"]["gb_per_s"] > 0
+    assert found["interrupted"] is False
+
+
+def test_the_picture_is_there_and_not_empty(table: Any) -> None:
+    need("matplotlib")
+    assert_picture(table[2] / "bench.png")
+    assert "bench.png: the table" in table[0].stdout
+
+
+def assert_picture(path: Path) -> None:
+    picture = path.read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", picture[16:24])
+    assert width > 1000
+    assert height > 500
+    assert 20_000 < len(picture) < 1_000_000
+
+
+def test_growth_and_ladder_are_tables_and_pictures_of_their_own(tmp_path: Path) -> None:
+    need("numba")
+    need("matplotlib")
+    small = (
+        "import arraybn.commands._bench_ladder as l\n"
+        "l.CASE = l.Case((4, 8, 10, 10), whats=('forward', 'backward'))\nsys.modules['tqdm'] = None"
+    )
+    options = shlex.split("--growth 1e4 --ladder --peers none --repeats 3 --json - --plot both.png")
+    result = run(*options, cwd=tmp_path, preparation=small)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)  # and nothing else is there
+    assert [tuple(one["shape"]) for one in found["growth"]] == [
+        (10, 10, 10),
+        (32, 10, 10),
+        (100, 10, 10),
+        (10, 32, 10),
+        (10, 100, 10),
+        (10, 10, 32),
+        (10, 10, 100),
+    ]
+    (case,) = found["ladder"]
+    copies = {row["row"]: row["median"] for row in case["rows"] if row["what"] == "copy"}
+    assert [(rung["row"], rung["what"]) for rung in found["rungs"]] == [
+        (step.row, what) for what in ("forward", "backward") for step in ladder.STEPS
+    ]
+    for rung in found["rungs"]:
+        (step,) = [step for step in ladder.STEPS if step.row == rung["row"]]
+        total = getattr(step, rung["what"]).total
+        assert rung["moved"] == total * 4 * 8 * 100 * 4
+        assert rung["predicted"] == pytest.approx(total / 2 * copies[ladder.COPIES[step.alone]])
+        (row,) = [row for row in case["rows"] if (row["row"], row["what"]) == (rung["row"], rung["what"])]
+        assert rung["measured"] == row["median"] is not None
+    assert_picture(tmp_path / "both.png")
+    assert_picture(tmp_path / "both-ladder.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both-ladder.png", "both.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT can be sent to one process")
+def test_ctrl_c_prints_what_was_measured_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    options = ["--shapes", "40,30", "20000,30", "--peers", "none", "--repeats", "1000000", "--json", "found.json"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits one that is ignored
+    try:
+        command = [sys.executable, "-m", "arraybn", "bench", *options]
+        child = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with child:
+        try:
+            assert child.stdout is not None
+            assert any(line.startswith("again: ") for line in child.stdout)
+            time.sleep(4)
+            child.send_signal(signal.SIGINT)
+            stdout, stderr = child.communicate(timeout=30)
+        finally:
+            child.kill()
+    assert child.returncode == 130
+    assert stderr == "interrupted; the figures are of what was measured before\n"
+    assert re.search(r"^    arraybn +[\d.]+ +[\d.]+–[\d.]+ +1\.00$", stdout, re.MULTILINE)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert found["interrupted"] is True
+    assert [one["shape"] for one in found["table"]] == [[40, 30]]
+    workers = [path for path in Path("/proc").glob("[0-9]*/environ") if environment_is_of(path, child.pid)]
+    assert workers == []
+
+
+def environment_is_of(path: Path, parent: int) -> bool:
+    """Whether the process is a child of that one."""
+    try:
+        return f"PPid:\t{parent}\n" in (path.parent / "status").read_text()
+    except OSError:
+        return False
+
+
+def test_it_works_without_any_peer_numba_tqdm_and_matplotlib(bare_site: Path) -> None:  # noqa: F811
+    result = bare(bare_site, "bench", "--shapes", "40,30", "--repeats", "3")
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert 'numba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"' in result.stdout
+    assert re.search(r"^    arraybn +[\d.]+ +[\d.]+–[\d.]+ +1\.00$", result.stdout, re.MULTILINE)
+    assert "  PyTorch: pip install torch" in result.stdout
+    assert "arraybn reference" not in result.stdout
+    for option, missing in (("--ladder", "--ladder needs numba"), ("--plot", "--plot needs matplotlib")):
+        refused = bare(bare_site, "bench", option)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert missing in refused.stderr
+
+
+# ---- Growth and ladder: the pieces -----------------------------------------------------------------------------------
+
+
+def test_growth_goes_from_a_thousand_to_as_many_elements_as_are_asked_for_along_each_axis() -> None:
+    for axis, index in zip("NCS", range(3), strict=True):
+        shapes = growth.shapes(axis, 10**8)
+        assert shapes[0] == (10, 10, 10)
+        assert np.prod(shapes[-1]) == 10**8
+        assert all(shape[i] == 10 for shape in shapes for i in range(3) if i != index)
+        assert [int(np.prod(shape)) for shape in shapes][::2] == [10**power for power in range(3, 9)]
+    assert len(growth.cases(10**8)) == 3 * 11 - 2  # (10, 10, 10) once
+    assert growth.cases(10**3) == [Case((10, 10, 10), whats=("forward", "backward"))]
+
+
+def test_growth_along_an_axis_is_time_by_elements() -> None:
+    results = [Result(case, [Cell("a", "arraybn", "forward", seconds=[1e-3])]) for case in growth.cases(10**4)]
+    results[-1] = Result(results[-1].case, skipped="skipped: needs about 3.0 GB of memory, 2.0 GB are available")
+    lines = growth.table(results).splitlines()
+    along = [line for line in lines if line.startswith("(10, 10, ")]
+    assert [line.split()[3:] for line in along if "skipped" not in line] == [
+        *[["1.0e3", "–", "1e+03", "–"]] * 3,  # the first of each axis is the same case
+        ["3.2e3", "–", "312", "–"],
+    ]
+    assert f"(10, 10, 100)              1.0e4   {results[-1].skipped}" in lines
+
+
+class Counted(np.ndarray[Any, Any]):
+    """An array that counts what NumPy reads and writes of large arrays, in bytes."""
+
+    reads = writes = 0
+    large = 0
+
+    @classmethod
+    def count(cls, sources: Any, targets: Any) -> None:
+        once = {id(one): one for one in sources}.values()  # x·x reads x once
+        cls.reads += sum(one.nbytes for one in once if isinstance(one, np.ndarray) and one.nbytes > cls.large)
+        cls.writes += sum(one.nbytes for one in targets if isinstance(one, np.ndarray) and one.nbytes > cls.large)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        plain = [one.view(np.ndarray) if isinstance(one, Counted) else one for one in inputs]
+        if out is not None:
+            options["out"] = tuple(one.view(np.ndarray) if isinstance(one, Counted) else one for one in out)
+        result = getattr(ufunc, method)(*plain, **options)
+        self.count(inputs, [result])
+        return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+    def astype(self, dtype: Any, *, copy: bool = True, **options: Any) -> Any:
+        if not copy and self.dtype == dtype:
+            return self
+        result = self.view(np.ndarray).astype(dtype, **options)
+        self.count([self], [result])
+        return result.view(Counted)
+
+
+@pytest.fixture
+def counted() -> Any:
+    """A problem whose x and dy are counted, and a function that counts in units of x what a call moves."""
+    problem = cases.make_problem(Case((64, 4, 32, 32)))
+    Counted.large = problem.x.nbytes // 1000
+    problem = problem._replace(x=problem.x.view(Counted), dy=problem.dy.view(Counted))
+
+    def count(call: Any) -> tuple[float, float]:
+        Counted.reads = Counted.writes = 0
+        call()
+        return Counted.reads / problem.x.nbytes, Counted.writes / problem.x.nbytes
+
+    return problem, count
+
+
+def test_the_bytes_of_plain_formulas_are_those_that_numpy_moves(counted: Any) -> None:
+    problem, count = counted
+    calls = contestants.numpy_calls(problem).rows["NumPy formulas"]
+    for what, traffic in (("forward", ladder.STEPS[0].forward), ("backward", ladder.STEPS[0].backward)):
+        assert count(calls[what]) == (traffic.reads, traffic.writes)
+
+
+def test_the_bytes_of_the_reference_are_those_that_numpy_moves(counted: Any) -> None:
+    problem, count = counted
+    x, dy = (array.reshape(64, 4, 1024) for array in (problem.x, problem.dy))
+    one = np.ones(4)
+
+    def forward() -> None:
+        mean, _ = reference.moments(x)
+        reference.affine(x, np.asarray(mean), one, one)
+
+    def backward() -> None:
+        reference.dots(dy, x, one)
+        reference.affine2(dy, x, one, one, one, one)
+
+    for call, traffic in ((forward, ladder.STEPS[1].forward), (backward, ladder.STEPS[1].backward)):
+        assert count(call) == (pytest.approx(traffic.reads, rel=0.02), pytest.approx(traffic.writes, rel=0.02))
+
+
+def test_each_later_step_of_the_ladder_moves_fewer_bytes_down_to_what_must_be() -> None:
+    for what in ("forward", "backward"):
+        totals = [getattr(step, what).total for step in ladder.STEPS[2:]]
+        assert totals == sorted(totals, reverse=True)
+        assert totals[-1] == cases.PASSES[what]
+        assert getattr(ladder.STEPS[4], what).total == cases.PASSES[what] + 1  # the pages of the result
+        inputs = cases.PASSES[what] - 1  # which two sweeps read twice
+        assert getattr(ladder.STEPS[2], what).total == cases.PASSES[what] + 1 + inputs
+
+
+def test_the_sweeps_of_the_ladder_do_without_the_driver_and_alone_means_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need("numba")
+    from arraybn.kernels import cpu
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("the driver")
+
+    for name, value in list(vars(cpu).items()):
+        if inspect.isfunction(value) and value.__module__ == cpu.__name__ and name not in SWEEPS and name[0] != "_":
+            monkeypatch.setattr(cpu, name, refuse)
+    x = cases.make_problem(Case((40, 6))).x
+    with pytest.raises(AssertionError, match="the driver"):
+        arraybn.batch_norm(x, kernels="cpu")
+    y, saved = arraybn.batch_norm(x, kernels=ladder._sweeps_only())
+    dx, _, _ = arraybn.batch_norm_backward(y, saved)
+    assert dx.shape == y.shape == x.shape
+    before = _threads.get_num_threads()
+    assert ladder._alone(_threads.get_num_threads)() == 1
+    assert _threads.get_num_threads() == before
