@@ -250,6 +250,8 @@ def same_memory(a: Array, b: Array) -> bool:
     """Whether `a` and `b` are element for element the same memory."""
     if a is b:
         return True
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
+        return False
     a, b = footprint(a), footprint(b)
     if a is None or b is None or a.size == 0:
         return False
@@ -261,6 +263,8 @@ def same_memory(a: Array, b: Array) -> bool:
 
 def overlap(a: Array, b: Array) -> bool:
     """Whether some byte of `a` is one of `b`, as far as can be seen."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
+        return False
     a, b = footprint(a), footprint(b)
     if a is None or b is None:
         return False

@@ -182,25 +182,28 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
 
 def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
     """Raise unless `out` can take a result like x of that shape: disjoint from `inputs`, or the same as one of them."""
-    if not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray):
+    plain = type(out) is np.ndarray
+    if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")
     check_home("out", out, x)
-    if is_jax_array(out):
+    if not plain and is_jax_array(out):
         raise TypeError("out: expected an array that can be written into; got a JAX array. Leave out=None")
     if tuple(out.shape) != shape or out.dtype != x.dtype:
         raise ValueError(
             f"out: expected shape {shape} and dtype {dtype_name(x.dtype)}, those of the result;"
             f" got {tuple(out.shape)} and {getattr(out.dtype, 'str', dtype_name(out.dtype))}"
         )
-    if not is_writeable_array(out):
+    if not (out.flags.writeable if plain else is_writeable_array(out)):
         raise ValueError("out: expected a writeable array; got a read-only one")
-    if is_torch_array(out):
+    if not plain and is_torch_array(out):
         _as_plain_tensor("out", out)
     memory = footprint(out)
     if memory is not None and any(step == 0 and size > 1 for step, size in zip(memory.strides, shape, strict=True)):
         raise ValueError(f"out: expected memory of its own for every value; got strides {memory.strides}")
     for name, array in inputs.items():
-        if array is not None and not (tuple(array.shape) == shape and same_memory(out, array)) and overlap(out, array):
+        if array is None or array is out or not overlap(out, array):
+            continue
+        if tuple(array.shape) != shape or not same_memory(out, array):
             raise ValueError(
                 f"out: expected memory disjoint from {name}, or {name} itself; got a partial overlap."
                 f" Pass a fresh array, for example xp.empty_like({name})"

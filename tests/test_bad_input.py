@@ -764,7 +764,7 @@ LAYERS = [
     Bad(
         "layer(X)",
         ValueError,
-        SHAPE_3.format("running_var", "moments.mean", "(2,)"),
+        SHAPE_3.format("running_var", "x", "(2,)"),
         "running_var",
         setup=f"{LAYER}; layer.running_var = np.ones(2)",
     ),

@@ -217,12 +217,28 @@ def test_info_names_what_brings_the_missing(bare_site: Path) -> None:
         "array_api_strict": "pip install array-api-strict",
         "mpi4py": 'pip install "arraybn[mpi]"',
         "launcher": 'pip install "arraybn[mpi]"',
-        "cpu": 'numba, ml_dtypes: pip install "arraybn[cpu]"',
-        "demo": 'matplotlib, safetensors, scikit-learn, tqdm: pip install "arraybn[demo]"',
+        "demo": 'matplotlib, numba, safetensors, scikit-learn, tqdm: pip install "arraybn[demo]"',
     }.items():
         assert "missing" in line(result, start)
         assert remedy in line(result, start)
+    kernels, extra = (row for row in result.stdout.splitlines() if row.startswith("  cpu "))
+    assert kernels.endswith('missing  pip install "arraybn[cpu]"')
+    assert extra.endswith('missing  numba, ml_dtypes: pip install "arraybn[cpu]"')
     assert "none found" in result.stdout
+
+
+def test_info_compile_needs_numba_and_says_what_it_has_compiled(bare_site: Path, tmp_path: Path) -> None:
+    result = bare(bare_site, "info", "--compile")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == '--compile: expected numba; it is not installed. Run: pip install "arraybn[cpu]"\n'
+    need("numba")
+    result = arraybn_command("info", "--compile", cwd=tmp_path, limit=300)
+    assert result.returncode == 0
+    for name in ("float32", "float64", "float16", "bfloat16"):
+        assert re.search(rf"^compiled, or found compiled, for {name} after \d+\.\d s$", result.stdout, re.MULTILINE)
+    assert re.search(
+        r"^  cpu +numba .* NumPy arrays; \d+ threads?, compiled once and kept in ", result.stdout, re.MULTILINE
+    )
 
 
 def test_info_names_only_extras_that_exist() -> None:
@@ -246,7 +262,7 @@ def test_info_survives_an_mpi_that_ends_the_process(bare_site: Path) -> None:
 
 def test_info_gives_up_on_an_mpi_that_hangs(bare_site: Path) -> None:
     hang = "def Get_library_version(): return 'Slow MPI 1.0, at home'\ndef Init():\n import time; time.sleep(60)"
-    code = "from arraybn.commands import info\ninfo.TIME_LIMIT = 2.0\ninfo.run(None)"
+    code = "import argparse\nfrom arraybn.commands import info\ninfo.TIME_LIMIT = 2.0\ninfo.run(argparse.Namespace(compile=False))"
     with added(bare_site, {"mpi4py/__init__.py": "class rc: pass", "mpi4py/MPI.py": hang}):
         start = time.monotonic()
         result = bare(bare_site, "-c", code)

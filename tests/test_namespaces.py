@@ -216,7 +216,7 @@ def test_bfloat16_and_float16_where_the_namespace_has_them(home: Home) -> None:
 def test_mixed_namespaces_are_refused_with_the_remedy(home: Home) -> None:
     other = scenarios.make("small")
     x = home.array(other.x, "float32")
-    if home.name == "numpy":
+    if home.name.startswith("numpy"):
         strict = need("array_api_strict")
         weight = strict.asarray(other.weight)
     else:
