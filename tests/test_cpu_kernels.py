@@ -480,6 +480,16 @@ def test_t3_no_temporary_is_as_large_as_x(dtype: str, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_a_processor_without_float16_gets_the_reference_for_it() -> None:
+    code = """
+        import numpy, arraybn
+        x = numpy.arange(6, dtype=numpy.float16).reshape(6, 1)
+        print(arraybn.moments(x).mean, arraybn.moments(x.astype("f4")).mean)
+    """
+    assert python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="").split() == ["[2.5]", "[2.5]"]
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
 def test_without_a_folder_for_the_cache_it_says_so_once_and_works() -> None:
     code = """
         import warnings

@@ -95,6 +95,12 @@ def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: p
     assert kernels.select(strict.zeros(1)) is reference
     with pytest.raises(TypeError, match=r'kernels: expected a NumPy array for "cpu"; got a array_api_strict array'):
         kernels.select(strict.zeros(1), "cpu")
+    half = numpy.zeros(1, numpy.float16)
+    assert kernels.select(half) is (cpu if cpu.HALF else reference)
+    monkeypatch.setattr(cpu, "HALF", False)  # LLVM would end the process
+    assert kernels.select(half) is reference
+    with pytest.raises(TypeError, match="because this processor lacks F16C; got float16"):
+        kernels.select(half, "cpu")
     monkeypatch.setattr(kernels, "_has_numba", lambda: False)
     assert kernels.select(numpy.zeros(1)) is reference
     with pytest.raises(ImportError, match=r'kernels: expected numba .*pip install "arraybn\[cpu\]"'):

@@ -44,10 +44,11 @@ MODULES = {"reference": "arraybn.reference", "cpu": "arraybn.kernels.cpu"}  # im
 def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
     """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
 
-    "cpu" takes NumPy arrays, where numba is installed; "reference" takes all arrays.
+    "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it, as all of the last
+    ten years do. "reference" takes all arrays.
     """
     if kernels is None:
-        return _module("cpu") if isinstance(x, np.ndarray) and _has_numba() else reference
+        return _module("cpu") if isinstance(x, np.ndarray) and _has_numba() and _converts(x) else reference
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
@@ -72,6 +73,10 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+def _converts(x: Array) -> bool:
+    return x.dtype.char != "e" or bool(_module("cpu").HALF)  # type: ignore[attr-defined]
+
+
 def _check_cpu(x: Array) -> None:
     """Raise unless the CPU kernels can take `x`."""
     if not isinstance(x, np.ndarray):
@@ -80,3 +85,5 @@ def _check_cpu(x: Array) -> None:
         raise ImportError(
             'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
         )
+    if not _converts(x):
+        raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

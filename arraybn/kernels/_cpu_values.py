@@ -7,16 +7,29 @@ compiling is switched off, and as what Numba makes of a call to it.
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from llvmlite.binding import get_host_cpu_features
+from numba import config, njit, types
 from numba.extending import intrinsic, overload
 
 from .._arrays import array_namespace
+
+
+def _has_half() -> bool:
+    """Whether the processor that is compiled for converts float16; without it LLVM ends the process."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    features = config.CPU_FEATURES
+    return "+f16c" in (get_host_cpu_features().flatten() if features is None else features).split(",")
+
+
+HALF = _has_half()
 
 
 def wide(value: Any) -> Any:

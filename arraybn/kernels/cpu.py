@@ -20,6 +20,7 @@ from .._arrays import Array
 from . import _threads
 from ._cpu_entries import compiled
 from ._cpu_tiles import BLOCK, LONG, PIECE
+from ._cpu_values import HALF as HALF
 
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in cache
 RUN = 2048  # bytes side by side that are worth going to
