@@ -121,7 +121,7 @@ def message(texts: Sequence[bytes], flags: int) -> str:
     for name in {name: None for description in said for name in description}:
         values = _by_text({rank: description.get(name, "not said") for rank, description in enumerate(said)})
         if len(values) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items()))
+            lines.append(f"{name}: " + " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items()))
     if not lines:
         lines = [", ".join(name for index, name in enumerate(FIELDS) if flags >> index & 1)]
     return "the ranks are not in the same call; they disagree on " + "; ".join(lines)

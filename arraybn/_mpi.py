@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import _frames
-from ._arrays import Array
+from ._arrays import Array, class_name
 from .sync import Comm, SyncError
 
 # How launchers tell a process how many of them there are.
@@ -47,7 +47,7 @@ def world() -> Comm | None:
 def check(name: str, comm: object) -> None:
     """Raise unless `comm` is a communicator that can be synchronized over."""
     if not (hasattr(comm, "Idup") and hasattr(comm, "Iallreduce")):
-        raise TypeError(f"{name}: expected an mpi4py communicator, or None for the world; got {comm!r}")
+        raise TypeError(f"{name}: expected an mpi4py communicator, or None for the world; got {class_name(comm)}")
     mpi = _mpi()
     if comm == mpi.COMM_NULL or comm.Is_inter():  # type: ignore[attr-defined]
         kind = "COMM_NULL" if comm == mpi.COMM_NULL else "an intercommunicator"

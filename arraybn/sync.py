@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from . import _frames
-from ._arrays import Array, array_namespace, as_numpy, converted, device
+from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name
 from .reference import Moments
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm, what wraps one, or a rank of arraybn.testing.ThreadComm
@@ -112,6 +112,7 @@ class Channel:
         self._untold = ""  # the same, which the other ranks have yet to be told
         self._lock = threading.Lock()  # one thread at a time
         self._process = os.getpid()
+        self._named = 0  # how many layers there have been, which does not depend on when they are collected
         self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
     def check(self) -> None:
@@ -126,8 +127,10 @@ class Channel:
 
     def name_of(self, layer: object) -> str:
         """What a layer without a path is called: its order of first use."""
-        number = self._layers.setdefault(layer, len(self._layers) + 1)
-        return f"unnamed layer {number}"
+        if layer not in self._layers:
+            self._named += 1
+            self._layers[layer] = self._named
+        return f"unnamed layer {self._layers[layer]}"
 
     def fail_later(self, call: Call, error: BaseException) -> None:
         """After a failure behind the exchange: the next frame tells the other ranks, which have gone on."""
@@ -293,10 +296,12 @@ class Call:
         mean, m2, low = moments.mean, moments.m2, moments.mean_low
         wide = _host(mean) if low is None else _host(mean) + _host(low)
         rows, n = self.channel.exchange(self, np.stack([wide, _host(m2)]), moments.n)
-        pooled, m2 = (_like(row, mean) for row in rows)
-        if isinstance(mean, np.ndarray) or _host(pooled).dtype == np.float64:
-            return Moments(n, pooled, m2)
-        return Moments(n, pooled, m2, mean_low=_like(rows[0] - _host(pooled), mean))
+        with np.errstate(all="ignore"):  # in float32 a moment may be infinite
+            pooled, m2 = (_like(row, mean) for row in rows)
+            if dtype_name(mean.dtype) == "float64":
+                return Moments(n, pooled, m2)
+            rest = np.where(np.isfinite(rows[0]), rows[0] - _host(pooled), 0.0)
+            return Moments(n, pooled, m2, mean_low=_like(rest, mean))
 
     def sum(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Σa and Σb over all ranks, each (C,)."""
