@@ -95,8 +95,14 @@ def _key() -> int:
 
 @functools.cache
 def _op() -> Any:
-    """`_frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process."""
-    return _mpi().Op.Create(_combine, commute=True)
+    """`_frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process.
+
+    Declared not commutative, so that MPI combines in the order of the ranks, the same in every run, and does not choose
+    an algorithm that cuts a message into parts, of which we have one. All ranks then have the same bits, as the MPI
+    standard asks, with every algorithm of Open MPI and MPICH but one that must be asked for: MPICH's recexch with
+    k > 2. The next call would notice it, by the checksum of results in the header.
+    """
+    return _mpi().Op.Create(_combine, commute=False)
 
 
 _interrupts: list[BaseException] = []
@@ -104,6 +110,8 @@ _interrupts: list[BaseException] = []
 
 def _combine(a: Any, b: Any, datatype: Any) -> None:
     """An exception in here would end the job, so Ctrl-C has to wait until the exchange is over."""
+    if len(b) == 0:  # of a message that was cut: its other parts have no bytes
+        return
     theirs, together = np.frombuffer(b, np.uint8), None
     while together is None:
         try:
@@ -136,23 +144,23 @@ class Reducer:
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         """Replace the frame by that of all ranks together."""
         mpi = _mpi()
-        self._wait(self._comm.Iallreduce(mpi.IN_PLACE, [frame, 1, _whole(frame.nbytes)], _op()), deadline)
+        self._wait(self._comm.Iallreduce(mpi.IN_PLACE, [frame, 1, _whole(frame.nbytes)], _op()), deadline, frame)
 
     def add(self, numbers: Array, deadline: float | None) -> None:
         """Replace float64 numbers by their sums over the ranks."""
-        self._wait(self._comm.Iallreduce(_mpi().IN_PLACE, numbers, _mpi().SUM), deadline)
+        self._wait(self._comm.Iallreduce(_mpi().IN_PLACE, numbers, _mpi().SUM), deadline, numbers)
 
     def broadcast(self, octets: Array, deadline: float | None) -> None:
         """Replace bytes by those of rank 0."""
-        self._wait(self._comm.Ibcast(octets, 0), deadline)
+        self._wait(self._comm.Ibcast(octets, 0), deadline, octets)
 
     def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
         """The texts of all ranks, which are of one length."""
         found = bytearray(len(text) * self.size)
-        self._wait(self._comm.Iallgather(text, found), deadline)
+        self._wait(self._comm.Iallgather(text, found), deadline, text, found)
         return [bytes(found[start : start + len(text)]) for start in range(0, len(found), len(text))]
 
-    def _wait(self, request: Any, deadline: float | None) -> None:
+    def _wait(self, request: Any, deadline: float | None, *buffers: Any) -> None:
         """Poll, giving the processor away at first and sleeping after 5 ms.
 
         With more ranks than cores a bare loop keeps the rank that is waited for from running. A request that is given
@@ -169,7 +177,7 @@ class Reducer:
                 else:
                     time.sleep(min((now - started) / 100, 0.001))
         except BaseException as error:
-            _give_up(request)
+            _give_up(request, buffers)
             if isinstance(error, _mpi().Exception):
                 raise ConnectionError(str(error)) from error
             raise
@@ -188,11 +196,15 @@ class Reducer:
 _given_up: list[Any] = []
 
 
-def _give_up(request: Any) -> None:
-    """Keep a request that will not complete, and see to it that the job ends with this process."""
+def _give_up(request: Any, buffers: Any) -> None:
+    """Keep a request that will not complete, with its buffers, and see to it that the job ends with this process.
+
+    mpi4py does not keep the buffers of all requests alive: an Iallreduce into an array that was dropped writes into
+    whatever has taken its place.
+    """
     if not _given_up:
         atexit.register(_end_job, os.getpid())
-    _given_up.append(request)
+    _given_up.append((request, buffers))
 
 
 def _end_job(pid: int) -> None:
@@ -200,4 +212,5 @@ def _end_job(pid: int) -> None:
     if os.getpid() == pid and not _mpi().Is_finalized():
         sys.stdout.flush()
         print("arraybn: a synchronized call was given up; ending all ranks", file=sys.stderr, flush=True)
+        time.sleep(0.2)  # for the launcher to pass on what was printed, before it ends everything
         _mpi().COMM_WORLD.Abort(1)
