@@ -122,7 +122,7 @@ def passes(mpi: Mpi, ranks: int, script: str, *arguments: str, limit: float = 90
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
-    passes(mpi, ranks, "checks.py", "exact", "control", "bits", "counts", "wrong", "users", "copies")
+    passes(mpi, ranks, "checks.py", "exact", "control", "bits", "counts", "wrong", "users", "copies", "patience")
 
 
 @pytest.mark.parametrize("ranks", [4, 5, 7])

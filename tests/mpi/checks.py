@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 if os.environ.get("ARRAYBN_TEST_KERNELS") == "reference":
@@ -52,6 +53,10 @@ class Counting(MPI.Intracomm):
         self.notes.append("Idup")
         comm, request = MPI.Intracomm(self).Idup(*arguments)
         return Counting(comm, self.notes), request
+
+    def Free(self) -> None:  # noqa: N802
+        self.notes.append("Free")
+        super().Free()
 
 
 def _counted(name: str) -> Any:
@@ -117,6 +122,23 @@ def counts() -> None:
             notes.clear()
             call(np.ones((2, channels)) + RANK)
             assert notes == ["Iallreduce"] * calls, notes
+    notes.clear()
+    comm.Free()
+    assert notes == ["Free"] * 2  # the duplicate as well
+
+
+def patience() -> None:
+    """Without a time limit a rank waits as long as it takes, and leaves the processor to others meanwhile."""
+    layer = faults.layer_on(WORLD)
+    faults.good(layer, WORLD)
+    layer.timeout = None
+    if RANK == 1:
+        time.sleep(1.5)
+    started, burnt = time.monotonic(), time.process_time()
+    layer(faults.part(faults.X, WORLD))
+    if RANK != 1:
+        assert time.monotonic() - started > 1
+        assert time.process_time() - burnt < 0.4
 
 
 def wrong() -> None:
@@ -250,7 +272,9 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-PARTS = {function.__name__: function for function in (exact, control, bits, counts, wrong, users, copies, noticed)}
+PARTS = {
+    function.__name__: function for function in (exact, control, bits, counts, wrong, users, copies, patience, noticed)
+}
 
 if __name__ == "__main__":
     for part in sys.argv[1:]:

@@ -63,6 +63,16 @@ def without_forward(layer: Any, dy: Any) -> None:
         layer._remember(saved)
 
 
+def with_other_weight(layer: Any, dy: Any) -> None:
+    """A backward after the weight was replaced by one that its gradient does not fit."""
+    old, layer.weight.data = layer.weight.data, np.ones(4, "f4")
+    grad, layer.weight.grad = layer.weight.grad, None
+    try:
+        layer.backward(dy)
+    finally:
+        layer.weight.data, layer.weight.grad = old, grad
+
+
 FORWARD = {  # name: what the rank does instead of layer(x), and its message
     "dimensions": (lambda layer, x: layer(x[0, 0]), r"expected at least 2D input \(got 1D input\)"),
     "channels": (lambda layer, x: layer(x[:, :2]), r"x: expected 3 channels \(num_features\) on axis 1; got 2, .*"),
@@ -82,6 +92,7 @@ BACKWARD = {  # the same instead of layer.backward(dy)
     "shape of dy": (lambda layer, dy: layer.backward(dy[..., :2]), r"dy: expected shape \(.*, 3, 4\), .*; got .*"),
     "integers in dy": (lambda layer, dy: layer.backward(dy.astype("i8")), r"dy: expected float16, .*; got int64.*"),
     "dy as a list": (lambda layer, dy: layer.backward(dy.tolist()), r"dy: expected an array .*; got list.*"),
+    "another weight": (with_other_weight, r"gradient: expected shape \(4,\), that of data; got \(3,\)"),
     "no forward": (without_forward, r"SyncBatchNorm.backward: expected a forward before it, .*; got none.*"),
 }
 
