@@ -70,27 +70,45 @@ def channel(name: str, comm: Comm, make: Callable[[Reducer], Any]) -> Any:
 
     Nothing of ours travels on the user's communicator, where it could meet a collective of the user's.
     """
-    check(name, comm)
-    mpi, key = _mpi(), _key()
-    if comm.size == 1:
-        if mpi.COMM_WORLD.size == 1 and mpi.Comm.Compare(comm, mpi.COMM_SELF) != mpi.IDENT:
-            _check_alone("MPI's world has one rank here, because mpi4py was built for another MPI")
-        return None
+    if not hasattr(comm, "Get_attr") or comm == _mpi().COMM_NULL:
+        check(name, comm)
+    if (found := comm.Get_attr(_key())) is None:
+        check(name, comm)
+        found = _alone(comm) if comm.size == 1 else _duplicated(comm, make)
+    return None if found is _ALONE else found
+
+
+def _alone(comm: Comm) -> object:
+    mpi = _mpi()
+    if mpi.COMM_WORLD.size == 1 and mpi.Comm.Compare(comm, mpi.COMM_SELF) != mpi.IDENT:
+        _check_alone("MPI's world has one rank here, because mpi4py was built for another MPI")
+    comm.Set_attr(_key(), _ALONE)
+    return _ALONE
+
+
+def _duplicated(comm: Comm, make: Callable[[Reducer], Any]) -> Any:
     with _creating:
-        if (found := comm.Get_attr(key)) is None:
+        if (found := comm.Get_attr(_key())) is None:
             duplicate, request = comm.Idup()
             found = make(Reducer(duplicate, request, comm.rank, comm.size))
-            comm.Set_attr(key, found)
+            comm.Set_attr(_key(), found)
     return found
 
 
+_ALONE = object()  # in the place of a channel
 _creating = threading.Lock()
 
 
 @functools.cache
 def _key() -> int:
     """The key of our attribute on communicators; a user's own duplicate does not inherit it."""
-    return int(_mpi().Comm.Create_keyval(delete_fn=lambda comm, key, channel: channel.reducer.free()))
+    return int(_mpi().Comm.Create_keyval(delete_fn=_freed))
+
+
+def _freed(comm: Comm, key: int, channel: Any) -> None:
+    """The user frees a communicator."""
+    if channel is not _ALONE:
+        channel.reducer.free()
 
 
 @functools.cache

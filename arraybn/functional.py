@@ -143,7 +143,7 @@ def batch_norm(
     if comm is not None and mean is None and var is None:
         from . import sync
 
-        call = sync.begin("comm", comm, sync.FORWARD, "batch_norm", {"eps": eps})
+        call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": eps})
     with call or _ALONE:
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels

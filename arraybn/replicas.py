@@ -45,7 +45,9 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     """
     _check_module(model)
     state = list(_state(model))
-    call = sync.begin("comm", comm, sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state})
+    call = sync.begin(
+        sync.channel_of("comm", comm), sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state}
+    )
     if call is None:
         return
     with call:
@@ -110,7 +112,7 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     _check_module(model)
     parameters = dict(model.named_parameters())
     settings = {name: _shape(parameter.data) for name, parameter in parameters.items()}
-    call = sync.begin("comm", comm, sync.AVERAGE, "the model", settings)
+    call = sync.begin(sync.channel_of("comm", comm), sync.AVERAGE, "the model", settings)
     if call is None:
         _as_weight(weight)
         return

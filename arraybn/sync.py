@@ -362,11 +362,10 @@ def channel_of(name: str, comm: Comm | None) -> Channel | None:
 
 
 def begin(
-    name: str, comm: Comm | None, operation: str, layer: object, settings: Mapping[str, Any], **options: Any
+    channel: Channel | None, operation: str, layer: object, settings: Mapping[str, Any], **options: Any
 ) -> Call | None:
-    """A call of all ranks of `comm`; None where there is but one. `layer` is a path, or a layer without one."""
-    if (channel := channel_of(name, comm)) is None:
+    """A call of all ranks of a channel; None where there is but one. `layer` is a path, or a layer without one."""
+    if channel is None:
         return None
     channel.check()
-    label = layer if isinstance(layer, str) else channel.name_of(layer)
-    return Call(channel, operation, label, settings, **options)
+    return Call(channel, operation, layer if isinstance(layer, str) else channel.name_of(layer), settings, **options)

@@ -160,8 +160,9 @@ class SyncBatchNorm(_BatchNorm):
         return bool(self.training) or (self.running_mean is None and self.running_var is None)
 
     def _begin(self, operation: str) -> Call | None:
-        count = self.num_batches_tracked
-        array = self._an_array()
+        if (channel := sync.channel_of("process_group", self.process_group)) is None:
+            return None
+        count, array = self.num_batches_tracked, self._an_array()
         settings = {
             "num_features": self.num_features,
             "eps": _plain(self.eps),
@@ -173,7 +174,7 @@ class SyncBatchNorm(_BatchNorm):
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
-        return sync.begin("process_group", self.process_group, operation, self._path or self, settings, **options)
+        return sync.begin(channel, operation, self._path or self, settings, **options)
 
     def extra_repr(self) -> str:
         """As PyTorch prints it, and the time limit where it is not the default."""
