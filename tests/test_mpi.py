@@ -122,7 +122,8 @@ def passes(mpi: Mpi, ranks: int, script: str, *arguments: str, limit: float = 90
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
-    passes(mpi, ranks, "checks.py", "exact", "control", "bits", "counts", "wrong", "users", "copies", "patience")
+    parts = ("exact", "control", "bits", "counts", "wrong", "users", "copies", "patience", "interrupts")
+    passes(mpi, ranks, "checks.py", *parts)
 
 
 @pytest.mark.parametrize("ranks", [4, 5, 7])
@@ -137,6 +138,10 @@ def test_compiled_kernels_are_exact_over_ranks(mpi: Mpi) -> None:
 def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
     tcp = {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_pml": "ob1", "MPIR_CVAR_NOLOCAL": "1", "FI_PROVIDER": "tcp"}
     passes(mpi, 3, "checks.py", "exact", "bits", "wrong", **tcp)
+
+
+def test_an_error_of_mpi_is_an_error_of_ours(mpi: Mpi) -> None:
+    passes(mpi, 2, "checks.py", "broken")
 
 
 def test_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:

@@ -474,6 +474,27 @@ def test_an_interrupt_before_the_exchange_is_told_with_the_next_call() -> None:
     assert zero[1].startswith(zero[0])
 
 
+def test_an_interrupt_while_waiting_breaks_the_channel_of_that_rank() -> None:
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        layer.timeout = 0.3
+        if comm.rank == 1:
+
+            def pressed(frame: Any, deadline: Any) -> None:
+                raise KeyboardInterrupt
+
+            comm.channel.reducer.allreduce = pressed
+            with pytest.raises(KeyboardInterrupt):
+                layer(np.ones((2, 3)))
+            with pytest.raises(arraybn.SyncError, match=r"^rank 1: KeyboardInterrupt ended the"):
+                layer(np.ones((2, 3)))
+        else:
+            with pytest.raises(arraybn.SyncTimeoutError):
+                layer(np.ones((2, 3)))
+
+    ThreadComm.run(2, work, leave=False)
+
+
 def test_a_layer_commits_nothing_when_it_fails_after_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(comm: Any) -> Any:
         layer = faults.layer_on(comm)

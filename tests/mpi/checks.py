@@ -5,7 +5,9 @@ Every rank ends with status 0, and rank 0 prints "passed" and the parts. Run by 
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ import whole
 from mpi4py import MPI
 
 import arraybn
+from arraybn import _frames, _mpi, sync
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -259,6 +262,71 @@ def copies() -> None:
     faults.good(faults.layer_on(None), WORLD)
 
 
+def interrupts() -> None:
+    """Ctrl-C while frames are combined waits until the exchange is over; it is then a failure of that rank alone."""
+    comm, combine = WORLD.Dup(), _frames.combine
+    layer = faults.layer_on(comm)
+    faults.good(layer, comm)
+    count = 0
+
+    def pressed(a: Any, b: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise KeyboardInterrupt
+        return combine(a, b)
+
+    _frames.combine = pressed
+    try:
+        layer(faults.part(faults.X, comm))
+    except KeyboardInterrupt:
+        assert count > 1
+    else:
+        assert count == 0  # this rank had nothing to combine
+    _frames.combine = combine
+    assert any(WORLD.allgather(count))
+    try:
+        layer(faults.part(faults.X, comm))
+    except arraybn.SyncError as error:
+        assert "this rank alone failed, so that its state differs: KeyboardInterrupt" in str(error)
+    else:
+        raise SystemExit("nobody was told")
+
+
+def broken() -> None:
+    """An error of MPI is a SyncError; MPI that has been finalized is another. The last of all checks."""
+    comm = WORLD.Dup()
+    layer = faults.layer_on(comm)
+    faults.good(layer, comm)
+
+    class Broken:
+        def Test(self) -> bool:  # noqa: N802
+            raise MPI.Exception(MPI.ERR_OTHER)
+
+    channel = sync.channel_of("comm", comm)
+    assert channel is not None
+    channel.reducer._comm = type("Comm", (), {"Iallreduce": lambda self, *_: Broken()})()
+    for text in ("the forward of .* failed: ", "Nothing more can be synchronized over this communicator"):
+        try:
+            layer(faults.part(faults.X, comm))
+        except arraybn.SyncError as error:
+            assert re.search(text, str(error)), error
+        else:
+            raise SystemExit("nothing was raised")
+    WORLD.Barrier()
+    atexit.unregister(_mpi._end_job)  # for there is no rank that waits
+    if RANK == 0:
+        print("passed", *sys.argv[1:], flush=True)
+    MPI.Finalize()
+    try:
+        faults.layer_on(None)(np.ones((2, 3)))
+    except arraybn.SyncError as error:
+        assert "MPI has been finalized" in str(error)
+    else:
+        raise SystemExit("nothing was raised")
+    os._exit(0)
+
+
 def noticed() -> None:
     """Where MPI gives the ranks different bits, as it must not, the next call says so."""
     layer, x = faults.layer_on(WORLD), np.random.default_rng(RANK).standard_normal((5, 3))
@@ -272,9 +340,8 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-PARTS = {
-    function.__name__: function for function in (exact, control, bits, counts, wrong, users, copies, patience, noticed)
-}
+CHECKS = (exact, control, bits, counts, wrong, users, copies, patience, interrupts, noticed, broken)
+PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":
     for part in sys.argv[1:]:
