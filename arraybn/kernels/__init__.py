@@ -48,7 +48,9 @@ def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
     ten years do. "reference" takes all arrays.
     """
     if kernels is None:
-        return _module("cpu") if isinstance(x, np.ndarray) and _has_numba() and _converts(x) else reference
+        if isinstance(x, np.ndarray) and _has_numba() and (x.dtype.char != "e" or _has_half()):
+            return _module("cpu")
+        return reference
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
@@ -73,8 +75,8 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def _converts(x: Array) -> bool:
-    return x.dtype.char != "e" or bool(_module("cpu").HALF)  # type: ignore[attr-defined]
+def _has_half() -> bool:
+    return bool(_module("cpu").HALF)  # type: ignore[attr-defined]
 
 
 def _check_cpu(x: Array) -> None:
@@ -85,5 +87,5 @@ def _check_cpu(x: Array) -> None:
         raise ImportError(
             'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
         )
-    if not _converts(x):
+    if x.dtype.char == "e" and not _has_half():
         raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

@@ -97,10 +97,13 @@ class _Work:
 
     def writes(self, x: Array, out: Array | None) -> None:
         """Let the result be `out` where that can be written as a line, otherwise a new array like x."""
-        fits = out is not None and out.flags.c_contiguous and out.flags.aligned
-        self.result = out if fits else np.empty(x.shape, x.dtype)
-        self.y = self._line(self.result)
-        self.in_place = int(fits and (np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u)))
+        self.in_place = 0
+        if out is not None and out.flags.c_contiguous and out.flags.aligned:
+            self.result, self.y = out, self._line(out)
+            self.in_place = int(np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u))
+        else:
+            self.result = np.empty(x.shape, x.dtype)
+            self.y = self._line(self.result)
 
     def vectors(self, number: int) -> Array:
         """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
