@@ -8,7 +8,10 @@ from .kernels._threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
+from .replicas import average_gradients, broadcast_state
 from .statistics import moments, pool, update_running_stats
+from .sync import SyncError, SyncTimeoutError
+from .sync_layers import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -18,8 +21,13 @@ __all__ = [
     "Moments",
     "Parameter",
     "Sequential",
+    "SyncBatchNorm",
+    "SyncError",
+    "SyncTimeoutError",
+    "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "broadcast_state",
     "get_num_threads",
     "load",
     "moments",

@@ -6,7 +6,11 @@ Each takes arrays and returns arrays; none keeps or changes anything. The maths 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from . import reference
 from ._arrays import (
@@ -22,6 +26,12 @@ from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_h
 from .kernels import Kernels, select
 from .reference import Moments
 from .statistics import reduce
+
+if TYPE_CHECKING:
+    from .sync import Call, Comm
+
+
+_ALONE = nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +54,10 @@ class Saved:
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
+    _call: Call | None = field(repr=False)  # the forward's; None where nothing was synchronized
+
+    def _backward_call(self) -> Call | None:
+        return None if self._call is None else self._call.backward()
 
 
 def batch_norm(
@@ -55,6 +69,7 @@ def batch_norm(
     var: Array | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    comm: Comm | None = None,
     out: Array | None = None,
     kernels: str | Kernels | None = None,
 ) -> tuple[Array, Saved]:
@@ -72,6 +87,9 @@ def batch_norm(
         ε ≥ 0, in units of x². With eps = 0 a constant channel has xhat = 0.
     channel_axis : int
         The axis that is kept; -1 for channels-last.
+    comm : mpi4py communicator, optional
+        Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
+        the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -92,12 +110,17 @@ def batch_norm(
         An argument is no array, of another namespace than x, or of another dtype than the four.
     ValueError
         A shape, device or option does not fit, or `out` partly overlaps an input.
+    SyncError
+        With `comm`, on every rank: one of these on some rank, or the ranks are not in the same call.
 
     Notes
     -----
     Statistics are kept in float64 where the namespace has it, and x − mean is taken before anything is scaled: neither
     E[x²] − E[x]² nor x·scale + (bias − mean·scale), which lose every digit when |mean| ≫ std. A constant channel gives
     exactly `bias`. An empty batch gives an empty y.
+
+    Over `comm` the moments of the ranks are pooled in one collective of fixed length, which is exact for parts of any
+    size (E2); more than 256 channels take a second. All ranks have the same bits in `saved.moments`.
 
     References
     ----------
@@ -116,6 +139,31 @@ def batch_norm(
     (array([[0., 0.],
            [0., 0.]]), None, array([2., 2.]))
     """
+    call = None
+    if comm is not None and mean is None and var is None:
+        from . import sync
+
+        call = sync.begin("comm", comm, sync.FORWARD, "batch_norm", {"eps": eps})
+    with call or _ALONE:
+        return forward_in(
+            call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
+        )
+
+
+def forward_in(
+    call: Call | None,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    *,
+    mean: Array | None = None,
+    var: Array | None = None,
+    eps: float,
+    channel_axis: int,
+    out: Array | None = None,
+    kernels: str | Kernels | None = None,
+) -> tuple[Array, Saved]:
+    """`batch_norm` as a part of `call`, or alone."""
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     channels = layout.ncs[1]
@@ -133,7 +181,7 @@ def batch_norm(
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     if mean is None:
-        moments, rstd, y = _normalized(ops, view, layout.n, weight, bias, eps, target)
+        moments, rstd, y = _normalized(call, ops, view, layout.n, weight, bias, eps, target)
         mean, mean_low = copied(moments.mean), moments.mean_low  # the caller sees moments, and may change them
     else:
         mean, moments, mean_low, rstd = widened(mean), None, None, reference.rstd(widened(var), eps)
@@ -141,21 +189,37 @@ def batch_norm(
     y = _place(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
-    return y, Saved(moments, ops, layout, kept, lost, mean, mean_low, rstd, weight, bias is not None)
+    return y, Saved(moments, ops, layout, kept, lost, mean, mean_low, rstd, weight, bias is not None, call)
 
 
 def _normalized(
-    ops: Kernels, x: Array, n: int, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    call: Call | None,
+    ops: Kernels,
+    x: Array,
+    n: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
 ) -> tuple[Moments, Array, Array]:
-    """The moments of x (N, C, S) (E1), rstd, and y (E3)."""
-    if (forward := getattr(ops, "forward", None)) is not None:
+    """The moments of x (N, C, S) (E1), of all ranks in a call (E2), rstd, and y (E3)."""
+    if call is None and (forward := getattr(ops, "forward", None)) is not None:
         mean, m2, rstd, y = forward(x, weight, bias, eps, out)
         return Moments(n, mean, m2), rstd, y
     moments = reduce(ops, x, n)
-    # The synchronized mode pools the moments of all ranks here (E2), between the reduction and the map.
+    if call is not None:
+        out = _room(ops, x, out)
+        moments = call.pool(moments)
     rstd = reference.rstd(moments.m2 / max(moments.n, 1), eps)
     a, c = reference.normalize(rstd, weight, bias, moments.mean_low)
     return moments, rstd, ops.affine(x, moments.mean, a, c, out)
+
+
+def _room(ops: Kernels, x: Array, out: Array | None) -> Array | None:
+    """Where the result will go: after the exchange it is too late to find out that memory is short."""
+    if out is None and isinstance(x, np.ndarray) and ops is not reference:
+        return np.empty(x.shape, x.dtype)
+    return out
 
 
 def batch_norm_backward(
@@ -179,7 +243,8 @@ def batch_norm_backward(
         In the dtype and memory layout of x; sums to zero over each channel, to rounding, where the batch's own
         statistics were used.
     dweight, dbias : array (C,) or None
-        Σdy·xhat and Σdy, float64 where the namespace has it; None where the forward had no weight, no bias.
+        Σdy·xhat and Σdy, float64 where the namespace has it; None where the forward had no weight, no bias. After a
+        forward with `comm` they are the sums over this rank's part of the batch; dx knows of all parts.
 
     Raises
     ------
@@ -189,6 +254,8 @@ def batch_norm_backward(
         dy has another shape or device than x, or `out` partly overlaps an input.
     RuntimeError
         x is gone: the forward, or an earlier backward, wrote over it.
+    SyncError
+        After a forward with `comm`, on every rank: one of these on some rank, or the ranks are not in the same call.
 
     Examples
     --------
@@ -201,6 +268,15 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
+    call = saved._backward_call()
+    with call or _ALONE:
+        return backward_in(call, dy, saved, out)
+
+
+def backward_in(
+    call: Call | None, dy: Array, saved: Saved, out: Array | None = None
+) -> tuple[Array, Array | None, Array | None]:
+    """`batch_norm_backward` as a part of `call`, or alone."""
     if saved._overwritten is not None:
         raise RuntimeError(
             f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
@@ -219,14 +295,14 @@ def batch_norm_backward(
         dy = array_namespace(dy).astype(dy, x.dtype)
 
     target = None if out is None else layout.view(out)
-    dx, dweight, dbias = _gradients(saved, layout.view(dy), layout.view(x), target)
+    dx, dweight, dbias = _gradients(call, saved, layout.view(dy), layout.view(x), target)
     dx = _place(dx, layout, out, target)
     if over_x:
         saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
     return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
 
 
-def _gradients(saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
+def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
     """dx, dweight and dbias (E5, E6) from dy and x (N, C, S)."""
     ops, moments, weight = saved._kernels, saved.moments, saved._weight
     mean, low, rstd = saved._mean, saved._mean_low, saved._rstd
@@ -237,11 +313,16 @@ def _gradients(saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Ar
         return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
     backward: Callable[..., tuple[Array, Array, Array]] | None = getattr(ops, "backward", None)
-    if backward is not None:
+    if call is None and backward is not None:
         return backward(dy, x, mean, rstd, weight, out)
-    dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd, low)
-    # The synchronized mode sums these over all ranks here, for dx alone.
-    coefficients = reference.input_gradient(dweight, dbias, max(moments.n, 1), rstd, weight, low)
+    sums = ops.dots(dy, x, mean)
+    dweight, dbias = reference.parameter_gradients(*sums, rstd, low)
+    if call is None:
+        totals = dweight, dbias
+    else:  # over all ranks for dx alone: dweight and dbias stay the sums of this rank
+        out = _room(ops, x, out)
+        totals = reference.parameter_gradients(*call.sum(*sums), rstd, low)
+    coefficients = reference.input_gradient(*totals, max(moments.n, 1), rstd, weight, low)
     return ops.affine2(dy, x, mean, *coefficients, out), dweight, dbias
 
 

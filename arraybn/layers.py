@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,13 +19,19 @@ from ._arrays import (
     as_dtype,
     as_namespace,
     check_device,
+    device,
     dtype_name,
     namespace_name,
+    wide_dtype,
 )
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
-from .functional import Saved, batch_norm, batch_norm_backward
+from .functional import backward_in, forward_in
 from .modules import Module, Parameter
+from .reference import Moments
 from .statistics import updated
+
+if TYPE_CHECKING:
+    from .sync import Call
 
 
 class _NormBase(Module):
@@ -159,6 +165,10 @@ class _BatchNorm(_NormBase):
             The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
             statistic.
         """
+        return self._forward(x, None)
+
+    def _forward(self, x: Array, call: Call | None) -> Array:
+        """`forward` as a part of `call`, or alone."""
         x = as_floating("x", x)
         if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
             check_lasting("x", x, self._an_array())
@@ -167,9 +177,14 @@ class _BatchNorm(_NormBase):
         fixed = self._fixed_statistics(x)
         weight, bias = self._own_parameters()
         weight, bias = weight and weight.data, bias and bias.data
-        y, saved = batch_norm(x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
-        if not fixed:
-            self._buffers.update(self._tracked(saved, x))
+        if call is not None:  # what can fail in taking in the batch has to fail before the exchange
+            zeros = array_namespace(x).zeros(self.num_features, dtype=wide_dtype(x), device=device(x))
+            self._tracked(Moments(2, zeros, zeros), x)
+        y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
+        if (moments := saved.moments) is not None:
+            if call is not None:
+                call.alike = moments.n == 1  # which every rank refuses
+            self._buffers.update(self._tracked(moments, x))
         self._remember(saved)
         return y
 
@@ -183,7 +198,11 @@ class _BatchNorm(_NormBase):
         TypeError, ValueError
             dy is not like y.
         """
-        dx, dweight, dbias = batch_norm_backward(dy, self._recall())
+        return self._backward(dy, None)
+
+    def _backward(self, dy: Array, call: Call | None) -> Array:
+        """`backward` as a part of `call`, or alone."""
+        dx, dweight, dbias = backward_in(call, dy, self._recall())
         weight, bias = self._own_parameters()
         self._finish_backward((weight, dweight), (bias, dbias))
         return dx
@@ -216,10 +235,8 @@ class _BatchNorm(_NormBase):
         as_channel_vector("running_var", var, x, self.num_features)
         return {"mean": mean, "var": var}
 
-    def _tracked(self, saved: Saved, x: Array) -> dict[str, Any]:
+    def _tracked(self, moments: Moments, x: Array) -> dict[str, Any]:
         """The buffers after this batch, by name: nothing where they stay as they are."""
-        moments = saved.moments
-        assert moments is not None  # these are the batch's own statistics
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
             raise ValueError(

@@ -12,12 +12,14 @@ from .checking import BatchNormError, Failure, check_batch_norm
 from .close import assert_close, check_vjp
 from .oracle import Exact, exact_batch_norm, exact_moments, ulp, worst
 from .scenarios import Batch, named_batches
+from .threads import ThreadComm
 
 __all__ = [
     "Batch",
     "BatchNormError",
     "Exact",
     "Failure",
+    "ThreadComm",
     "assert_close",
     "check_batch_norm",
     "check_vjp",

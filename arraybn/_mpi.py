@@ -1,0 +1,216 @@
+"""mpi4py: a channel beside the user's communicator, and waiting with a time limit. No other file imports it.
+
+Importing it initializes MPI, so this happens in the first synchronized call and not before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _frames
+from ._arrays import Array, class_name
+from .sync import Comm, SyncError
+
+# How launchers tell a process how many of them there are.
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PALS_SIZE")
+
+
+def _mpi() -> Any:
+    """mpi4py.MPI, initialized; None where it is missing."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, and no MPI library
+        return None
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise SyncError("MPI has been finalized, or has not been initialized; synchronizing needs it")
+    return MPI
+
+
+def world() -> Comm | None:
+    """All ranks, or None without MPI."""
+    mpi = _mpi()
+    if mpi is None:
+        _check_alone("mpi4py cannot be imported")
+        return None
+    return mpi.COMM_WORLD
+
+
+def check(name: str, comm: object) -> None:
+    """Raise unless `comm` is a communicator that can be synchronized over."""
+    if not (hasattr(comm, "Idup") and hasattr(comm, "Iallreduce")):
+        raise TypeError(f"{name}: expected an mpi4py communicator, or None for the world; got {class_name(comm)}")
+    mpi = _mpi()
+    if comm == mpi.COMM_NULL or comm.Is_inter():  # type: ignore[attr-defined]
+        kind = "COMM_NULL" if comm == mpi.COMM_NULL else "an intercommunicator"
+        raise ValueError(f"{name}: expected an intracommunicator; got {kind}. Only None means the world")
+
+
+def _check_alone(reason: str) -> None:
+    """Raise if a launcher says that there are several processes."""
+    for name in LAUNCHERS:
+        if (size := os.environ.get(name, "")).isdigit() and int(size) > 1:
+            raise SyncError(
+                f"synchronizing over {size} processes ({name}={size}), but {reason}: each would train alone."
+                " Install mpi4py for the MPI whose mpirun starts the processes (python -m arraybn info shows both),"
+                " or use the mpirun of the MPI that mpi4py was built for"
+            )
+
+
+def channel(name: str, comm: Comm, make: Callable[[Reducer], Any]) -> Any:
+    """What `make` made of our own duplicate of `comm`, cached on it; None if it has one rank.
+
+    Nothing of ours travels on the user's communicator, where it could meet a collective of the user's.
+    """
+    check(name, comm)
+    mpi, key = _mpi(), _key()
+    if comm.size == 1:
+        if mpi.COMM_WORLD.size == 1 and mpi.Comm.Compare(comm, mpi.COMM_SELF) != mpi.IDENT:
+            _check_alone("MPI's world has one rank here, because mpi4py was built for another MPI")
+        return None
+    with _creating:
+        if (found := comm.Get_attr(key)) is None:
+            duplicate, request = comm.Idup()
+            found = make(Reducer(duplicate, request, comm.rank, comm.size))
+            comm.Set_attr(key, found)
+    return found
+
+
+_creating = threading.Lock()
+
+
+@functools.cache
+def _key() -> int:
+    """The key of our attribute on communicators; a user's own duplicate does not inherit it."""
+    return int(_mpi().Comm.Create_keyval(delete_fn=lambda comm, key, channel: channel.reducer.free()))
+
+
+@functools.cache
+def _op() -> Any:
+    """`_frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process.
+
+    Declared not commutative, so that MPI combines in the order of the ranks, the same in every run, and does not choose
+    an algorithm that cuts a message into parts, of which we have one. All ranks then have the same bits, as the MPI
+    standard asks, with every algorithm of Open MPI and MPICH but one that must be asked for: MPICH's recexch with
+    k > 2. The next call would notice it, by the checksum of results in the header.
+    """
+    return _mpi().Op.Create(_combine, commute=False)
+
+
+_interrupts: list[BaseException] = []
+
+
+def _combine(a: Any, b: Any, datatype: Any) -> None:
+    """An exception in here would end the job, so Ctrl-C has to wait until the exchange is over."""
+    if len(b) == 0:  # of a message that was cut: its other parts have no bytes
+        return
+    theirs, together = np.frombuffer(b, np.uint8), None
+    while together is None:
+        try:
+            together = _frames.combine(a, theirs.copy())
+        except KeyboardInterrupt as interrupt:
+            _interrupts.append(interrupt)
+    theirs[:] = together
+
+
+@functools.lru_cache(maxsize=64)
+def _whole(length: int) -> Any:
+    """A datatype of so many bytes, so that MPI cannot cut a frame into pieces."""
+    return _mpi().BYTE.Create_contiguous(length).Commit()
+
+
+class Reducer:
+    """What the protocol needs of MPI, each under a time limit: TimeoutError, or ConnectionError if MPI fails."""
+
+    def __init__(self, comm: Comm, request: Any, rank: int, size: int) -> None:
+        self._comm, self._duplicating = comm, request
+        self.rank, self.size = rank, size
+
+    def open(self, deadline: float | None) -> None:
+        """Wait, once, until all ranks have duplicated the communicator."""
+        if self._duplicating is not None:
+            self._wait(self._duplicating, deadline)
+            self._duplicating = None
+            self._comm.Set_errhandler(_mpi().ERRORS_RETURN)
+
+    def allreduce(self, frame: Array, deadline: float | None) -> None:
+        """Replace the frame by that of all ranks together."""
+        mpi = _mpi()
+        self._wait(self._comm.Iallreduce(mpi.IN_PLACE, [frame, 1, _whole(frame.nbytes)], _op()), deadline, frame)
+
+    def add(self, numbers: Array, deadline: float | None) -> None:
+        """Replace float64 numbers by their sums over the ranks."""
+        self._wait(self._comm.Iallreduce(_mpi().IN_PLACE, numbers, _mpi().SUM), deadline, numbers)
+
+    def broadcast(self, octets: Array, deadline: float | None) -> None:
+        """Replace bytes by those of rank 0."""
+        self._wait(self._comm.Ibcast(octets, 0), deadline, octets)
+
+    def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
+        """The texts of all ranks, which are of one length."""
+        found = bytearray(len(text) * self.size)
+        self._wait(self._comm.Iallgather(text, found), deadline, text, found)
+        return [bytes(found[start : start + len(text)]) for start in range(0, len(found), len(text))]
+
+    def _wait(self, request: Any, deadline: float | None, *buffers: Any) -> None:
+        """Poll, giving the processor away at first and sleeping after 5 ms.
+
+        With more ranks than cores a bare loop keeps the rank that is waited for from running. A request that is given
+        up is kept alive with its buffers, because MPI may still write into them.
+        """
+        started = time.monotonic()
+        try:
+            while not request.Test():
+                now = time.monotonic()
+                if deadline is not None and now > deadline:
+                    raise TimeoutError
+                if now - started < 0.005:
+                    os.sched_yield()
+                else:
+                    time.sleep(min((now - started) / 100, 0.001))
+        except BaseException as error:
+            _give_up(request, buffers)
+            if isinstance(error, _mpi().Exception):
+                raise ConnectionError(str(error)) from error
+            raise
+
+    def close(self) -> None:
+        """Raise an interrupt that came while frames were combined."""
+        if _interrupts:
+            raise _interrupts.pop()
+
+    def free(self) -> None:
+        """Free the duplicate, when the user frees the communicator."""
+        if self._duplicating is None and not _given_up:
+            self._comm.Free()
+
+
+_given_up: list[Any] = []
+
+
+def _give_up(request: Any, buffers: Any) -> None:
+    """Keep a request that will not complete, with its buffers, and see to it that the job ends with this process.
+
+    mpi4py does not keep the buffers of all requests alive: an Iallreduce into an array that was dropped writes into
+    whatever has taken its place.
+    """
+    if not _given_up:
+        atexit.register(_end_job, os.getpid())
+    _given_up.append((request, buffers))
+
+
+def _end_job(pid: int) -> None:
+    """MPI_Finalize would wait for the missing rank for ever."""
+    if os.getpid() == pid and not _mpi().Is_finalized():
+        sys.stdout.flush()
+        print("arraybn: a synchronized call was given up; ending all ranks", file=sys.stderr, flush=True)
+        time.sleep(0.2)  # for the launcher to pass on what was printed, before it ends everything
+        _mpi().COMM_WORLD.Abort(1)

@@ -1,0 +1,170 @@
+"""Copies of one model on all ranks: the same state to begin with, and the gradients of all batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from . import sync
+from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name
+from ._checks import as_number
+from .modules import Module, Parameter
+from .sync import Comm
+
+
+def broadcast_state(model: Module, comm: Comm | None) -> None:
+    """Give every rank the parameters, buffers and counters of rank 0.
+
+    Parameters
+    ----------
+    model : Module
+        Of the same structure on all ranks. Its values are replaced, never written into; gradients stay.
+    comm : mpi4py communicator or None
+        The ranks; None for all of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        model is no Module; comm is no communicator, is null or an intercommunicator.
+    SyncError
+        On every rank: the models differ in names, shapes or dtypes, or the ranks are not in the same call.
+
+    Examples
+    --------
+    >>> import arraybn
+    >>> from arraybn.testing import ThreadComm
+    >>> def work(comm):
+    ...     layer = arraybn.BatchNorm1d(2)
+    ...     layer.num_batches_tracked = 5 + comm.rank
+    ...     arraybn.broadcast_state(layer, comm)
+    ...     return layer.num_batches_tracked
+    >>> ThreadComm.run(2, work)
+    [5, 5]
+    """
+    _check_module(model)
+    state = list(_state(model))
+    call = sync.begin("comm", comm, sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state})
+    if call is None:
+        return
+    with call:
+        own = [as_numpy(name, value) for name, _, value in state]
+        octets = np.concatenate([np.zeros(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in own)])
+        call.broadcast(octets)
+        new = []
+        for array, (name, _, value) in zip(own, state, strict=True):
+            part, octets = octets[: array.nbytes], octets[array.nbytes :]
+            new.append(_like(name, part.view(array.dtype).reshape(array.shape), value))
+        for (name, module, _), value in zip(state, new, strict=True):
+            key = name.rpartition(".")[2]
+            if key in module._parameters:
+                module._parameters[key].data = value
+            else:
+                module._buffers[key] = value
+
+
+def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> None:
+    """Replace every gradient by Σw·g / Σw over the ranks, w being the weight of each.
+
+    Parameters
+    ----------
+    model : Module
+        With the same parameters on all ranks.
+    comm : mpi4py communicator or None
+        The ranks; None for all of them.
+    weight : float
+        This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not looked at.
+
+    Raises
+    ------
+    TypeError, ValueError
+        model is no Module; comm is no communicator, is null or an intercommunicator; weight is no number ≥ 0.
+    SyncError
+        On every rank: one of these on some rank, the parameters differ in names, shapes or dtypes, or the ranks are not
+        in the same call.
+
+    Notes
+    -----
+    A gradient that is None counts as 0, and stays None if it is None on every rank. Where all weights are 0 the
+    gradients become 0. The sums are taken in float64.
+
+    With gradients of the mean loss of each rank's batch, and its size as weight, this is the gradient of the mean over
+    all batches, as long as no rank's output depends on the batch of another. With `SyncBatchNorm` it does: then the
+    loss gradients that enter `backward` have to be of one scale on all ranks. Divide the loss of each rank by the size
+    of all batches together, not of its own; the gradients of the ranks are to be added up, which is `weight=1` and the
+    loss times the number of ranks. With batches of one size there is no difference.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> from arraybn.testing import ThreadComm
+    >>> def work(comm):
+    ...     layer = arraybn.BatchNorm1d(1)
+    ...     layer.bias.grad = numpy.asarray([4.0 * comm.rank])
+    ...     arraybn.average_gradients(layer, comm, weight=1 + 2 * comm.rank)
+    ...     return layer.bias.grad.tolist(), layer.weight.grad
+    >>> ThreadComm.run(2, work)
+    [([3.0], None), ([3.0], None)]
+    """
+    _check_module(model)
+    parameters = dict(model.named_parameters())
+    settings = {name: _shape(parameter.data) for name, parameter in parameters.items()}
+    call = sync.begin("comm", comm, sync.AVERAGE, "the model", settings)
+    if call is None:
+        _as_weight(weight)
+        return
+    with call:
+        weight = _as_weight(weight)
+        there = [float(parameter.grad is not None) for parameter in parameters.values()]
+        parts = [_weighted(name, parameter, weight) for name, parameter in parameters.items()]
+        numbers = np.concatenate([np.asarray(there), *parts])
+        total = call.add(weight, numbers)
+        there, numbers = numbers[: len(there)].tolist(), numbers[len(there) :] / (total or 1)
+        new: list[tuple[Parameter, Array]] = []
+        for (name, parameter), known, part in zip(parameters.items(), there, parts, strict=True):
+            gradient, numbers = numbers[: part.size], numbers[part.size :]
+            if known:
+                new.append((parameter, _like(name, gradient.reshape(parameter.data.shape), parameter.data)))
+        for parameter, gradient in new:
+            parameter.grad = gradient
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a Module; got {type(model).__name__}")
+
+
+def _as_weight(weight: Any) -> float:
+    if as_number("weight", weight) < 0:
+        raise ValueError(f"weight: expected a number of samples ≥ 0; got {weight!r}")
+    return float(weight)
+
+
+def _weighted(name: str, parameter: Parameter, weight: float) -> Array:
+    """w·g of one parameter as float64 in host memory, in one dimension; 0 without a gradient, whatever it may be."""
+    if parameter.grad is None or weight == 0:
+        return np.zeros(int(np.prod(parameter.data.shape)))
+    with np.errstate(all="ignore"):
+        return weight * as_numpy(name, parameter.grad).astype(np.float64).reshape(-1)
+
+
+def _state(model: Module) -> Iterator[tuple[str, Module, Any]]:
+    """(path, its module, value) of each parameter's data and each buffer."""
+    for path, module in model.named_modules():
+        parameters = {name: p.data for name, p in module._parameters.items() if p is not None}
+        for name, value in {**parameters, **module._buffers}.items():
+            if value is not None:
+                yield f"{path}.{name}" if path else name, module, value
+
+
+def _shape(value: Any) -> str:
+    """'float32 (3,)'."""
+    return "count" if isinstance(value, int) else f"{dtype_name(value.dtype)} {tuple(value.shape)}"
+
+
+def _like(name: str, numbers: Array, value: Any) -> Any:
+    """The host's `numbers` as what `value` is: an int, or an array of its namespace, device and dtype."""
+    if isinstance(value, int):
+        return int(numbers)
+    return converted(name, numbers, array_namespace(value), device(value), value.dtype)

@@ -1,0 +1,169 @@
+"""Ranks as threads of one process: the synchronized mode without MPI, for tests and notebooks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .. import _frames
+from .._arrays import Array
+from .._checks import as_integer
+from ..sync import Channel, SyncError
+
+T = TypeVar("T")
+
+
+class ThreadComm:
+    """One rank of a communicator whose ranks are threads. Made by `ThreadComm.run`; goes wherever `comm` does.
+
+    Attributes
+    ----------
+    rank, size : int
+        Which rank this is, and of how many.
+
+    Notes
+    -----
+    The protocol, its frames and its errors are those of MPI. Python runs one thread at a time, so this is for trying
+    and testing; for speed there is ``mpirun``.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> from arraybn.testing import ThreadComm
+    >>> x = numpy.asarray([[0.0], [2.0], [7.0]])
+    >>> def work(comm):
+    ...     part = x[:1] if comm.rank == 0 else x[1:]
+    ...     y, saved = arraybn.batch_norm(part, comm=comm)
+    ...     return saved.moments.n, saved.moments.mean
+    >>> ThreadComm.run(2, work)
+    [(3, array([3.])), (3, array([3.]))]
+    """
+
+    def __init__(self, rank: int, table: _Table) -> None:
+        self.rank, self.size = rank, table.size
+        self.channel = Channel(_ThreadReducer(rank, table))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: rank {self.rank} of {self.size}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadComm:
+        return self
+
+    @classmethod
+    def run(cls, size: int, work: Callable[[ThreadComm], T], *, leave: bool = True) -> list[T]:
+        """What `work(comm)` returns on each rank, in the order of the ranks.
+
+        Parameters
+        ----------
+        size : int
+            The number of ranks.
+        work : callable
+            Called on each rank, at the same time, with the `ThreadComm` of that rank.
+        leave : bool
+            Whether ranks that wait for one that has returned are told so. Without it they wait until the time limit,
+            as under MPI.
+
+        Raises
+        ------
+        Exception
+            What `work` raised, with a note of the rank: preferably not a `SyncError`, which may be but the echo.
+
+        Examples
+        --------
+        >>> from arraybn.testing import ThreadComm
+        >>> ThreadComm.run(3, lambda comm: comm.rank)
+        [0, 1, 2]
+        """
+        table = _Table(as_integer("size", size, 1))
+        results: list[Any] = [None] * size
+        errors: dict[int, BaseException] = {}
+
+        def rank(index: int) -> None:
+            try:
+                results[index] = work(cls(index, table))
+            except BaseException as error:
+                error.add_note(f"on rank {index} of {size}")
+                errors[index] = error
+            finally:
+                if leave:
+                    table.leave(index)
+
+        threads = [threading.Thread(target=rank, args=(index,), daemon=True) for index in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise min(errors.items(), key=lambda item: (isinstance(item[1], SyncError), item[0]))[1]
+        return results
+
+
+class _Table:
+    """Where the ranks lay down what they send; the last to come puts it together."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._values: dict[int, Any] = {}
+        self._left: set[int] = set()
+        self._round = 0
+        self._result: Any = None
+        self._news = threading.Condition()
+
+    def leave(self, rank: int) -> None:
+        """Nothing more will come from this rank."""
+        with self._news:
+            self._left.add(rank)
+            self._news.notify_all()
+
+    def meet(self, rank: int, value: Any, together: Callable[[list[Any]], Any], deadline: float | None) -> Any:
+        """`together` of the values of all ranks, the same object on each."""
+        with self._news:
+            now, self._values[rank] = self._round, value
+            if len(self._values) == self.size:
+                self._result = together([self._values[index] for index in range(self.size)])
+                self._values = {}
+                self._round += 1
+                self._news.notify_all()
+            while self._round == now:
+                if missing := self._left - set(self._values):
+                    raise ConnectionError(f"rank {min(missing)} has ended")
+                if not self._news.wait(None if deadline is None else max(0, deadline - time.monotonic())):
+                    raise TimeoutError
+            return self._result
+
+
+class _ThreadReducer:
+    """`arraybn.sync.Reducer` over a table."""
+
+    def __init__(self, rank: int, table: _Table) -> None:
+        self.rank, self.size, self._table = rank, table.size, table
+
+    def open(self, deadline: float | None) -> None:
+        """Threads are connected."""
+
+    def close(self) -> None:
+        """Interrupts go to the main thread, which is no rank."""
+
+    def allreduce(self, frame: Array, deadline: float | None) -> None:
+        frame[:] = self._table.meet(self.rank, frame, _combined, deadline)
+
+    def add(self, numbers: Array, deadline: float | None) -> None:
+        numbers[:] = self._table.meet(self.rank, numbers, lambda values: sum(values[1:], values[0]), deadline)
+
+    def broadcast(self, octets: Array, deadline: float | None) -> None:
+        octets[:] = self._table.meet(self.rank, octets, lambda values: values[0].copy(), deadline)
+
+    def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
+        return list(self._table.meet(self.rank, text, list, deadline))
+
+
+def _combined(frames: list[Array]) -> Array:
+    """Two halves, each combined in the same way, as MPI does it over a tree."""
+    if len(frames) == 1:
+        return frames[0].copy()
+    half = len(frames) // 2
+    return np.asarray(_frames.combine(_combined(frames[:half]), _combined(frames[half:])))

@@ -1,0 +1,284 @@
+"""What has to hold under every MPI: mpirun -n P python -m mpi4py checks.py PART …
+
+Every rank ends with status 0, and rank 0 prints "passed" and the parts. Run by tests/test_mpi.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+if os.environ.get("ARRAYBN_TEST_KERNELS") == "reference":
+    sys.modules["numba"] = None  # type: ignore[assignment]  # importing it takes longer than the checks
+
+import faults
+import numpy as np
+import whole
+from mpi4py import MPI
+
+import arraybn
+
+WORLD = MPI.COMM_WORLD
+RANK, SIZE = WORLD.rank, WORLD.size
+KINDS = {2: arraybn.BatchNorm1d, 3: arraybn.BatchNorm1d, 4: arraybn.BatchNorm2d, 5: arraybn.BatchNorm3d}
+CALLS = (
+    "Allreduce",
+    "Allgather",
+    "Barrier",
+    "Bcast",
+    "Reduce",
+    "Gather",
+    "Scatter",
+    "Alltoall",
+    "Scan",
+    "Send",
+    "Recv",
+)
+
+
+class Counting(MPI.Intracomm):
+    """A communicator that notes every call which may communicate, on it and on its duplicates."""
+
+    notes: Any
+
+    def __new__(cls, comm: Any, notes: list[str]) -> Any:
+        self = super().__new__(cls, comm)
+        self.notes = notes
+        return self
+
+    def Idup(self, *arguments: Any) -> Any:  # noqa: N802
+        self.notes.append("Idup")
+        comm, request = MPI.Intracomm(self).Idup(*arguments)
+        return Counting(comm, self.notes), request
+
+    def Free(self) -> None:  # noqa: N802
+        self.notes.append("Free")
+        super().Free()
+
+
+def _counted(name: str) -> Any:
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        self.notes.append(name)
+        return getattr(MPI.Intracomm, name)(self, *arguments, **options)
+
+    return method
+
+
+for _name in dir(MPI.Intracomm):
+    if any(call.lower() in _name.lower() for call in CALLS) and callable(getattr(MPI.Intracomm, _name)):
+        setattr(Counting, _name, _counted(_name))
+
+
+def exact() -> None:
+    """Every shape, layout, dtype and flag, over random cuts: N1, N2 and N4."""
+    rng = np.random.default_rng(SIZE)
+    for index in range(0, 48, 1 if SIZE == 3 else 5):
+        case = whole.case(rng, SIZE, index)
+        found = WORLD.allgather(whole.step(case, WORLD))
+        if index % SIZE == RANK:
+            whole.check(case, found)
+
+
+def control() -> None:
+    """Layers that are not synchronized fail the same check."""
+    rng = np.random.default_rng(0)
+    for index in (0, 9, 18):
+        case = whole.case(rng, SIZE, index)
+        case = whole.without(case, cuts=tuple(np.linspace(0, len(case.x), SIZE + 1).astype(int).tolist()))
+        found = WORLD.allgather(whole.step(case, WORLD, kind=KINDS[case.x.ndim]))
+        try:
+            whole.check(case, found)
+        except AssertionError:
+            continue
+        raise SystemExit("the control passed")
+
+
+def bits() -> None:
+    """Many channels and cuts; all ranks have the same bits, also of NaN and beyond one frame."""
+    rng = np.random.default_rng(7)
+    for channels in (1, 255, 256, 257, 1000, 9000):
+        x = rng.standard_normal((3 * SIZE + 1, channels)) * 10 ** rng.uniform(-6, 6, channels)
+        x[:, :1] *= np.where(rng.random(len(x)) < 0.1, np.nan, 1)[:, None]
+        for _ in range(4):
+            cuts = whole.cut(rng, len(x), SIZE)
+            _, saved = arraybn.batch_norm(x[cuts[RANK] : cuts[RANK + 1]], comm=WORLD)
+            found = WORLD.allgather((saved.moments.mean.tobytes(), saved.moments.m2.tobytes(), saved.moments.n))
+            assert len(set(found)) == 1
+            assert saved.moments.n == len(x)
+
+
+def counts() -> None:
+    """One collective each way up to 256 channels, two beyond, and nothing on the user's communicator but one Idup."""
+    notes: list[str] = []
+    comm = Counting(WORLD.Dup(), notes)
+    arraybn.batch_norm(np.ones((2, 3)), comm=comm)
+    assert notes == ["Idup", "Iallreduce"], notes
+    for channels, calls in ((1, 1), (256, 1), (257, 2), (2048, 2)):
+        layer = arraybn.SyncBatchNorm(channels, process_group=comm)
+        for call in (layer, layer.backward):
+            notes.clear()
+            call(np.ones((2, channels)) + RANK)
+            assert notes == ["Iallreduce"] * calls, notes
+    notes.clear()
+    comm.Free()
+    assert notes == ["Free"] * 2  # the duplicate as well
+
+
+def patience() -> None:
+    """Without a time limit a rank waits as long as it takes, and leaves the processor to others meanwhile."""
+    layer = faults.layer_on(WORLD)
+    faults.good(layer, WORLD)
+    layer.timeout = None
+    if RANK == 1:
+        time.sleep(1.5)
+    started, burnt = time.monotonic(), time.process_time()
+    layer(faults.part(faults.X, WORLD))
+    if RANK != 1:
+        assert time.monotonic() - started > 1
+        assert time.process_time() - burnt < 0.4
+
+
+def wrong() -> None:
+    """Every fault on one rank, every disagreement, every sequence."""
+    expected = faults.run_without(WORLD)
+    for name in (*faults.FORWARD, *faults.BACKWARD):
+        text, state = faults.run_fault(WORLD, name)
+        assert len(set(WORLD.allgather(text))) == 1
+        assert state == expected, name
+    for name in faults.DISAGREE:
+        assert len(set(WORLD.allgather(faults.run_disagreement(WORLD, name)))) == 1
+    assert len(set(WORLD.allgather(tuple(faults.run_sequences(WORLD.Dup()))))) == 1
+    sizes = [0] * SIZE
+    sizes[1] = 1
+    try:
+        faults.layer_on(WORLD)(np.ones((sizes[RANK], 3)))
+    except ValueError as error:
+        assert "Expected more than 1 value per channel" in str(error)
+    else:
+        raise SystemExit("one value in all was accepted")
+    faults.good(faults.layer_on(WORLD), WORLD)
+
+
+def users() -> None:
+    """The user's own collectives between and beside ours, groups, communicators that are freed, and two threads."""
+    layer, total, one = faults.layer_on(WORLD), np.zeros(1), np.ones(1)
+    for step in range(20):
+        layer(faults.part(faults.X, WORLD))
+        WORLD.Allreduce(np.asarray([float(RANK + step)]), total)
+        request = WORLD.Iallreduce(one, total)
+        layer.backward(faults.part(faults.DY, WORLD))
+        request.Wait()
+        assert total[0] == SIZE
+    assert layer.num_batches_tracked == 20
+    for _ in range(300):  # more than an MPI has contexts for, with those of other tests, if duplicates were not freed
+        comm = WORLD.Dup()
+        faults.layer_on(comm)(faults.part(faults.X, WORLD))
+        comm.Free()
+    half = WORLD.Split(RANK % 2)
+    _, saved = arraybn.batch_norm(np.ones((2, 1)) * RANK, comm=half)
+    assert saved.moments.n == 2 * half.size
+    assert abs(saved.moments.mean[0] - np.mean(range(RANK % 2, SIZE, 2))) < 1e-15
+    for comm in (MPI.COMM_SELF, WORLD.Split(RANK)):
+        x = np.random.default_rng(0).standard_normal((4, 3))
+        assert arraybn.batch_norm(x, comm=comm)[0].tobytes() == arraybn.batch_norm(x)[0].tobytes()
+    for bad in (MPI.COMM_NULL, intercommunicator()):
+        for call in (
+            lambda bad=bad: arraybn.SyncBatchNorm(3, process_group=bad),
+            lambda bad=bad: arraybn.SyncBatchNorm.convert_sync_batchnorm(arraybn.BatchNorm1d(3), bad),
+            lambda bad=bad: arraybn.batch_norm(np.ones((2, 3)), comm=bad),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                assert "expected an intracommunicator; got " in str(error)
+            else:
+                raise SystemExit("accepted")
+    two_threads()
+
+
+def intercommunicator() -> Any:
+    """Rank 0 on the one side, all others on the other."""
+    side = WORLD.Split(RANK == 0)
+    return side.Create_intercomm(0, WORLD, 1 if RANK == 0 else 0)
+
+
+def two_threads() -> None:
+    """Each with a communicator of its own, at the same time."""
+    found: dict[int, Any] = {}
+    comms = [WORLD.Dup(), WORLD.Dup()]
+
+    def work(index: int) -> None:
+        layer = faults.layer_on(comms[index])
+        for _ in range(30):
+            faults.good(layer, comms[index])
+        found[index] = layer.state_dict()
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((found[0][name] == found[1][name]).all() for name in found[0])
+    assert found[0]["num_batches_tracked"] == 30
+
+
+def copies() -> None:
+    """Broadcast and average, over MPI; a child of fork is no rank; pickles have the world."""
+    import copy
+    import pickle
+
+    model = arraybn.Sequential(arraybn.network.Linear(3, 2), arraybn.BatchNorm1d(2))
+    arraybn.SyncBatchNorm.convert_sync_batchnorm(model, WORLD.Dup())
+    model[1].num_batches_tracked = RANK
+    model[0].weight.data = model[0].weight.data + np.float32(RANK)
+    arraybn.broadcast_state(model, WORLD)
+    assert model[1].num_batches_tracked == 0
+    assert len(set(WORLD.allgather(model[0].weight.data.tobytes()))) == 1
+    model[0].bias.grad = np.full(2, RANK, "f4")
+    arraybn.average_gradients(model, WORLD, weight=RANK)
+    expected = sum(rank**2 for rank in range(SIZE)) / sum(range(SIZE))
+    np.testing.assert_allclose(model[0].bias.grad, expected, rtol=1e-7)
+    assert model[1].bias.grad is None
+    for other, group in ((copy.deepcopy(model), model[1].process_group), (pickle.loads(pickle.dumps(model)), None)):
+        assert other[1].process_group is group
+        other(np.ones((RANK + 1, 3), "f4"))
+    if hasattr(os, "fork"):
+        child = os.fork()
+        if child == 0:
+            try:
+                arraybn.batch_norm(np.ones((2, 3)), comm=WORLD)
+            except arraybn.SyncError as error:
+                os._exit(0 if "forked child" in str(error) else 3)
+            os._exit(4)
+        assert os.waitpid(child, 0)[1] == 0
+    faults.good(faults.layer_on(None), WORLD)
+
+
+def noticed() -> None:
+    """Where MPI gives the ranks different bits, as it must not, the next call says so."""
+    layer, x = faults.layer_on(WORLD), np.random.default_rng(RANK).standard_normal((5, 3))
+    try:
+        for _ in range(20):
+            layer(x)
+    except arraybn.SyncError as error:
+        assert "they disagree on checksum of all results" in str(error)
+        WORLD.Barrier()
+        if RANK == 0:
+            print("different bits were noticed", flush=True)
+
+
+PARTS = {
+    function.__name__: function for function in (exact, control, bits, counts, wrong, users, copies, patience, noticed)
+}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:]:
+        PARTS[part]()
+    WORLD.Barrier()
+    if RANK == 0:
+        print("passed", *sys.argv[1:], flush=True)

@@ -1,0 +1,239 @@
+"""The synchronized mode under mpirun: the scripts in tests/mpi, each with a time limit.
+
+They run on the MPI that mpi4py has here and, where ARRAYBN_OPENMPI_PYTHON names the Python of an environment with Open
+MPI, on that one too. ARRAYBN_SOAK is the number of steps of the soak.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REQUIRED, need
+
+from arraybn import _mpi
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(__file__).parent / "mpi"
+SOAK = int(os.environ.get("ARRAYBN_SOAK", "150"))
+LAUNCHED = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_WORLD_", "HYDI_")
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """A Python with mpi4py, the mpirun of its MPI, and which that is."""
+
+    python: str
+    mpirun: str
+    library: str
+
+    @property
+    def is_open_mpi(self) -> bool:
+        return "Open MPI" in self.library
+
+
+@cache
+def environment(python: str) -> Mpi | None:
+    """The MPI of that Python; None where there is no mpirun."""
+    path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
+    mpirun = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
+    if mpirun is None:
+        return None
+    code = "from mpi4py import MPI; print(MPI.Get_library_version())"
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=variables())
+    return Mpi(python, mpirun, run.stdout)
+
+
+def variables(**more: str) -> dict[str, str]:
+    """The environment of a job: this arraybn, and leave for Open MPI to run as root and on few cores."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), str(SCRIPTS), kept.get("PYTHONPATH")]))
+    open_mpi = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+    return {**kept, "PYTHONPATH": path, "ARRAYBN_TEST_KERNELS": "reference", **open_mpi, **more}
+
+
+@pytest.fixture(params=["here", "openmpi"])
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    """Each MPI."""
+    python = sys.executable
+    if request.param == "openmpi" and not (python := os.environ.get("ARRAYBN_OPENMPI_PYTHON", "")):
+        pytest.skip("ARRAYBN_OPENMPI_PYTHON names no Python with Open MPI")
+    if request.param == "here":
+        need("mpi4py")
+    found = environment(python)
+    if found is None:
+        assert "mpi4py" not in REQUIRED, "no mpirun"
+        pytest.skip("there is no mpirun")
+    return found
+
+
+class Job:
+    """An mpirun in a session of its own, so that all of it can be ended."""
+
+    def __init__(self, mpi: Mpi, ranks: int, script: str, *arguments: str, module: bool = True, **env: str) -> None:
+        command = [mpi.mpirun, "-n", str(ranks), mpi.python, *(["-m", "mpi4py"] if module else [])]
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115, `ended` closes it
+        self._process = subprocess.Popen(
+            [*command, str(SCRIPTS / script), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=variables(**env),
+            start_new_session=True,
+        )
+        self._started = time.monotonic()
+
+    def ended(self, limit: float) -> tuple[int, str]:
+        """Its status and output; a failure if it takes longer than `limit` seconds."""
+        try:
+            status = self._process.wait(max(0.1, self._started + limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            status = None
+        with self._output as output:
+            output.seek(0)
+            text = output.read().decode(errors="replace").replace("\0", "")
+        assert status is not None, f"still running after {limit:g} s:\n{text}"
+        return status, text
+
+
+def passes(mpi: Mpi, ranks: int, script: str, *arguments: str, limit: float = 90, **env: str) -> str:
+    status, text = Job(mpi, ranks, script, *arguments, **env).ended(limit)
+    assert status == 0, text
+    assert "passed " + " ".join(arguments) in text
+    return text
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "exact", "control", "bits", "counts", "wrong", "users", "copies", "patience")
+
+
+@pytest.mark.parametrize("ranks", [4, 5, 7])
+def test_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "exact", "bits", "counts")
+
+
+def test_compiled_kernels_are_exact_over_ranks(mpi: Mpi) -> None:
+    passes(mpi, 2, "checks.py", "exact", "bits", ARRAYBN_TEST_KERNELS="fastest")
+
+
+def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
+    tcp = {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_pml": "ob1", "MPIR_CVAR_NOLOCAL": "1", "FI_PROVIDER": "tcp"}
+    passes(mpi, 3, "checks.py", "exact", "bits", "wrong", **tcp)
+
+
+def test_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:
+    """MPICH has an algorithm that breaks MPI's promise of the same result on all ranks."""
+    if mpi.is_open_mpi:
+        pytest.skip("Open MPI has no such algorithm")
+    broken = {
+        "MPIR_CVAR_DEVICE_COLLECTIVES": "none",
+        "MPIR_CVAR_IALLREDUCE_INTRA_ALGORITHM": "tsp_recexch_single_buffer",
+        "MPIR_CVAR_IALLREDUCE_RECEXCH_KVAL": "4",
+    }
+    assert "different bits were noticed" in passes(mpi, 5, "checks.py", "noticed", **broken)
+    assert "different bits were noticed" not in passes(mpi, 3, "checks.py", "noticed")
+
+
+def test_training_over_ranks_is_training_on_one(mpi: Mpi) -> None:
+    text = passes(mpi, 3, "soak.py", str(SOAK), limit=60 + SOAK / 5)
+    assert "memory grew by" in text
+
+
+WAITED = (
+    "rank {0} of 3 waited 1 s for the other ranks in the forward of norm (call {1} on this communicator). Likely"
+    " causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
+    " process_group, or has ended"
+)
+AGAIN = (
+    "rank {0} gave up the forward of norm (call {1} on this communicator)."
+    " Nothing more can be synchronized over this communicator"
+)
+
+
+def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs(mpi: Mpi, tmp_path: Path) -> None:
+    jobs = {}
+    for name in ("never", "returns", "evaluation", "raises", "interrupted", "uncaught", "killed"):
+        (tmp_path / name).mkdir()
+        alone = name not in ("uncaught", "killed")
+        jobs[name] = Job(mpi, 3, "endings.py", name, str(tmp_path / name), module=not alone)
+    printed = {}
+    for name, job in jobs.items():
+        status, printed[name] = job.ended(45)
+        assert status != 0, printed[name]
+    said = {name: {file.name: file.read_text().splitlines() for file in (tmp_path / name).iterdir()} for name in jobs}
+    for name in ("never", "returns", "evaluation", "raises"):
+        call, complete = 1 if name == "never" else 3, 0
+        assert said[name]
+        for rank, lines in said[name].items():  # the first to exit ends the job, perhaps before the other has said all
+            expected = [WAITED.format(rank, call), AGAIN.format(rank, call), "waited"]
+            assert lines == expected[: len(lines)]
+            complete += lines == expected
+        assert complete, printed[name]
+    for rank, lines in said["interrupted"].items():
+        again = f"rank {rank}: KeyboardInterrupt ended the forward of norm (call 3 on this communicator)."
+        assert lines[0] == "interrupted"
+        assert lines[1:] in ([], [f"{again} Nothing more can be synchronized over this communicator"])
+    together = "".join(printed.values())  # a launcher may lose some of what was printed last
+    assert "arraybn: a synchronized call was given up; ending all ranks" in together
+    assert re.search("arraybn.sync.SyncTimeoutError: rank [02] of 3 waited 1 s", printed["uncaught"]), printed
+
+
+ALONE = """
+import numpy, arraybn, sys
+try:
+    arraybn.SyncBatchNorm(3)(numpy.ones((2, 3)))
+except arraybn.SyncError as error:
+    print(error)
+from mpi4py import MPI
+x = numpy.asarray([[1.0], [3.0]])
+print(arraybn.batch_norm(x, comm=MPI.COMM_SELF)[1].moments.n)
+"""
+
+
+def test_processes_that_believe_to_be_alone_are_told(mpi: Mpi) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        run: Any = subprocess.run(
+            [mpi.python, "-W", "ignore", "-c", ALONE],
+            env={**variables(), name: "2"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        first, second = run.stdout.strip().splitlines()
+        assert first.startswith(f"synchronizing over 2 processes ({name}=2), but MPI's world has one rank here"), run
+        assert second == "2"  # who asks for one rank gets one
+    assert "PMI_SIZE" in _mpi.LAUNCHERS
+
+
+def test_the_mpirun_of_another_mpi_is_told_or_ends_at_once(tmp_path: Path) -> None:
+    """Open MPI's library under MPICH's mpirun starts P times alone; MPICH's under Open MPI's refuses to start."""
+    need("mpi4py")
+    other = os.environ.get("ARRAYBN_OPENMPI_PYTHON")
+    here = environment(sys.executable)
+    if not other or here is None or here.is_open_mpi:
+        pytest.skip("needs an environment with MPICH, and ARRAYBN_OPENMPI_PYTHON")
+    mixed = [Mpi(other, here.mpirun, ""), Mpi(here.python, environment(other).mpirun, "")]
+    results = [Job(mpi, 2, "checks.py", "bits").ended(45) for mpi in mixed]
+    assert all(status != 0 for status, _ in results)
+    assert (
+        "arraybn.sync.SyncError: synchronizing over 2 processes (PMI_SIZE=2), but MPI's world has one" in results[0][1]
+    )

@@ -1,0 +1,909 @@
+"""The synchronized mode on threads: that it is exact, that the ranks agree, and what becomes of every error."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import HOMES, need
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from mpi import faults, whole
+
+import arraybn
+from arraybn import SyncBatchNorm, _frames, reference
+from arraybn.testing import ThreadComm, exact_moments, strategies, worst
+from arraybn.testing.oracle import as_long
+
+RANKS = (2, 3, 4, 5, 7)
+PLAIN = {2: arraybn.BatchNorm1d, 3: arraybn.BatchNorm1d, 4: arraybn.BatchNorm2d, 5: arraybn.BatchNorm3d}
+
+# ---- Frames: how two become one --------------------------------------------------------------------------------------
+
+numbers = hnp.arrays("f8", (2, 3), elements=st.floats(-1e9, 1e9) | st.sampled_from([0.0, -0.0, np.inf, np.nan]))
+
+
+@st.composite
+def frames(draw: st.DrawFn, operation: str = "forward") -> Any:
+    fields = [_frames.FORMAT, 1, _frames.code(operation), *(0,) * (len(_frames.FIELDS) - 3)]
+    rows = draw(numbers)
+    n = draw(st.integers(0, 5))
+    if operation == "forward":
+        rows = np.stack([rows[0], abs(rows[1])]) if n else np.zeros((2, 3))
+    return _frames.frame(fields, 0, n, rows)
+
+
+def together(a: Any, b: Any) -> bytes:
+    result = _frames.combine(a, b.copy())
+    _frames.canonical(_frames.body(result))
+    return result.tobytes()
+
+
+@given(st.sampled_from(["forward", "backward"]), st.data())
+def test_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
+    a, b = data.draw(frames(operation)), data.draw(frames(operation))
+    assert together(a, b) == together(b, a)
+
+
+def test_without_the_ordering_of_e2_the_bits_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unordered(a: arraybn.Moments, b: arraybn.Moments) -> arraybn.Moments:
+        n, delta = a.n + b.n, b.mean - a.mean
+        return arraybn.Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.n * b.n / n))
+
+    rng = np.random.default_rng(0)
+    fields = [_frames.FORMAT, *(0,) * (len(_frames.FIELDS) - 1)]
+    a, b = (_frames.frame(fields, 0, n, rng.standard_normal((2, 256)) ** 2) for n in (3, 4))
+    assert together(a, b) == together(b, a)
+    monkeypatch.setattr(reference, "pool", unordered)
+    assert together(a, b) != together(b, a)
+
+
+def tree(draw: Any, parts: list[Any]) -> Any:
+    """The frames combined in an order that is drawn."""
+    parts = [part.copy() for part in parts]
+    while len(parts) > 1:
+        a = parts.pop(draw(st.integers(0, len(parts) - 1)))
+        b = parts.pop(draw(st.integers(0, len(parts) - 1)))
+        parts.append(_frames.combine(a, b))
+    return parts[0]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=2, max_size=6), st.data())
+def test_a_disagreement_is_seen_whatever_the_order_and_agreement_is_not_a_disagreement(
+    headers: Any, data: st.DataObject
+) -> None:
+    flags = [data.draw(st.sampled_from([0, 0, 0, _frames.ERROR, _frames.BROKEN])) for _ in headers]
+    expected = 0
+    for index in range(9):
+        expected |= (len({header[index] for header in headers}) > 1) << index
+    for flag in flags:
+        expected |= flag
+    parts = [_frames.frame(header, flag, 1) for header, flag in zip(headers, flags, strict=True)]
+    results = [_frames.flags_and_n(tree(data.draw, parts)) for _ in range(3)]
+    assert {flags for flags, _ in results} == {expected}
+    assert results[0][1] == (0 if expected else len(headers))
+
+
+@settings(max_examples=30)
+@given(strategies.batches(kinds=["normal", "far", "outlier", "constant", "nearly constant"]), st.data())
+def test_every_order_of_pooling_keeps_n1(batch: Any, data: st.DataObject) -> None:
+    samples, c, _ = batch.x.shape
+    cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=6)))
+    parts = [arraybn.moments(part) for part in np.split(batch.x, cuts)]
+    sent = [_frames.frame([_frames.FORMAT, *(0,) * 8], 0, m.n, np.stack([m.mean, m.m2])) for m in parts]
+    result = tree(data.draw, sent)
+    n = _frames.flags_and_n(result)[1]
+    mean, m2 = _frames.body(result)[:, :c]
+    for channel in range(c):
+        exact_mean, exact_m2 = exact_moments(batch.x[:, channel])
+        var = as_long(exact_m2 / n)
+        floor = max(abs(as_long(exact_mean)), np.ldexp(np.sqrt(var), -20))
+        assert worst(mean[channel].astype("f4"), as_long(exact_mean), floor, "float32") <= 1
+        assert worst((m2[channel] / n).astype("f4"), var, var, "float32") <= 1
+
+
+def test_messages_name_ranks_and_group_what_is_alike() -> None:
+    texts = [_frames.text_of_error(ValueError(text)) for text in ("a", "b", "a", "a", "a")]
+    assert _frames.message(texts, _frames.ERROR) == "ranks 0, 2–4: a\nrank 1: b"
+    calls = [_frames.text_of_call({"layer": "x", "eps": 1, "call": call}) for call in (7, 7, 8)]
+    assert _frames.message([*calls, texts[1]], 0) == "rank 3: b"  # an error explains a disagreement
+    assert _frames.message(calls, 2).endswith("they disagree on call: 7 on ranks 0–1 and 8 on rank 2")
+    assert _frames.message(calls[:2], 0b100000001).endswith("they disagree on format, bits")
+    long = _frames.text_of_error(MemoryError("ü" * 5000))
+    assert len(long) == _frames.TEXT
+    assert _frames.message([long], 1).startswith("rank 0: MemoryError: üü")
+
+
+# ---- One batch over several ranks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_together_are_one_rank_on_the_whole_batch(ranks: int) -> None:
+    rng = np.random.default_rng(ranks)
+    for index in range(0, 48, 1 if ranks == 3 else 5):
+        case = whole.case(rng, ranks, index)
+        whole.check(case, ThreadComm.run(ranks, partial(whole.step, case)))
+
+
+def test_layers_that_are_not_synchronized_fail_the_same_check() -> None:
+    rng = np.random.default_rng(0)
+    for index in range(0, 48, 7):
+        case = whole.case(rng, 2, index)
+        case = whole.without(case, cuts=(0, 2, len(case.x)))
+        found = ThreadComm.run(2, partial(whole.step, case, kind=PLAIN[case.x.ndim]))
+        with pytest.raises(AssertionError):
+            whole.check(case, found)
+
+
+def test_the_check_sees_a_result_that_is_wrong_by_a_thousandth() -> None:
+    case = whole.case(np.random.default_rng(0), 2, 1)
+    found = ThreadComm.run(2, partial(whole.step, case))
+    whole.check(case, found)
+    for name in ("y", "dx", "dweight", "mean", "m2", "running_mean", "running_var"):
+        spoiled = [{**one, name: one[name] * one[name].dtype.type(1.001)} for one in found]
+        with pytest.raises(AssertionError):
+            whole.check(case, spoiled)
+    spoiled = [found[0], {**found[1], "mean": np.nextafter(found[1]["mean"], 9)}]
+    with pytest.raises(AssertionError, match=r"mean differs between ranks"):
+        whole.check_same_bits(spoiled)
+
+
+@settings(max_examples=40)
+@given(strategies.batches(kinds=["normal", "far", "outlier", "constant"]), st.data())
+def test_no_split_of_any_batch_changes_anything(batch: Any, data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(2, 5))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(batch.x)), min_size=ranks - 1, max_size=ranks - 1)))
+    case = whole.Case(batch.x, batch.dy, batch.weight, batch.bias, (0, *cuts, len(batch.x)), eps=batch.eps)
+    found = ThreadComm.run(ranks, partial(whole.step, case))
+    whole.check(case, found)
+    constant = (batch.x == batch.x[:1, :, :1]).all(axis=(0, 2))
+    y = np.concatenate([part["y"] for part in found])
+    assert (y[:, constant] == batch.bias[constant][:, None]).all()  # N3
+
+
+@settings(max_examples=30)
+@given(strategies.batches(kinds=["normal", "far"]), st.data())
+def test_the_order_of_the_ranks_changes_nothing_beyond_rounding(batch: Any, data: st.DataObject) -> None:
+    parts = np.split(batch.x, sorted(data.draw(st.lists(st.integers(0, len(batch.x)), min_size=3, max_size=3))))
+    order = data.draw(st.permutations(range(4)))
+
+    def moments(parts: list[Any]) -> Any:
+        return ThreadComm.run(4, lambda comm: arraybn.batch_norm(parts[comm.rank], comm=comm)[1].moments)[0]
+
+    one, other = moments(parts), moments([parts[index] for index in order])
+    std = np.sqrt(one.m2 / one.n)
+    assert one.n == other.n
+    assert (abs(one.mean - other.mean) <= 8 * 2.0**-53 * (abs(one.mean) + std)).all()
+    assert (abs(one.m2 - other.m2) <= 1e-9 * one.m2).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_pytorch_on_the_whole_batch_agrees(ranks: int) -> None:
+    torch = need("torch")
+    rng = np.random.default_rng(1)
+    for index in (8, 9, 10, 11, 26, 27):  # float64, all numbers of dimensions
+        case = whole.without(whole.case(rng, ranks, index), channel_axis=1, training=True, momentum=0.3)
+        case = whole.without(case, affine=True, track=True)
+        if case.x.shape[1] != len(case.weight):
+            case = whole.without(case, x=np.moveaxis(case.x, -1, 1), dy=np.moveaxis(case.dy, -1, 1))
+        found = ThreadComm.run(ranks, partial(whole.step, case))
+        theirs = getattr(torch.nn, PLAIN[case.x.ndim].__name__)(case.channels, momentum=0.3).double()
+        with torch.no_grad():
+            theirs.weight[:], theirs.bias[:] = torch.asarray(case.weight), torch.asarray(case.bias)
+            theirs.running_mean[:] = 0.5
+        x = torch.asarray(case.x).requires_grad_()
+        y = theirs(x)
+        y.backward(torch.asarray(case.dy))
+        close = partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-7)  # theirs has |mean|/std up to 30 here
+        close(np.concatenate([part["y"] for part in found]), y.detach().numpy())
+        close(np.concatenate([part["dx"] for part in found]), x.grad.numpy())
+        close(sum(part["dweight"] for part in found), theirs.weight.grad.numpy(), rtol=1e-5, atol=1e-5)  # ours: float32
+        close(found[0]["running_var"], theirs.running_var.numpy(), rtol=1e-6)
+        close(found[0]["running_mean"], theirs.running_mean.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 256, 257, 600])
+def test_more_channels_than_a_frame_has_room_for(channels: int) -> None:
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 9, channels))
+    y, saved = arraybn.batch_norm(x)
+    dx, _, _ = arraybn.batch_norm_backward(dy, saved)
+    cuts = (0, 2, 2, 9)
+
+    def work(comm: Any) -> Any:
+        mine = slice(cuts[comm.rank], cuts[comm.rank + 1])
+        y, saved = arraybn.batch_norm(x[mine], comm=comm)
+        return y, arraybn.batch_norm_backward(dy[mine], saved)[0]
+
+    found = ThreadComm.run(3, work)
+    np.testing.assert_allclose(np.concatenate([part[0] for part in found]), y, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(np.concatenate([part[1] for part in found]), dx, rtol=0, atol=1e-14)
+
+
+class Counting:
+    """A reducer that notes what goes through it."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer, self.calls = reducer, []
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._reducer, name)
+        if name not in ("allreduce", "add", "broadcast", "allgather"):
+            return method
+
+        def counted(what: Any, deadline: Any) -> Any:
+            self.calls.append((name, len(what)))
+            return method(what, deadline)
+
+        return counted
+
+
+def test_one_collective_of_one_length_each_way_and_two_beyond_256_channels() -> None:
+    def work(comm: Any) -> Any:
+        comm.channel.reducer = counting = Counting(comm.channel.reducer)
+        found = []
+        for channels in (1, 64, 256, 257, 2048):
+            layer = SyncBatchNorm(channels, process_group=comm)
+            for call in (layer, layer.backward):
+                counting.calls.clear()
+                call(np.ones((2, channels)) + comm.rank)
+                found.append(list(counting.calls))
+        return found
+
+    frame = ("allreduce", _frames.LENGTH)
+    assert _frames.LENGTH < 4300
+    more = [("allreduce", _frames.LENGTH - 16 * (256 - beyond)) for beyond in (1, 1792)]
+    expected = [[frame]] * 6 + [[frame, more[0]]] * 2 + [[frame, more[1]]] * 2
+    for ranks in (2, 5):
+        assert ThreadComm.run(ranks, work) == [expected] * ranks
+
+
+def test_all_ranks_empty_one_value_in_all_and_one_value_on_each() -> None:
+    def work(comm: Any, sizes: Any) -> Any:
+        layer = faults.layer_on(comm)
+        before, x = faults.state(layer), np.full((sizes[comm.rank], 3), 1.0 + comm.rank)
+        if sum(sizes) == 1:
+            with pytest.raises(ValueError, match=r"Expected more than 1 value") as caught:
+                layer(x)
+            assert not isinstance(caught.value, arraybn.SyncError)
+            assert faults.state(layer) == before
+            faults.good(layer, comm)
+            return str(caught.value)
+        y = layer(x)
+        assert layer.backward(y).shape == x.shape
+        return layer.num_batches_tracked, layer.running_mean.tolist(), layer.bias.grad.tolist()
+
+    empty = ThreadComm.run(3, partial(work, sizes=(0, 0, 0)))
+    assert empty == [(0, [0, 0, 0], [0, 0, 0])] * 3
+    texts = ThreadComm.run(3, partial(work, sizes=(0, 1, 0)))
+    for text, rows in zip(texts, (0, 1, 0), strict=True):
+        assert text.startswith(f"Expected more than 1 value per channel when training, got input size ({rows}, 3)")
+    each = ThreadComm.run(2, partial(work, sizes=(1, 1)))
+    assert each[0][:2] == each[1][:2] == (1, [np.float32(0.15)] * 3)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "strict", "strict-no_float64"])
+def test_other_namespaces_are_synchronized_too(name: str) -> None:
+    home = HOMES[name](None)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((2, 9, 3)) + 1e4).astype("f4")
+    y, saved = arraybn.batch_norm(home.array(x))
+    dx, _, _ = arraybn.batch_norm_backward(home.array(dy), saved)
+    cuts = (0, 4, 4, 9)
+
+    def work(comm: Any) -> Any:
+        mine = slice(cuts[comm.rank], cuts[comm.rank + 1])
+        y, saved = arraybn.batch_norm(home.array(x[mine]), comm=comm)
+        dx, _, _ = arraybn.batch_norm_backward(home.array(dy[mine]), saved)
+        low = saved.moments.mean_low
+        return *(home.numpy(a) for a in (y, dx, saved.moments.mean)), None if low is None else home.numpy(low)
+
+    found = ThreadComm.run(3, work)
+    assert found[0][2].dtype == home.wide
+    assert (found[0][3] is None) == (home.wide == "float64")
+    assert len({part[2].tobytes() for part in found}) == 1
+    np.testing.assert_allclose(np.concatenate([part[0] for part in found]), home.numpy(y), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(np.concatenate([part[1] for part in found]), home.numpy(dx), rtol=1e-5, atol=2e-2)
+
+
+def test_fixed_statistics_take_no_part() -> None:
+    def work(comm: Any) -> Any:
+        if comm.rank == 0:
+            mean, var = np.zeros(2), np.ones(2)
+            y, saved = arraybn.batch_norm(np.ones((2, 2)), mean=mean, var=var, comm=comm)
+            arraybn.batch_norm_backward(y, saved)
+            with pytest.raises(ValueError, match=r"^var: expected an array"):
+                arraybn.batch_norm(np.ones((2, 2)), mean=mean, comm=comm)
+            layer = faults.layer_on(comm).eval()
+            layer.backward(layer(np.ones((2, 3))))
+            with pytest.raises(RuntimeError, match=r"^SyncBatchNorm.backward: expected a forward"):
+                layer.backward(np.ones((2, 3)))
+        return comm.channel.calls
+
+    assert ThreadComm.run(2, work) == [0, 0]
+
+
+def test_out_is_written_into_also_over_ranks() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 3, 2))
+    y, saved = arraybn.batch_norm(x)
+    dx, _, _ = arraybn.batch_norm_backward(x, saved)
+
+    def work(comm: Any) -> None:
+        mine = x[: 2 if comm.rank == 0 else 6][0 if comm.rank == 0 else 2 :].copy()
+        out = np.empty_like(mine)
+        got, saved = arraybn.batch_norm(mine, comm=comm, out=out)
+        assert got is out
+        got, _, _ = arraybn.batch_norm_backward(mine.copy(), saved, out=mine)
+        assert got is mine
+        rows = slice(0, 2) if comm.rank == 0 else slice(2, 6)
+        np.testing.assert_allclose(out, y[rows], atol=1e-14)
+        np.testing.assert_allclose(mine, dx[rows], atol=1e-14)
+
+    ThreadComm.run(2, work)
+
+
+# ---- Errors are agreed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", [*faults.FORWARD, *faults.BACKWARD])
+def test_a_fault_on_one_rank_is_an_error_on_all_and_the_next_step_works(name: str, ranks: int) -> None:
+    found = ThreadComm.run(ranks, partial(faults.run_fault, name=name))
+    expected = ThreadComm.run(ranks, faults.run_without)
+    assert len({text for text, _ in found}) == 1
+    assert [state for _, state in found] == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", list(faults.DISAGREE))
+def test_ranks_that_disagree_are_told_on_what(name: str, ranks: int) -> None:
+    assert len(set(ThreadComm.run(ranks, partial(faults.run_disagreement, name=name)))) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_out_of_step_are_told(ranks: int) -> None:
+    texts = ThreadComm.run(ranks, faults.run_sequences)
+    assert len({tuple(one) for one in texts}) == 1
+    expected = [
+        "operation: backward on rank",
+        "layer: a on rank",
+        "layer: b on rank",
+        "call of the forward: ",
+        "layer: a on rank",
+        "operation: average_gradients on rank",
+        "layer: unnamed layer ",
+    ]
+    for text, words in zip(texts[0], expected, strict=True):
+        assert words in text
+
+
+def test_errors_of_several_ranks_and_of_the_functions() -> None:
+    def work(comm: Any) -> Any:
+        x, dy = np.ones((2, 3)), np.ones((2, 3))
+        _, saved = arraybn.batch_norm(x, comm=comm)
+        texts = []
+        for call in (
+            lambda: arraybn.batch_norm(x if comm.rank == 0 else [1.0], comm=comm),
+            lambda: arraybn.batch_norm(x if comm.rank == 2 else x[0], comm=comm),
+            lambda: arraybn.batch_norm(x, None if comm.rank else np.ones(4), comm=comm),
+            lambda: arraybn.batch_norm(x, comm=comm, out=None if comm.rank else x[:1]),
+            lambda: arraybn.batch_norm(x if comm.rank else x[:, :2].copy(), comm=comm),
+            lambda: arraybn.batch_norm_backward(dy if comm.rank else dy[:1], saved),
+        ):
+            with pytest.raises(arraybn.SyncError) as caught:
+                call()
+            texts.append(str(caught.value))
+        _, saved = arraybn.batch_norm(x * comm.rank, comm=comm)
+        assert saved.moments.mean.tolist() == [1, 1, 1]
+        return texts
+
+    found = ThreadComm.run(3, work)
+    assert found[0] == found[1] == found[2]
+    assert found[0][0].startswith("ranks 1–2: x: expected an array")
+    assert found[0][1].startswith("ranks 0–1: x: expected at least 2 dimensions")
+    assert found[0][2].startswith("rank 0: weight: expected shape (3,)")
+    assert found[0][3].startswith("rank 0: out: expected shape (2, 3)")
+    assert found[0][4].endswith("they disagree on channels: 2 on rank 0 and 3 on ranks 1–2")
+    assert found[0][5].startswith("rank 0: dy: expected shape (2, 3)")
+
+
+def failing(sweep: str, error: BaseException) -> Any:
+    """The reference sweeps, of which one raises."""
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    sweeps = {name: getattr(reference, name) for name in ("moments", "dots", "affine", "affine2")}
+    return types.SimpleNamespace(**{**sweeps, sweep: fail})
+
+
+def test_a_failure_before_the_exchange_is_told_and_one_after_it_breaks_the_channel() -> None:
+    def work(comm: Any) -> Any:
+        x = np.ones((2, 3)) + comm.rank
+
+        def call(sweep: str = "", error: BaseException | None = None) -> str:
+            kernels = failing(sweep, error) if sweep and comm.rank == 1 else "reference"
+            try:
+                arraybn.batch_norm(x, comm=comm, kernels=kernels)
+            except (arraybn.SyncError, MemoryError, KeyboardInterrupt) as caught:
+                return f"{type(caught).__name__}: {caught}"
+            return "fine"
+
+        return [call("moments", MemoryError("full")), call(), call("affine", MemoryError("full")), call(), call()]
+
+    zero, one = ThreadComm.run(2, work)
+    told = "SyncError: rank 1: MemoryError: full"
+    assert (zero[:3], one[:3]) == ([told, "fine", "fine"], [told, "fine", "MemoryError: full"])
+    assert zero[3] == one[3]
+    assert zero[3] == (
+        "SyncError: rank 1: after the exchange in the forward of batch_norm (call 3 on this communicator) this rank"
+        " alone failed, so that its state differs: MemoryError: full"
+    )
+    assert zero[4] == one[4] == zero[3] + ". Nothing more can be synchronized over this communicator"
+
+
+def test_an_interrupt_before_the_exchange_is_told_with_the_next_call() -> None:
+    def work(comm: Any) -> Any:
+        layer, found = faults.layer_on(comm), []
+        faults.good(layer, comm)
+        kernels = failing("moments", KeyboardInterrupt()) if comm.rank == 1 else "reference"
+        if comm.rank == 1:
+            with pytest.raises(KeyboardInterrupt):
+                arraybn.batch_norm(np.ones((2, 3)), comm=comm, kernels=kernels)
+        for _ in range(2):
+            with pytest.raises(arraybn.SyncError) as caught:
+                layer(faults.part(faults.X, comm))
+            found.append(str(caught.value))
+        return found
+
+    zero, one = ThreadComm.run(2, work)
+    assert zero == one
+    assert "KeyboardInterrupt" in zero[0]
+    assert zero[1].startswith(zero[0])
+
+
+def test_a_layer_commits_nothing_when_it_fails_after_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        before = faults.state(layer)
+        if comm.rank == 1:
+            tracked = layer._tracked
+
+            def fails(moments: Any, x: Any) -> Any:
+                if moments.n != 2:  # not the rehearsal
+                    raise OSError("gone")
+                return tracked(moments, x)
+
+            object.__setattr__(layer, "_tracked", fails)
+            with pytest.raises(OSError, match=r"gone"):
+                layer(faults.part(faults.X, comm))
+            assert faults.state(layer) == before
+        else:
+            layer(faults.part(faults.X, comm))
+            assert faults.state(layer) != before
+        with pytest.raises(arraybn.SyncError, match=r"rank 1: after the exchange.*OSError: gone"):
+            layer(faults.part(faults.X, comm))
+
+    ThreadComm.run(2, work)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> None:
+    def work(comm: Any) -> Any:
+        layer = faults._named(faults.layer_on(comm), "blocks.0.norm")
+        layer.timeout = 0.2
+        faults.good(layer, comm)
+        if comm.rank == 1:
+            layer.eval()
+            layer(faults.part(faults.X, comm))
+            return None
+        before = faults.state(layer)
+        with pytest.raises(arraybn.SyncTimeoutError) as caught:
+            layer(faults.part(faults.X, comm))
+        assert isinstance(caught.value, TimeoutError)
+        assert faults.state(layer) == before
+        with pytest.raises(arraybn.SyncError) as again:
+            layer(faults.part(faults.X, comm))
+        return str(caught.value), str(again.value)
+
+    first, again = ThreadComm.run(ranks, work, leave=False)[0]
+    assert first == (
+        f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of blocks.0.norm (call 3 on this"
+        " communicator). Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch"
+        " less, was given another process_group, or has ended"
+    )
+    assert again == (
+        "rank 0 gave up the forward of blocks.0.norm (call 3 on this communicator)."
+        " Nothing more can be synchronized over this communicator"
+    )
+
+
+def test_texts_have_a_time_limit_too() -> None:
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        layer.timeout = 0.2
+        if comm.rank == 1:  # it takes part in the frame, and is gone before the texts
+            fields = [_frames.FORMAT, *(0,) * 8]
+            comm.channel.reducer.allreduce(_frames.frame(fields, _frames.ERROR, 0), None)
+            return
+        with pytest.raises(arraybn.SyncTimeoutError, match=r"rank 0 of 2 waited 0.2 s"):
+            layer(np.ones((2, 3)))
+
+    ThreadComm.run(2, work, leave=False)
+
+
+def test_ranks_that_have_ended_are_named_without_waiting() -> None:
+    def work(comm: Any) -> Any:
+        if comm.rank == 1:
+            raise RuntimeError("a bug of the user's")
+        with pytest.raises(
+            arraybn.SyncError, match=r"rank 0: the forward of unnamed layer 1 .* failed: rank 1 has ended"
+        ):
+            faults.layer_on(comm)(np.ones((2, 3)))
+
+    with pytest.raises(RuntimeError, match=r"a bug of the user's") as caught:
+        ThreadComm.run(2, work)
+    assert caught.value.__notes__ == ["on rank 1 of 2"]
+
+
+def test_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        allreduce = comm.channel.reducer.allreduce
+
+        def off(frame: Any, deadline: Any) -> None:
+            allreduce(frame, deadline)
+            if comm.rank == 1:
+                body = _frames.body(frame)
+                body[0, 0] = np.nextafter(body[0, 0], 9)
+
+        comm.channel.reducer.allreduce = off
+        layer(faults.part(faults.X, comm))
+        comm.channel.reducer.allreduce = allreduce
+        with pytest.raises(arraybn.SyncError, match=r"they disagree on checksum of all results: .* on rank 0"):
+            layer.backward(faults.part(faults.DY, comm))
+
+    ThreadComm.run(2, work)
+
+
+def test_nan_has_the_same_bits_whichever_came_first() -> None:
+    quiet = np.frombuffer(np.asarray([0x7FF8000000000001, -0x0007FFFFFFFFFFFE], "i8").tobytes(), "f8")
+
+    def work(comm: Any) -> Any:
+        _, saved = arraybn.batch_norm(np.full((2, 3), quiet[comm.rank % 2]), comm=comm, kernels="reference")
+        arraybn.batch_norm_backward(np.full((2, 3), quiet[comm.rank % 2]), saved)
+        return saved.moments.mean.tobytes()
+
+    assert ThreadComm.run(4, work) == [np.full(3, np.nan).tobytes()] * 4
+
+
+def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> None:
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        layer.timeout = 0.2
+        with (
+            comm.channel._lock,
+            pytest.raises(arraybn.SyncTimeoutError, match=rf"rank {comm.rank}: another thread did"),
+        ):
+            layer(np.ones((2, 3)))
+        faults.good(layer, comm)
+
+    ThreadComm.run(2, work)
+
+
+def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(comm: Any) -> Any:
+        comm.channel._process = -1
+        with pytest.raises(arraybn.SyncError, match=rf"rank {comm.rank}: this is a forked child, which is no rank"):
+            faults.layer_on(comm)(np.ones((2, 3)))
+
+    ThreadComm.run(2, work)
+
+
+# ---- One rank, or none -----------------------------------------------------------------------------------------------
+
+WITHOUT_MPI = """
+import sys
+sys.modules["mpi4py"] = None
+import arraybn, numpy
+layer = arraybn.SyncBatchNorm(3).eval()
+layer.backward(layer(numpy.ones((2, 3))))
+print("evaluation")
+y = layer.train()(numpy.asarray([[1.0, 2, 3], [3, 4, 7]]))
+print(y.tobytes() == arraybn.BatchNorm1d(3)(numpy.asarray([[1.0, 2, 3], [3, 4, 7]])).tobytes())
+"""
+
+
+def python(code: str, **environment: str) -> Any:
+    home = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PMI_", "OMPI_", "PMIX_"))}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**env, "PYTHONPATH": home, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_without_mpi_it_is_the_plain_layer_unless_a_launcher_says_that_there_are_more() -> None:
+    run = python(WITHOUT_MPI)
+    assert run.stdout.split() == ["evaluation", "True"], run.stderr
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        run = python(WITHOUT_MPI, **{name: "2"})
+        assert run.stdout.split() == ["evaluation"]
+        words = f"arraybn.sync.SyncError: synchronizing over 2 processes ({name}=2), but mpi4py cannot be imported:"
+        assert run.stderr.strip().splitlines()[-1].startswith(words)
+
+
+def test_evaluation_does_not_import_mpi4py() -> None:
+    code = "import sys, numpy, arraybn; arraybn.SyncBatchNorm(3).eval()(numpy.ones((2, 3)));"
+    assert python(code + "print('mpi4py' in sys.modules)").stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_one_rank_is_the_plain_layer_bit_for_bit(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+
+    def work(comm: Any) -> None:
+        for plain in (arraybn.BatchNorm2d(3, **options), arraybn.BatchNorm2d(3, dtype="float64", **options)):
+            model = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain), comm)
+            for training in (True, False, True):
+                x, dy = rng.standard_normal((2, 4, 3, 2, 2)).astype("f4")
+                results = [(layer.train(training)(x), layer.backward(dy)) for layer in (plain, model)]
+                for one, other in zip(*results, strict=True):
+                    assert one.tobytes() == other.tobytes()
+                states = [{**faults.state(layer), "remembered": b""} for layer in (plain, model)]
+                assert states[0] == states[1]
+        x = rng.standard_normal((4, 3))
+        assert arraybn.batch_norm(x, comm=comm)[0].tobytes() == arraybn.batch_norm(x)[0].tobytes()
+        arraybn.broadcast_state(plain, comm)
+        arraybn.average_gradients(plain, comm, weight=3)
+        assert comm.channel.calls == 0
+
+    ThreadComm.run(1, work)
+
+
+# ---- The layer, and conversion ---------------------------------------------------------------------------------------
+
+
+def network() -> arraybn.Sequential:
+    torso = arraybn.Sequential(arraybn.BatchNorm2d(3, momentum=0.3), arraybn.network.ReLU())
+    head = arraybn.Sequential(arraybn.BatchNorm1d(4, affine=False, channel_axis=-1), arraybn.BatchNorm3d(2, eps=0.5))
+    return arraybn.Sequential(torso, head, arraybn.network.Flatten())
+
+
+def test_conversion_replaces_in_place_shares_parameters_and_buffers_and_goes_back() -> None:
+    model = network()
+    model[1].eval()
+    model[0][0].qconfig = "8 bits"
+    before, tree = dict(model.named_parameters()), repr(model)
+    buffers, old, children = dict(model.named_buffers()), model[0][0], [model[0], model[1]]
+    converted = SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted is model
+    assert [model[0], model[1]] == children
+    norms = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
+    assert len(norms) == 3
+    assert [norm._path for norm in norms] == ["0.0", "1.0", "1.1"]
+    assert [norm.training for norm in norms] == [True, False, False]
+    assert [norm.channel_axis for norm in norms] == [1, -1, 1]
+    assert norms[0].qconfig == "8 bits"
+    assert not hasattr(norms[1], "qconfig")
+    assert repr(model) == re.sub(r"BatchNorm\dd", "SyncBatchNorm", tree)
+    assert list(before) == [name for name, _ in model.named_parameters()]
+    assert all(value is before[name] for name, value in model.named_parameters())
+    assert all(value is buffers[name] for name, value in model.named_buffers())
+    assert type(old) is arraybn.BatchNorm2d
+    SyncBatchNorm.revert_sync_batchnorm(model)
+    assert repr(model) == tree
+    assert all(value is before[name] for name, value in model.named_parameters())
+    assert vars(model[0][0]).keys() == vars(old).keys()
+    assert model[0][0].qconfig == "8 bits"
+    model[0](np.ones((2, 3, 1, 1)))
+
+
+def test_conversion_of_bare_layers_shared_layers_subclasses_and_layers_that_are_synchronized() -> None:
+    class Own(arraybn.BatchNorm1d):
+        scale = 3
+
+    bare = Own(3)
+    bare.note = "mine"
+    new = SyncBatchNorm.convert_sync_batchnorm(bare)
+    assert (type(new), type(bare), new.weight is bare.weight) == (SyncBatchNorm, Own, True)
+    back = SyncBatchNorm.revert_sync_batchnorm(new)
+    assert (type(back), back.scale, back.note, back.weight is bare.weight) == (Own, 3, "mine", True)
+    assert type(new) is SyncBatchNorm
+    linear = arraybn.network.Linear(2, 2)
+    assert SyncBatchNorm.convert_sync_batchnorm(linear) is SyncBatchNorm.revert_sync_batchnorm(linear) is linear
+
+    shared = arraybn.Sequential(bare, arraybn.Sequential(bare), bare)
+    SyncBatchNorm.convert_sync_batchnorm(shared)
+    assert shared[0] is shared[2] is shared[1][0]
+    SyncBatchNorm.revert_sync_batchnorm(shared)
+    assert type(shared[0]) is Own
+    assert shared[0] is shared[2] is shared[1][0]
+
+    def work(comm: Any) -> None:
+        model = arraybn.Sequential(arraybn.BatchNorm1d(3), SyncBatchNorm(3, timeout=5))
+        SyncBatchNorm.convert_sync_batchnorm(model, comm)
+        first = list(model)
+        SyncBatchNorm.convert_sync_batchnorm(model, None)
+        assert [layer.process_group for layer in (*first, *model)] == [comm, comm, None, None]
+        assert [layer.timeout for layer in model] == [600, 5]
+        before = list(model)
+        with pytest.raises(
+            ValueError, match=r"^module: expected layers that convert_.* got one at '1' that was built as"
+        ):
+            SyncBatchNorm.revert_sync_batchnorm(model)
+        assert list(model) == before
+
+    ThreadComm.run(1, work)
+    with pytest.raises(ValueError, match=r"got one at 'the top' that was built"):
+        SyncBatchNorm.revert_sync_batchnorm(SyncBatchNorm(3))
+
+
+def test_a_converted_model_gives_the_results_of_the_whole_batch() -> None:
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 9, 3, 2, 2))
+    plain = arraybn.BatchNorm2d(3, dtype="float64")
+    expected = plain(x), plain.backward(dy)
+
+    def work(comm: Any) -> Any:
+        model = SyncBatchNorm.convert_sync_batchnorm(arraybn.Sequential(arraybn.BatchNorm2d(3, dtype="float64")), comm)
+        rows = slice(0, 3) if comm.rank == 0 else slice(3, 9)
+        copied = copy.deepcopy(model)
+        assert copied[0].process_group is copy.copy(model[0]).process_group is comm
+        assert copied[0]._path == "0"
+        for each in (copied, model):
+            np.testing.assert_allclose(each(x[rows]), expected[0][rows], atol=1e-13)
+            np.testing.assert_allclose(each.backward(dy[rows]), expected[1][rows], atol=1e-13)
+        pickled = pickle.loads(pickle.dumps(model))
+        assert pickled[0].process_group is None
+        assert model[0].process_group is comm
+        return repr(pickled) == repr(model)
+
+    assert ThreadComm.run(2, work) == [True, True]
+
+
+def test_the_layer_prints_as_pytorchs_and_has_its_arguments_in_its_order() -> None:
+    layer = SyncBatchNorm(3, 0.5, None, False, True, None, timeout=5)
+    text = "SyncBatchNorm(3, eps=0.5, momentum=None, affine=False, track_running_stats=True"
+    assert repr(layer) == text + ", timeout=5.0)"
+    layer.timeout = 600
+    assert repr(layer) == text + ")"
+    layer.timeout = None
+    assert layer.timeout is None
+    assert SyncBatchNorm.__mro__[1] is arraybn.layers._BatchNorm
+
+
+def test_groups_are_independent_of_each_other() -> None:
+    def work(comm: Any) -> Any:
+        def pair(half: Any) -> Any:
+            x = np.full((2, 1), 10.0 * comm.rank + half.rank) + np.arange(2)[:, None]
+            _, saved = arraybn.batch_norm(x, comm=half)
+            return saved.moments.n, saved.moments.mean[0]
+
+        return ThreadComm.run(2, pair)[0]
+
+    assert ThreadComm.run(2, work) == [(4, 1.0), (4, 11.0)]
+
+
+# ---- Copies of a model on all ranks ----------------------------------------------------------------------------------
+
+
+def test_broadcast_gives_every_rank_the_state_of_rank_0() -> None:
+    def work(comm: Any) -> Any:
+        rng = np.random.default_rng(comm.rank)
+        model = arraybn.Sequential(arraybn.network.Linear(3, 2), arraybn.BatchNorm1d(2, dtype="float64"))
+        model(rng.standard_normal((4, 3)).astype("f4"))
+        if comm.rank:
+            model(rng.standard_normal((4, 3)).astype("f4"))
+        for parameter in model.parameters():
+            parameter.data = parameter.data + parameter.data.dtype.type(comm.rank)
+        own, weight = model.state_dict(), model[1].weight.data
+        arraybn.broadcast_state(model, comm)
+        assert (weight == 1 + comm.rank).all()  # replaced, not written into
+        if comm.rank == 0:
+            assert all((value == own[name]).all() for name, value in model.state_dict().items())
+        return {name: (value.dtype, value.tobytes()) for name, value in model.state_dict().items()}
+
+    for ranks in (2, 3):
+        found = ThreadComm.run(ranks, work)
+        assert all(state == found[0] for state in found)
+        assert found[0]["1.num_batches_tracked"][1] == np.int64(1).tobytes()
+
+
+def test_models_that_differ_are_not_broadcast_over() -> None:
+    def work(comm: Any) -> Any:
+        model = arraybn.Sequential(arraybn.BatchNorm1d(3), arraybn.BatchNorm1d(2 + comm.rank))
+        before, texts = faults.state(model), []
+        for call in (
+            lambda: arraybn.broadcast_state(model, comm),
+            lambda: arraybn.average_gradients(model, comm, weight=1),
+            lambda: arraybn.average_gradients(model[0], comm, weight=comm.rank - 1),
+            lambda: arraybn.average_gradients(model[0], comm, weight=float("nan") if comm.rank else "1"),
+        ):
+            with pytest.raises(arraybn.SyncError) as caught:
+                call()
+            texts.append(str(caught.value))
+        assert faults.state(model) == before
+        arraybn.broadcast_state(model[0], comm)
+        return texts
+
+    zero, one = ThreadComm.run(2, work)
+    assert zero == one
+    assert "1.weight: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[0]
+    assert "1.bias: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[1]
+    assert zero[2] == "rank 0: weight: expected a number of samples ≥ 0; got -1"
+    assert zero[3] == ("rank 0: weight: expected a number; got '1'\nrank 1: weight: expected a finite number; got nan")
+
+
+def test_gradients_are_averaged_by_weight_and_none_counts_as_zero() -> None:
+    gradients = [np.asarray([4.0, 8.0], "f4"), None, np.asarray([np.nan, 1.0], "f4"), np.asarray([1.0, 0.0], "f4")]
+    weights = [1, 2, 0, 5]
+
+    def work(comm: Any) -> Any:
+        model = arraybn.Sequential(arraybn.BatchNorm1d(2), arraybn.BatchNorm1d(2))
+        model[0].weight.grad = gradients[comm.rank]
+        if comm.rank == 3:
+            model[1].bias.grad = np.ones(2, "f4")
+        given = model[0].weight.grad
+        arraybn.average_gradients(model, comm, weight=weights[comm.rank])
+        assert given is None or given.tobytes() == gradients[comm.rank].tobytes()
+        arraybn.average_gradients(model[0], comm, weight=0)
+        return [None if p.grad is None else (p.grad.dtype.name, p.grad.tolist()) for p in model.parameters()]
+
+    found = ThreadComm.run(4, work)
+    assert found == [[("float32", [0, 0]), None, None, ("float32", [5 / 8, 5 / 8])]] * 4
+
+    def once(comm: Any) -> Any:
+        layer = arraybn.BatchNorm1d(2)
+        layer.weight.grad = gradients[comm.rank]
+        arraybn.average_gradients(layer, comm, weight=weights[comm.rank])
+        return layer.weight.grad.tolist()
+
+    assert ThreadComm.run(4, once) == [[9 / 8, 1.0]] * 4
+
+
+def test_helpers_refuse_what_is_no_model_and_no_communicator() -> None:
+    for call in (arraybn.broadcast_state, partial(arraybn.average_gradients, weight=1)):
+        with pytest.raises(TypeError, match=r"model: expected a Module; got list"):
+            call([], None)
+        with pytest.raises(TypeError, match=r"comm: expected an mpi4py communicator, or None for the world; got int"):
+            call(arraybn.BatchNorm1d(2), 3)
+
+
+# ---- ThreadComm itself -----------------------------------------------------------------------------------------------
+
+
+def test_thread_comm_runs_ranks_at_the_same_time_and_raises_what_they_raise() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+
+    def work(comm: Any) -> Any:
+        barrier.wait()
+        assert repr(comm) == f"<ThreadComm: rank {comm.rank} of 3>"
+        return comm.rank, comm.size
+
+    assert ThreadComm.run(3, work) == [(0, 3), (1, 3), (2, 3)]
+    with pytest.raises(ValueError, match=r"size: expected an integer ≥ 1; got 0"):
+        ThreadComm.run(0, work)
+    with pytest.raises(ZeroDivisionError):
+        ThreadComm.run(2, lambda comm: comm.rank / 0)
+
+
+def test_only_one_file_imports_mpi4py() -> None:
+    found = {
+        path.name
+        for path in Path(arraybn.__file__).parent.rglob("*.py")
+        if re.search(r"^ *(from|import) mpi4py", path.read_text(), re.MULTILINE)
+    }
+    assert found - {"info.py"} == {"_mpi.py"}  # `info` asks in a subprocess
