@@ -262,7 +262,8 @@ def test_info_survives_an_mpi_that_ends_the_process(bare_site: Path) -> None:
 
 def test_info_gives_up_on_an_mpi_that_hangs(bare_site: Path) -> None:
     hang = "def Get_library_version(): return 'Slow MPI 1.0, at home'\ndef Init():\n import time; time.sleep(60)"
-    code = "import argparse\nfrom arraybn.commands import info\ninfo.TIME_LIMIT = 2.0\ninfo.run(argparse.Namespace(compile=False))"
+    run = "info.run(argparse.Namespace(compile=False))"
+    code = f"import argparse\nfrom arraybn.commands import info\ninfo.TIME_LIMIT = 2.0\n{run}"
     with added(bare_site, {"mpi4py/__init__.py": "class rc: pass", "mpi4py/MPI.py": hang}):
         start = time.monotonic()
         result = bare(bare_site, "-c", code)
