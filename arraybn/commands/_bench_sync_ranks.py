@@ -181,7 +181,7 @@ def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> dic
         for work, found in zip(works, samples, strict=True):
             traffic = None if work.traffic is None else work.traffic._asdict()
             rows.append({"channels": c, "scheme": work.scheme, "what": work.what, "seconds": found, "traffic": traffic})
-    library = " ".join(MPI.Get_library_version().split()[:3]).rstrip(",")
+    library = " ".join(MPI.Get_library_version().replace("Version:", " ").split()[:3]).rstrip(",")
     return {"ranks": comm.size, "mpi": library, "rows": rows}
 
 
