@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -181,7 +182,8 @@ def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> dic
         for work, found in zip(works, samples, strict=True):
             traffic = None if work.traffic is None else work.traffic._asdict()
             rows.append({"channels": c, "scheme": work.scheme, "what": work.what, "seconds": found, "traffic": traffic})
-    library = " ".join(MPI.Get_library_version().replace("Version:", " ").split()[:3]).rstrip(",")
+    named = re.match(r"(\D*?)[\s:]*(?:Version[\s:]*)?v?(\d[\w.]*)", MPI.Get_library_version())
+    library = " ".join(named.groups()) if named else "unknown MPI"
     return {"ranks": comm.size, "mpi": library, "rows": rows}
 
 
