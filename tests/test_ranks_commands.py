@@ -18,6 +18,7 @@ from conftest import REQUIRED, need
 from test_commands import after, arraybn_command, environment
 
 import arraybn
+from arraybn.__main__ import main
 from arraybn.commands import _bench_sync as bench_sync
 from arraybn.commands import _bench_sync_model as model
 from arraybn.commands import info
@@ -246,6 +247,24 @@ def test_a_job_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(bench_sync, "TIME_LIMIT", 0.3)
     with pytest.raises(bench_sync.RefusedError, match=r"mpirun -n 2 has not ended within 0\.3 s"):
         bench_sync._job(str(program), 2, 1)
+
+
+def test_ctrl_c_prints_what_was_measured_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], timed: tuple[Result, Path]
+) -> None:
+    jobs = json.loads((timed[1] / "sync.json").read_text())["jobs"]
+
+    def job(launcher: str, ranks: int, turns: int) -> Any:
+        if ranks == 4:
+            raise KeyboardInterrupt
+        return jobs[ranks - 1]
+
+    monkeypatch.setattr(bench_sync, "_job", job)
+    assert main(["bench", "sync"]) == 130
+    out, err = capsys.readouterr()
+    assert len(re.findall(r"^ +[12] +(?:64|2048) ", out, re.MULTILINE)) == 4
+    assert err.endswith("interrupted; the figures are of what was measured before\n")
+    assert "MODEL" not in out
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------

@@ -60,7 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
             jobs.extend(_launched(turns))
         except KeyboardInterrupt:
             interrupted = True
-    return _finish(arguments, jobs, others, interrupted)
+    try:
+        return _finish(arguments, jobs, others, interrupted)
+    except OSError as error:  # a full disk, a folder that went away
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise RefusedError(f"cannot write: {error}") from error
 
 
 def under_mpirun() -> bool:
