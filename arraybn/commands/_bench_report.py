@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ._bench_cases import SMALL_WHATS
@@ -158,3 +159,13 @@ def company(others: float | None, cores: int) -> str:
         return ""
     text = f"NOT ALONE: meanwhile other programs kept {others:.1f} of {cores} cores busy, so these figures are"
     return "\n" + textwrap.fill(f"{text} worse than need be, most of all those of libraries that use every core.", 110)
+
+
+def progress_bar(total: int, unit: str = "round") -> AbstractContextManager[Any]:
+    """tqdm's, or None where it is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext()
+    bar: AbstractContextManager[Any] = tqdm(total=total, unit=unit, leave=False, disable=None)
+    return bar

@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ EPILOG = """examples
   python -m arraybn bench --peers torch --what forward backward --json bench.json --plot bench.png
   python -m arraybn bench --growth --plot growth.png
   python -m arraybn bench --ladder
+  python -m arraybn bench sync --plot sync.png
 
 A shape is N,C,… whatever the layout; channels-last has the array (N, …, C). layer: the call of a layer in training;
 step: that, and its backward; both are what is timed up to 65,536 elements, unless --what says otherwise.
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
+    help_ = "instead: what synchronizing over MPI ranks costs; starts mpirun, or measures on the ranks it is run on"
+    parser.add_argument("subject", nargs="?", choices=["sync"], help=help_)
     what = parser.add_argument_group("what is timed")
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
     what.add_argument(
@@ -216,8 +218,12 @@ def check_files(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write what was asked for; 1 if arraybn is wrong, 130 after Ctrl-C."""
     try:
-        sections = plan(arguments)
         check_files(arguments)
+        if arguments.subject == "sync":
+            from . import _bench_sync
+
+            return _bench_sync.run(arguments)
+        sections = plan(arguments)
     except RefusedError as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
@@ -271,7 +277,7 @@ class Bench:
     def measure(self) -> None:
         """The copy limit, then the sections."""
         total = self.rounds * sum(len(section.cases) for section in self.sections)
-        with _progress_bar(total) as bar:
+        with report.progress_bar(total) as bar:
             self._bar = bar
             try:
                 self._measure_limit()
@@ -386,13 +392,3 @@ class Bench:
             if section.name == "ladder":
                 found["rungs"] = [rung._asdict() for result in section.results for rung in ladder.rungs(result)]
         return found
-
-
-def _progress_bar(total: int) -> AbstractContextManager[Any]:
-    """tqdm's, or None where it is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return nullcontext()
-    bar: AbstractContextManager[Any] = tqdm(total=total, unit="round", leave=False, disable=None)
-    return bar

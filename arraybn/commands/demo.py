@@ -254,14 +254,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("arraybn-demo"), help="folder for the files (default arraybn-demo)"
     )
-    parser.add_argument("--epochs", type=_epochs, default=30, help="passes over the training set (default 30)")
+    parser.add_argument("--epochs", type=_epochs, help="passes over the training set (30; --data-parallel: 12)")
     parser.add_argument("--no-plot", action="store_true", help="draw no picture; needs no matplotlib")
+    parser.add_argument(
+        "--data-parallel",
+        nargs="?",
+        type=_images,
+        const=2,
+        metavar="IMAGES",
+        help="under mpirun: train on all ranks, each with so many images in a step (2), with synchronized and with"
+        " local batch norm, beside one process with all of them; draws ranks.png",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, print the table, save; 1 if something is missing or the saved network is not the same."""
+    if arguments.data_parallel is not None:
+        from . import _demo_ranks
+
+        return _demo_ranks.run(arguments)
     plot: bool = not arguments.no_plot
-    if problem := _missing_libraries(plot) or _unusable(arguments.out):
+    arguments.epochs = arguments.epochs or 30
+    if problem := missing_libraries(plot) or unusable(arguments.out):
         print(f"demo: {problem}", file=sys.stderr)
         return 1
     digits = load_digits(arguments.seed)
@@ -339,6 +353,10 @@ def _epochs(text: str) -> int:
     return _integer(text, 1, 10_000)
 
 
+def _images(text: str) -> int:
+    return _integer(text, 2, 100)  # of one image, a local BatchNorm1d has no variance
+
+
 def _integer(text: str, low: int, high: int) -> int:
     try:
         value = int(text)
@@ -349,7 +367,7 @@ def _integer(text: str, low: int, high: int) -> int:
     return value
 
 
-def _missing_libraries(plot: bool) -> str:
+def missing_libraries(plot: bool) -> str:
     """What of the demo extra cannot be imported, with the command that installs it; or ''."""
     needed = {"scikit-learn": "sklearn.datasets", "tqdm": "tqdm", "matplotlib": "matplotlib.figure"}
     if not plot:
@@ -363,7 +381,7 @@ def _missing_libraries(plot: bool) -> str:
     return f'{", ".join(problems)}: {sys.executable} -m pip install "arraybn[demo]"' if problems else ""
 
 
-def _unusable(folder: Path) -> str:
+def unusable(folder: Path) -> str:
     """Why no files can be written there, or ''; the folder is made."""
     try:
         if folder.exists() and not folder.is_dir():

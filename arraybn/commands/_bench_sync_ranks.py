@@ -1,0 +1,248 @@
+"""What the ranks do in ``python -m arraybn bench sync``: time synchronized calls, and an all-gather scheme beside them.
+
+``mpirun -n P python -m mpi4py -m arraybn.commands._bench_sync_ranks FILE TURNS`` writes what rank 0 has found there.
+The all-gather scheme is PyTorch's: each rank sends mean, 1/std and count in float32 to all others, each of which pools
+them; the backward is an allreduce of two sums. Both schemes wait in the same way, giving the processor away meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import sync
+from ..kernels._threads import set_num_threads
+from ..layers import BatchNorm1d
+from ..reference import Moments
+from ..sync_layers import SyncBatchNorm
+
+CHANNELS = (64, 128, 256, 512, 1024, 2048)
+ROWS = 2  # of x on each rank: what is timed is the synchronization, not the sweeps
+SAMPLE = 0.01  # seconds that a sample takes at least
+EPS = 1e-5
+OURS, GATHER = "arraybn", "all-gather"
+FORWARD, BACKWARD = "forward", "backward"  # the exchange alone
+LAYER, STEP = "layer", "step"  # layer(x); layer(x) and layer.backward(dy)
+
+Array = np.ndarray[Any, Any]
+Comm = Any  # mpi4py's
+
+
+class Traffic(NamedTuple):
+    """What one call sends: collectives, the bytes that a rank puts into them, and those that it gets back."""
+
+    collectives: int
+    sent: int
+    received: int
+
+
+class Counted:
+    """A communicator or reducer whose collectives are counted."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.traffic = inner, Traffic(0, 0, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _count(self, sent: Array, received: Array) -> None:
+        done = self.traffic
+        self.traffic = Traffic(done.collectives + 1, done.sent + sent.nbytes, done.received + received.nbytes)
+
+    def allreduce(self, frame: Array, deadline: float | None) -> None:
+        """A reducer's."""
+        self._count(frame, frame)
+        self.inner.allreduce(frame, deadline)
+
+    def Iallgather(self, sent: Array, received: Array) -> Any:  # noqa: N802, mpi4py's name
+        """A communicator's."""
+        self._count(sent, received)
+        return self.inner.Iallgather(sent, received)
+
+    def Iallreduce(self, in_place: Any, numbers: Array) -> Any:  # noqa: N802, mpi4py's name
+        """A communicator's."""
+        self._count(numbers, numbers)
+        return self.inner.Iallreduce(in_place, numbers)
+
+
+# ---- The two schemes: what is between the sweeps of a forward, and of a backward -------------------------------------
+
+
+class Ours:
+    """The exchange of arraybn, with its agreement."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def _begin(self, operation: str) -> sync.Call:
+        call = sync.begin("comm", self.comm, operation, "bench", {"eps": EPS})
+        assert call is not None
+        return call
+
+    def forward(self, moments: Moments) -> tuple[Array, Array]:
+        """Mean and m2 of all ranks."""
+        with self._begin(sync.FORWARD) as call:
+            pooled = call.pool(moments)
+        return pooled.mean, pooled.m2
+
+    def backward(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Both sums over all ranks."""
+        with self._begin(sync.BACKWARD) as call:
+            return call.sum(a, b)
+
+    def traffic(self, work: Callable[[], object]) -> Traffic:
+        """Of what `work` does."""
+        channel = sync.channel_of("comm", self.comm)
+        assert channel is not None
+        counted: Any = Counted(channel.reducer)
+        channel.reducer = counted
+        try:
+            work()
+        finally:
+            channel.reducer = counted.inner
+        return counted.traffic  # type: ignore[no-any-return]
+
+
+class AllGather:
+    """The exchange of PyTorch's SyncBatchNorm, plainly."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm.Dup()
+
+    def forward(self, moments: Moments) -> tuple[Array, Array]:
+        """Mean and m2 of all ranks."""
+        c = len(moments.mean)
+        sent = np.empty(2 * c + 1, np.float32)
+        sent[:c], sent[c:-1], sent[-1] = moments.mean, 1 / np.sqrt(moments.m2 / moments.n + EPS), moments.n
+        all_ranks = np.empty((self.comm.size, 2 * c + 1), np.float32)
+        _wait(self.comm.Iallgather(sent, all_ranks))
+        means, invstds, counts = all_ranks[:, :c], all_ranks[:, c:-1], all_ranks[:, -1:]
+        mean = (counts * means).sum(axis=0) / counts.sum()
+        return mean, (counts * (1 / invstds**2 - EPS + (means - mean) ** 2)).sum(axis=0)
+
+    def backward(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Both sums over all ranks."""
+        from mpi4py import MPI
+
+        sums = np.concatenate([a, b]).astype(np.float32)
+        _wait(self.comm.Iallreduce(MPI.IN_PLACE, sums))
+        return sums[: len(a)], sums[len(a) :]
+
+    def traffic(self, work: Callable[[], object]) -> Traffic:
+        """Of what `work` does."""
+        counted = Counted(self.comm)
+        self.comm = counted
+        try:
+            work()
+        finally:
+            self.comm = counted.inner
+        return counted.traffic
+
+
+def _wait(request: Any) -> None:
+    while not request.Test():
+        os.sched_yield()
+
+
+# ---- The measurement -------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """A call that is timed."""
+
+    scheme: str
+    what: str
+    call: Callable[[], object]
+    traffic: Traffic | None
+
+
+def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> dict[str, Any]:
+    """On all ranks: the samples of every call for every number of channels; the result is that of rank 0."""
+    from mpi4py import MPI
+
+    set_num_threads(1)  # the ranks share the cores
+    rows: list[dict[str, Any]] = []
+    for c in channels:
+        works = _works(comm, c)
+        calls = [_often(comm, work.call) for work in works]
+        samples: list[list[float]] = [[] for _ in works]
+        for _ in range(turns):
+            for work, count, found in zip(works, calls, samples, strict=True):
+                found.append(_seconds(comm, work.call, count))
+        for work, found in zip(works, samples, strict=True):
+            traffic = None if work.traffic is None else work.traffic._asdict()
+            rows.append({"channels": c, "scheme": work.scheme, "what": work.what, "seconds": found, "traffic": traffic})
+    named = re.match(r"(\D*?)[\s:]*(?:Version[\s:]*)?v?(\d[\w.]*)", MPI.Get_library_version())
+    library = " ".join(named.groups()) if named else "unknown MPI"
+    return {"ranks": comm.size, "mpi": library, "rows": rows}
+
+
+def _works(comm: Comm, c: int) -> list[Work]:
+    """Everything that is timed for c channels. With one rank that is the layer, which then is a plain one."""
+    rng = np.random.default_rng(comm.rank)
+    x, dy = (rng.standard_normal((ROWS, c)).astype(np.float32) for _ in range(2))
+    layer = BatchNorm1d(c) if comm.size == 1 else SyncBatchNorm(c, process_group=comm)
+
+    def step() -> None:
+        layer(x)
+        layer.backward(dy)
+
+    works = [Work(OURS, LAYER, lambda: layer(x), None), Work(OURS, STEP, step, None)]
+    if comm.size == 1:
+        return works
+    a, b = x.sum(axis=0, dtype=np.float64), dy.sum(axis=0, dtype=np.float64)
+    mean = a / ROWS
+    moments = Moments(ROWS, mean, ((x - mean) ** 2).sum(axis=0))
+    results = []
+    schemes: dict[str, Ours | AllGather] = {OURS: Ours(comm), GATHER: AllGather(comm)}
+    for name, scheme in schemes.items():
+        calls = {FORWARD: partial(scheme.forward, moments), BACKWARD: partial(scheme.backward, a, b)}
+        works += [Work(name, what, call, scheme.traffic(call)) for what, call in calls.items()]
+        results.append([*calls[FORWARD](), *calls[BACKWARD]()])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # they do the same
+    return works
+
+
+def _often(comm: Comm, call: Callable[[], object]) -> int:
+    """Calls in a sample, the same on all ranks."""
+    first = max(_seconds(comm, call, 1), 1e-7)
+    second = max(_seconds(comm, call, min(100, math.ceil(SAMPLE / first))), 1e-7)
+    return int(comm.bcast(max(1, math.ceil(SAMPLE / second))))
+
+
+def _seconds(comm: Comm, call: Callable[[], object], calls: int) -> float:
+    """Of one call, on the average of `calls`, for the slowest rank."""
+    calls = comm.bcast(calls)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    slowest: float = comm.allreduce((time.perf_counter() - start) / calls, op=_maximum)
+    return slowest
+
+
+def _maximum(a: float, b: float) -> float:
+    return max(a, b)
+
+
+def main(file: str, turns: str) -> None:
+    """Measure on the ranks of this job."""
+    from mpi4py import MPI
+
+    found = measure(MPI.COMM_WORLD, int(turns))
+    if MPI.COMM_WORLD.rank == 0:
+        Path(file).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
