@@ -166,11 +166,28 @@ def test_the_shift_is_tried_again_only_where_it_was_far() -> None:
     for name, (s, q) in sums.items():
         assert _cpu_entries.compiled("d").finish(10, np.array([7.0]), s, q) == (name == "far")
         assert s == 7 + {"near": 0.1, "far": 9.0}[name]
+    both = np.array([90.0, 1.0]), np.array([1000.0, 10.0])
+    assert _cpu_entries.compiled("d").finish(10, np.array([7.0, 7.0]), *both)  # the near one does not hide the far one
     for s, q, m2 in [(2.0, 0.4 - 1e-16, 0.0), (np.nan, 1.0, np.nan), (np.inf, np.inf, np.nan)]:
         vectors = np.array([s]), np.array([q])
         with np.errstate(invalid="ignore"):  # said by NumPy alone, where nothing is compiled
             _cpu_entries.compiled("d").finish(10, np.array([0.0]), *vectors)
         np.testing.assert_array_equal(vectors[1], [m2])  # never negative, and NaN stays NaN
+
+
+@pytest.mark.skipif(not COMPILED, reason="so many values take too long without the compiler")
+@pytest.mark.parametrize("shape", [(2**22, 1, 1), (2**16, 1, 64), (1, 1, 2**22), (2**21, 2, 1)])
+def test_rounding_hardly_grows_with_the_number_of_values(shape: tuple[int, int, int]) -> None:
+    x = data(shape, "float64")
+    exact = x.astype(np.longdouble)
+    mean, m2 = cpu.moments(x)
+    exact_m2 = ((exact - exact.mean(axis=(0, 2), keepdims=True)) ** 2).sum(axis=(0, 2))
+    s, _ = cpu.dots(x * x, x, mean)
+    # Added one after the other, 2²² numbers of one sign are wrong by some 300·2⁻⁵³; in blocks, by a few.
+    assert np.all(np.abs(m2 / exact_m2 - 1) <= 16 * 2.0**-53)
+    assert np.all(np.abs(s / ((x * x).astype(np.longdouble)).sum(axis=(0, 2)) - 1) <= 16 * 2.0**-53)
+    running = np.add.accumulate(((x - mean[:, None]) ** 2)[:, 0].ravel())[-1]
+    assert abs(running / exact_m2[0] - 1) > 16 * 2.0**-53  # the control: one after the other
 
 
 def test_nan_and_inf_stay_in_their_channel(shape: Any) -> None:
