@@ -251,7 +251,8 @@ class Reducer:
                 if now - started < 0.005:
                     _yield()
                 else:
-                    _raise_interrupt()
+                    if now - started > 0.5:  # the others may have been about to come, and nothing would be lost
+                        _raise_interrupt()
                     time.sleep(min((now - started) / 100, 0.001))
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
