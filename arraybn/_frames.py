@@ -64,15 +64,14 @@ def flags_and_n(buffer: Any) -> tuple[int, int]:
 def combine(a: Any, b: Any) -> Any:
     """The frame b, made what a and b are together: moments pooled (E2), other numbers summed.
 
-    combine(a, b) and combine(b, a) have the same bits, so that it does not matter which of two ranks does it. What is
-    left of disagreeing headers is the same for every order of the ranks.
+    combine(a, b) and combine(b, a) have the same bits where the headers agree, so that it does not matter which of two
+    ranks does it. The flags that disagreeing headers leave are the same for every order of the ranks.
     """
     *fields_a, flags_a, n_a = _HEADER.unpack_from(a)
     *fields_b, flags_b, n_b = _HEADER.unpack_from(b)
     flags = flags_a | flags_b
     if fields_a != fields_b:
         flags |= sum((p != q) << index for index, (p, q) in enumerate(zip(fields_a, fields_b, strict=True)))
-        fields_b = [min(pair) for pair in zip(fields_a, fields_b, strict=True)]
     _HEADER.pack_into(b, 0, *fields_b, flags, 0 if flags else n_a + n_b)
     if flags:
         return b  # nobody will read the numbers, which may mean different things
@@ -94,21 +93,29 @@ def canonical(numbers: Array) -> None:
 # ---- What the ranks say when something is wrong ----------------------------------------------------------------------
 
 
-def text_of_error(error: BaseException) -> bytes:
+def length_of_text(flags: int) -> int:
+    """How many bytes each rank says: the settings of a model are a line for each parameter.
+
+    All ranks see the same flags.
+    """
+    return 64 * TEXT if flags >> FIELDS.index("settings") & 1 else TEXT
+
+
+def text_of_error(error: BaseException, length: int = TEXT) -> bytes:
     """The message of an error, or its class where the message alone would not tell."""
     text = str(error)
     if not text or not isinstance(error, TypeError | ValueError | RuntimeError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return _cut("!" + text)
+    return _cut("!" + text, length)
 
 
-def text_of_call(description: Mapping[str, Any]) -> bytes:
+def text_of_call(description: Mapping[str, Any], length: int = TEXT) -> bytes:
     """What a rank without an error was doing, name by name."""
-    return _cut("\n".join(f"{name}\t{value}" for name, value in description.items()))
+    return _cut("\n".join(f"{name}\t{value}" for name, value in description.items()), length)
 
 
-def _cut(text: str) -> bytes:
-    return text.encode(errors="replace")[:TEXT].ljust(TEXT, b"\0")
+def _cut(text: str, length: int) -> bytes:
+    return text.encode(errors="replace")[:length].ljust(length, b"\0")
 
 
 def message(texts: Sequence[bytes], flags: int) -> str:

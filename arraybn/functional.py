@@ -140,10 +140,10 @@ def batch_norm(
            [0., 0.]]), None, array([2., 2.]))
     """
     call = None
-    if comm is not None and mean is None and var is None:
+    if comm is not None and (mean is None or var is None):  # one alone is an error, which all ranks hear of
         from . import sync
 
-        call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": eps})
+        call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": sync.said(eps)})
     with call or _ALONE:
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels

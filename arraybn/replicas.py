@@ -43,15 +43,15 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     >>> ThreadComm.run(2, work)
     [5, 5]
     """
-    _check_module(model)
-    state = list(_state(model))
-    call = sync.begin(
-        sync.channel_of("comm", comm), sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state}
-    )
+    channel = sync.channel_of("comm", comm)
+    state = list(_state(model)) if isinstance(model, Module) else []
+    call = sync.begin(channel, sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state})
     if call is None:
+        _check_module(model)
         return
     with call:
-        own = [as_numpy(name, value) for name, _, value in state]
+        _check_module(model)
+        own = [_native(as_numpy(name, value)) for name, _, value in state]
         octets = np.concatenate([np.zeros(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in own)])
         call.broadcast(octets)
         new = []
@@ -89,7 +89,7 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     Notes
     -----
     A gradient that is None counts as 0, and stays None if it is None on every rank. Where all weights are 0 the
-    gradients become 0. The sums are taken in float64.
+    gradients become 0, but with one rank, or without MPI, they stay as they are. The sums are taken in float64.
 
     With gradients of the mean loss of each rank's batch, and its size as weight, this is the gradient of the mean over
     all batches, as long as no rank's output depends on the batch of another. With `SyncBatchNorm` it does: then the
@@ -109,14 +109,15 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     >>> ThreadComm.run(2, work)
     [([3.0], None), ([3.0], None)]
     """
-    _check_module(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if isinstance(model, Module) else {}
     settings = {name: _shape(parameter.data) for name, parameter in parameters.items()}
     call = sync.begin(sync.channel_of("comm", comm), sync.AVERAGE, "the model", settings)
     if call is None:
+        _check_module(model)
         _as_weight(weight)
         return
     with call:
+        _check_module(model)
         weight = _as_weight(weight)
         there = [float(parameter.grad is not None) for parameter in parameters.values()]
         parts = [_weighted(name, parameter, weight) for name, parameter in parameters.items()]
@@ -158,6 +159,11 @@ def _state(model: Module) -> Iterator[tuple[str, Module, Any]]:
         for name, value in {**parameters, **module._buffers}.items():
             if value is not None:
                 yield f"{path}.{name}" if path else name, module, value
+
+
+def _native(array: Array) -> Array:
+    """`array` in native byte order, as its bytes are to be read on every rank."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _shape(value: Any) -> str:

@@ -8,7 +8,9 @@ same protocol.
 
 from __future__ import annotations
 
+import numbers
 import os
+import sys
 import threading
 import time
 import weakref
@@ -98,6 +100,9 @@ class Reducer(Protocol):
         """Raise an interrupt that was held back; called after each exchange."""
 
 
+FORKED: list[int] = []  # this process, where it is a forked child of one that had imported mpi4py.MPI
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: FORKED.extend([os.getpid()] * ("mpi4py.MPI" in sys.modules)))
 After: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
 
 
@@ -133,9 +138,12 @@ class Channel:
         return f"unnamed layer {self._layers[layer]}"
 
     def fail_later(self, call: Call, error: BaseException) -> None:
-        """After a failure behind the exchange: the next frame tells the other ranks, which have gone on."""
+        """After a failure behind the exchange, or an interrupt before it: the next frame tells the other ranks."""
         what = _frames.text_of_error(error).rstrip(b"\0").decode(errors="ignore")[1:]
-        self._untold = f"after the exchange in {call} this rank alone failed, so that its state differs: {what}"
+        if call.number:
+            self._untold = f"after the exchange in {call} this rank alone failed, so that its state differs: {what}"
+        else:
+            self._untold = f"before the exchange in {call} this rank was interrupted: {what}"
 
     def exchange(
         self, call: Call, rows: Array, n: int = 0, error: BaseException | None = None, after: After | None = None
@@ -165,8 +173,10 @@ class Channel:
             self._broken = f"{me}: {type(failure).__name__} ended {call}"
             raise
         finally:
-            self._lock.release()
-        self.reducer.close()
+            try:
+                self.reducer.close()
+            finally:
+                self._lock.release()
         return result
 
     def _exchange(
@@ -186,10 +196,10 @@ class Channel:
         frame = _frames.frame(fields, flags, n, rows[:, : _frames.CHANNELS])
         reducer.allreduce(frame, deadline)
         self.calls += 1
+        call.number = self.calls
         flags, total = _frames.flags_and_n(frame)
         if flags:
             self._disagree(call, flags, channels, error, deadline)
-        call.number = self.calls
         result = self._result(frame)[:, :channels]
         if channels > _frames.CHANNELS:
             frame = _frames.frame(fields, 0, n, rows[:, _frames.CHANNELS :], channels - _frames.CHANNELS)
@@ -209,9 +219,11 @@ class Channel:
         self, call: Call, flags: int, channels: int, error: BaseException | None, deadline: float | None
     ) -> None:
         """Hear what every rank has to say, and raise it: the same on all."""
-        own = _frames.text_of_call(call.description(self.calls, channels, self._bits))
-        texts = self.reducer.allgather(_frames.text_of_error(error) if error else own, deadline)
+        length = _frames.length_of_text(flags)
+        own = _frames.text_of_call(call.description(self.calls, channels, self._bits), length)
+        texts = self.reducer.allgather(_frames.text_of_error(error, length) if error else own, deadline)
         text = _frames.message(texts, flags)
+        call.alike = True
         if flags & _frames.BROKEN:
             self._broken, self._untold = text, ""
         raise SyncError(text)
@@ -237,7 +249,7 @@ class Call:
     ) -> None:
         self.channel, self.operation, self.layer = channel, operation, layer
         self.settings, self.batches, self.timeout, self.of = settings, batches, timeout, of
-        self.number = 0  # of the exchange, once all ranks have agreed in it
+        self.number = 0  # of the exchange, once it has been made
         self.alike = False  # whether an error from now on is one that every rank sees
 
     def __str__(self) -> str:
@@ -339,6 +351,18 @@ def _like(numbers: Array, array: Array) -> Array:
     if type(array) is np.ndarray:
         return numbers
     return converted("moments", numbers, array_namespace(array), device(array), array.dtype)
+
+
+def said(value: Any) -> Any:
+    """What is said of a value: a number as Python's float, so that 1 and numpy.float64(1) read the same on all ranks.
+
+    Never an error, which would be one of this rank alone.
+    """
+    try:
+        plain = isinstance(value, bool) or not isinstance(value, numbers.Real)
+        return str(value if plain else float(value))
+    except Exception:  # 10**400, or what cannot be printed
+        return f"<{type(value).__name__}>"
 
 
 def check_comm(name: str, comm: Comm | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import numpy as np
 
 from . import sync
 from ._arrays import Array, Namespace, dtype_name
@@ -121,8 +123,11 @@ class SyncBatchNorm(_BatchNorm):
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        if seconds is not None and as_number("timeout", seconds) <= 0:
-            raise ValueError(f"timeout: expected a number of seconds > 0, or None to wait for ever; got {seconds!r}")
+        if seconds is not None and not 0 < as_number("timeout", seconds) <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"timeout: expected a number of seconds > 0 and ≤ {threading.TIMEOUT_MAX:g}, or None to wait for ever;"
+                f" got {seconds!r}"
+            )
         self._timeout = None if seconds is None else float(seconds)
 
     def _check_input_dim(self, x: Array) -> None:
@@ -146,6 +151,8 @@ class SyncBatchNorm(_BatchNorm):
         """As `BatchNorm1d.backward`; dx knows of all ranks, weight.grad and bias.grad of this one's batch alone."""
         if self._remembered is not None:
             call = self._remembered._backward_call()
+            if call is not None:
+                call.timeout = self.timeout  # it may have been changed
         else:  # an error, which the others have to hear of if they are waiting
             call = self._begin(sync.BACKWARD) if self._uses_batch_statistics() else None
         if call is None:
@@ -157,20 +164,21 @@ class SyncBatchNorm(_BatchNorm):
             return self._backward(dy, call)
 
     def _uses_batch_statistics(self) -> bool:
-        return bool(self.training) or (self.running_mean is None and self.running_var is None)
+        evaluation = isinstance(self.training, bool | np.bool_) and not self.training  # anything else is an error
+        return not evaluation or (self.running_mean is None and self.running_var is None)
 
     def _begin(self, operation: str) -> Call | None:
         if (channel := sync.channel_of("process_group", self.process_group)) is None:
             return None
         count, array = self.num_batches_tracked, self._an_array()
         settings = {
-            "num_features": self.num_features,
-            "eps": _plain(self.eps),
-            "momentum": _plain(self.momentum),
+            "num_features": sync.said(self.num_features).removesuffix(".0"),
+            "eps": sync.said(self.eps),
+            "momentum": sync.said(self.momentum),
             "affine": self.weight is not None,
-            "track_running_stats": self.track_running_stats,
+            "track_running_stats": sync.said(self.track_running_stats),
             "running statistics": self.running_mean is not None,
-            "training": self.training,
+            "training": sync.said(self.training),
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
@@ -188,7 +196,8 @@ class SyncBatchNorm(_BatchNorm):
         """The module with every batch norm layer in it replaced by a SyncBatchNorm, in place.
 
         A bare layer is returned as a new one. Parameters and buffers are handed over, not copied; an existing
-        SyncBatchNorm is replaced too, to get the new group. A layer that is registered twice becomes one layer.
+        SyncBatchNorm is replaced too, to get the new group. A layer that is registered twice becomes one layer. A
+        subclass with a forward, backward or train of its own loses them until `revert_sync_batchnorm`.
 
         Parameters
         ----------
@@ -271,11 +280,6 @@ def _as_class(kind: type[N], layer: _BatchNorm) -> N:
     new = kind.__new__(kind)
     new.__dict__.update(layer.__getstate__())
     return new
-
-
-def _plain(value: Any) -> Any:
-    """A number as Python's float, so that 1 and numpy.float64(1) read the same on all ranks."""
-    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _replaced(module: M, kind: type[Any], new: Callable[[str, Any], Module]) -> M:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1291,7 +1292,9 @@ COMMANDS = [
 ]
 
 COMM = "{}: expected an mpi4py communicator, or None for the world; got {}"
-TIMEOUT = "timeout: expected a number of seconds > 0, or None to wait for ever; got {}"
+TIMEOUT = (
+    f"timeout: expected a number of seconds > 0 and ≤ {threading.TIMEOUT_MAX:g}, or None to wait for ever; got {{}}"
+)
 SYNC_LAYER = "layer = SyncBatchNorm(3).eval()"
 SYNC = [
     Bad("batch_norm(X, comm=3)", TypeError, COMM.format("comm", "int"), "comm"),
@@ -1303,6 +1306,7 @@ SYNC = [
     Bad("SyncBatchNorm(3, process_group='world')", TypeError, COMM.format("process_group", "str"), "process_group"),
     Bad("layer.process_group = 3", TypeError, COMM.format("process_group", "int"), "process_group", setup=SYNC_LAYER),
     Bad("SyncBatchNorm(3, timeout=0)", ValueError, TIMEOUT.format("0"), "timeout"),
+    Bad("SyncBatchNorm(3, timeout=1e12)", ValueError, TIMEOUT.format("1000000000000.0"), "timeout"),
     Bad("SyncBatchNorm(3, timeout=-1.5)", ValueError, TIMEOUT.format("-1.5"), "timeout"),
     Bad("SyncBatchNorm(3, timeout='long')", TypeError, "timeout: expected a number; got 'long'", "timeout"),
     Bad(

@@ -122,7 +122,7 @@ def passes(mpi: Mpi, ranks: int, script: str, *arguments: str, limit: float = 90
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
-    parts = ("exact", "control", "bits", "counts", "wrong", "users", "copies", "patience", "interrupts")
+    parts = ("exact", "control", "bits", "counts", "wrong", "users", "copies", "patience", "interrupts", "begun")
     passes(mpi, ranks, "checks.py", *parts)
 
 

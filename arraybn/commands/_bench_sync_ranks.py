@@ -85,7 +85,7 @@ class Ours:
         self.comm = comm
 
     def _begin(self, operation: str) -> sync.Call:
-        call = sync.begin("comm", self.comm, operation, "bench", {"eps": EPS})
+        call = sync.begin(sync.channel_of("comm", self.comm), operation, "bench", {"eps": EPS})
         assert call is not None
         return call
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -250,47 +251,103 @@ def copies() -> None:
     for other, group in ((copy.deepcopy(model), model[1].process_group), (pickle.loads(pickle.dumps(model)), None)):
         assert other[1].process_group is group
         other(np.ones((RANK + 1, 3), "f4"))
-    if hasattr(os, "fork"):
-        child = os.fork()
-        if child == 0:
-            try:
-                arraybn.batch_norm(np.ones((2, 3)), comm=WORLD)
-            except arraybn.SyncError as error:
-                os._exit(0 if "forked child" in str(error) else 3)
-            os._exit(4)
-        assert os.waitpid(child, 0)[1] == 0
+    for comm in (WORLD, WORLD.Dup()):  # of which the second has not been synchronized over
+        forked(comm)
     faults.good(faults.layer_on(None), WORLD)
 
 
+def forked(comm: Any) -> None:
+    if not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if child == 0:
+        try:
+            arraybn.batch_norm(np.ones((2, 3)), comm=comm)
+        except arraybn.SyncError as error:
+            os._exit(0 if "forked child" in str(error) else 3)
+        os._exit(4)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def interrupts() -> None:
-    """Ctrl-C while frames are combined waits until the exchange is over; it is then a failure of that rank alone."""
-    comm, combine = WORLD.Dup(), _frames.combine
-    layer = faults.layer_on(comm)
-    faults.good(layer, comm)
-    count = 0
+    """A signal while frames are combined waits until the exchange is over; it is then a failure of that rank alone."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
+    for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+        comm = WORLD.Dup()
+        layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
+        faults.good(layer, comm)
+
+        # in a call that ends as an error on all ranks nothing is lost, and the communicator can be used on
+        assert signalled(number, lambda layer=layer, x=x: layer(x[0, 0] if RANK == 1 else x)) in (
+            kind,
+            arraybn.SyncError,
+        )
+        faults.good(layer, comm)
+
+        assert signalled(number, lambda layer=layer, x=x: layer(x)) in (kind, None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        try:
+            layer(x)
+        except arraybn.SyncError as error:
+            assert f"this rank alone failed, so that its state differs: {kind.__name__}" in str(error)
+        else:
+            raise AssertionError("nobody was told")
+    signal.signal(signal.SIGTERM, before)
+
+
+def signalled(number: int, call: Any) -> Any:
+    """What `call` raises, with a signal as soon as this rank combines frames."""
+    combine, count, raised = _frames.combine, 0, None
 
     def pressed(a: Any, b: Any) -> Any:
         nonlocal count
         count += 1
         if count == 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return combine(a, b)
 
+    WORLD.Barrier()  # whoever waits long for the others is interrupted while it waits
     _frames.combine = pressed
     try:
-        layer(faults.part(faults.X, comm))
-    except KeyboardInterrupt:
-        assert count > 1
-    else:
-        assert count == 0  # this rank had nothing to combine
+        call()
+    except (KeyboardInterrupt, SystemExit, arraybn.SyncError) as error:
+        raised = type(error)
     _frames.combine = combine
-    assert any(WORLD.allgather(count))
-    try:
-        layer(faults.part(faults.X, comm))
-    except arraybn.SyncError as error:
-        assert "this rank alone failed, so that its state differs: KeyboardInterrupt" in str(error)
-    else:
-        raise SystemExit("nobody was told")
+    assert (raised in (KeyboardInterrupt, SystemExit)) == (count > 0)
+    assert any(WORLD.allgather(count))  # not every rank has something to combine
+    return raised
+
+
+def begun() -> None:
+    """What MPI will write into is kept, also when Ctrl-C comes as soon as the exchange has begun. The last check."""
+    comm = WORLD.Dup()
+    layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
+    faults.good(layer, comm)
+    run, own = _mpi.Reducer._run, []
+
+    def pressed(self: Any, start: Any, *rest: Any) -> None:
+        def begin() -> None:
+            start()
+            raise KeyboardInterrupt
+
+        run(self, begin, *rest)
+
+    if RANK == 0:
+        _mpi.Reducer._run = pressed
+        try:
+            layer(x)
+        except KeyboardInterrupt:
+            own = [np.zeros(_frames.LENGTH, np.uint8) for _ in range(8)]
+        assert own
+    WORLD.Barrier()
+    if RANK != 0:
+        layer(x)
+    WORLD.Barrier()
+    time.sleep(0.1)
+    WORLD.Barrier()
+    assert len(_mpi._given_up) == (RANK == 0)
+    assert not any(array.any() for array in own)
+    atexit.unregister(_mpi._end_job)  # for no rank waits
 
 
 def broken() -> None:
@@ -340,7 +397,7 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-CHECKS = (exact, control, bits, counts, wrong, users, copies, patience, interrupts, noticed, broken)
+CHECKS = (exact, control, bits, counts, wrong, users, copies, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":

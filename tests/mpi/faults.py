@@ -82,10 +82,14 @@ FORWARD = {  # name: what the rank does instead of layer(x), and its message
     "nothing": (lambda layer, x: layer(None), r"x: expected an array .*; got NoneType.*"),
     "momentum": (with_attribute("momentum", "fast"), r"momentum: expected a number; got 'fast'"),
     "eps": (with_attribute("eps", -1.0), r"eps: expected a number ≥ 0; got -1.0"),
+    "huge momentum": (with_attribute("momentum", 10**400), r"momentum: expected a finite number; got one .*"),
+    "huge eps": (with_attribute("eps", 10**400), r"eps: expected a finite number; got one .*"),
     "running_var": (with_attribute("running_var", np.ones(2, "f4")), r"running_var: expected shape \(3,\), .*"),
     "one buffer": (with_attribute("running_var", None), r"running_mean and running_var: expected either both .*"),
     "counter": (with_attribute("num_batches_tracked", -1), r"num_batches_tracked: expected an integer ≥ 0; got -1"),
     "training": (with_attribute("training", "yes"), r"training: expected True or False; got 'yes'"),
+    "no training": (with_attribute("training", None), r"training: expected True or False; got None"),
+    "array as training": (with_attribute("training", np.zeros(2)), r"training: expected True or False; got .*"),
     "num_features": (with_attribute("num_features", 10**30), r"x: expected 10+ channels .*"),
 }
 BACKWARD = {  # the same instead of layer.backward(dy)
@@ -137,8 +141,8 @@ def _named(layer: Any, path: str) -> Any:
     return layer
 
 
-def _counted(layer: Any) -> Any:
-    layer.num_batches_tracked = 7
+def _counted(layer: Any, batches: int | None) -> Any:
+    layer.num_batches_tracked = batches
     return layer
 
 
@@ -160,7 +164,8 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda comm: layer_on(comm, track_running_stats=False),
         "track_running_stats: True on rank",
     ),
-    "counter": (layer_on, lambda comm: _counted(layer_on(comm)), "num_batches_tracked: 0 on rank"),
+    "counter": (layer_on, lambda comm: _counted(layer_on(comm), 7), "num_batches_tracked: 0 on rank"),
+    "no counter": (layer_on, lambda comm: _counted(layer_on(comm), None), "num_batches_tracked: 0 on rank"),
     "evaluation": (
         lambda comm: layer_on(comm, **BARE),
         lambda comm: layer_on(comm, **BARE).eval(),
