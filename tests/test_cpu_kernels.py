@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,18 @@ def test_no_digit_is_lost_where_the_first_values_are_far_from_the_mean(shape: An
     _, m2 = cpu.moments(x)
     m2_exact = ((exact - (exact.sum(axis=(0, 2)) / (shape[0] * shape[2]))[:, None]) ** 2).sum(axis=(0, 2))
     assert np.all(np.abs(m2 - m2_exact) <= 4 * SUM * m2_exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_channel_that_is_summed_again_changes_no_bit_of_the_others(shape: Any, dtype: str) -> None:
+    if shape[1] == 1:
+        pytest.skip("there is no other channel")
+    x = data(shape, dtype)
+    mean, m2 = cpu.moments(x)
+    x[:1, 0, :8] = 1e4
+    other_mean, other_m2 = cpu.moments(x)
+    np.testing.assert_array_equal(other_mean[1:], mean[1:])
+    np.testing.assert_array_equal(other_m2[1:], m2[1:])
 
 
 def test_the_shift_is_tried_again_only_where_it_was_far() -> None:
@@ -397,6 +410,40 @@ def test_what_work_raises_is_raised_and_the_rest_is_left(threads: Any) -> None:
         assert sorted(done) == list(range(1000))
 
 
+def test_an_error_on_a_helper_stops_the_others_too(threads: Any) -> None:
+    threads(2)
+    caller, done = threading.get_ident(), []
+
+    def work(item: int) -> None:
+        time.sleep(0.001)
+        if threading.get_ident() != caller:
+            raise ValueError("helper")
+        done.append(item)
+
+    with pytest.raises(ValueError, match="helper"):
+        _threads.run(work, range(1000))
+    assert len(done) < 500
+
+
+def test_a_call_never_waits_for_helpers_that_are_busy_elsewhere(threads: Any) -> None:
+    threads(2)
+    release, held, done = threading.Event(), [threading.Event(), threading.Event()], []
+
+    def hold(item: int) -> None:
+        held[item].set()
+        release.wait(30)
+
+    first = threading.Thread(target=_threads.run, args=(hold, range(2)))
+    first.start()
+    assert all(event.wait(30) for event in held)  # the only helper is one of them
+    second = threading.Thread(target=_threads.run, args=(done.append, range(10)))
+    second.start()
+    second.join(30)
+    assert sorted(done) == list(range(10))
+    release.set()
+    first.join()
+
+
 def test_the_number_of_threads_is_set_and_checked(threads: Any) -> None:
     threads(5)
     assert arraybn.get_num_threads() == 5
@@ -557,7 +604,7 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
 
 @pytest.mark.skipif(not COMPILED, reason="it is the run that is started here")
 def test_the_kernels_are_right_uncompiled_as_well() -> None:
-    first_part = "sweeps or bits or digit or shift or channel or half or running or nothing or array"
+    first_part = "sweeps or bits or bit_of or digit or shift or channel or half or running or nothing or array"
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", first_part, "-p", "no:cacheprovider"]
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=ROOT, check=False)

@@ -64,15 +64,21 @@ def _spread(x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, shift: A
 
 @plain
 def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
-    """Turn Σd and Σd² into mean and m2, in place; return whether some shift was so far off that digits were lost."""
-    far = False
+    """Turn Σd and Σd² into mean and m2, in place; return whether some shift was so far off that digits were lost.
+
+    Such a shift becomes the mean. The others stay, so that sums made again have the same bits for their channels.
+    """
+    some = False
     for j in range(s.size):
         d = s[j] / n
         m2 = q[j] - s[j] * d
-        far |= s[j] * d > 4 * m2
+        far = s[j] * d > 4 * m2
         s[j] = shift[j] + d
         q[j] = 0.0 if m2 < 0 else m2
-    return far
+        if far:
+            shift[j] = s[j]
+            some = True
+    return some
 
 
 @plain
@@ -84,7 +90,6 @@ def _moments(x: Any, sample: int, plane: int, n: int, c0: int, rows: int, mean: 
         _spread(x, sample, plane, c0, 0, rows, shift, mean, m2)
         if not _finish(n, shift, mean, m2):
             return
-        shift[:] = mean
 
 
 @plain
@@ -211,7 +216,7 @@ class Compiled:
         self._signatures = {
             "shift": (_shift, (data, *place[:4], sums)),
             "spread": (_spread, (data, *place, given, sums, sums)),
-            "finish": (_finish, (types.intp, given, sums, sums)),
+            "finish": (_finish, (types.intp, sums, sums, sums)),
             "moments": (_moments, (data, *place, sums, sums)),
             "dots": (_dots, (data, data, *place, given, sums, sums)),
             "affine": (_affine, (data, *place, given, given, given, result, in_place)),

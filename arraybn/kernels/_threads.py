@@ -69,15 +69,18 @@ def run(work: Callable[[int], None], items: Iterable[int]) -> None:
     queue = iter(items)  # next() of a list's iterator is one step under the GIL
 
     def drain() -> None:
-        for item in queue:
-            work(item)
+        try:
+            for item in queue:
+                work(item)
+        except BaseException:
+            for _ in queue:  # nobody begins another
+                pass
+            raise
 
     futures = _pool.submit(drain, helpers)
     try:
         drain()
     finally:
-        for _ in queue:  # after an exception: leave the rest undone
-            pass
         running = [future for future in futures if not future.cancel()]
         wait(running)
     for future in running:

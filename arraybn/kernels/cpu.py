@@ -137,7 +137,6 @@ class _Work:
             self._add_tiles(run, lambda r0, r1, s, q: spread(self.x, sample, plane, c0, r0, r1, shift, s, q), mean, m2)
             if not self.code.finish(n, shift, mean, m2):
                 return
-            shift[:] = mean
 
     def dots(self, c0: int, run: Run, mean: Array, s: Array, q: Array) -> None:
         """(E5) Set s to Σu and q to Σu·(x−mean)."""
