@@ -198,8 +198,9 @@ def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Arra
     if not plain and is_torch_array(out):
         _as_plain_tensor("out", out)
     memory = footprint(out)
-    if memory is not None and any(step == 0 and size > 1 for step, size in zip(memory.strides, shape, strict=True)):
-        raise ValueError(f"out: expected memory of its own for every value; got strides {memory.strides}")
+    strides = () if memory is None or memory.size == 0 else memory.strides
+    if any(step == 0 and size > 1 for step, size in zip(strides, shape, strict=False)):
+        raise ValueError(f"out: expected memory of its own for every value; got strides {strides}")
     for name, array in inputs.items():
         if array is None or array is out or not overlap(out, array):
             continue

@@ -94,7 +94,7 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu"); the backward uses its forward's.
 
     Returns
     -------

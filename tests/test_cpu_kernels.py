@@ -196,7 +196,7 @@ def test_rounding_hardly_grows_with_the_number_of_values(shape: tuple[int, int, 
     mean, m2 = cpu.moments(x)
     exact_m2 = ((exact - exact.mean(axis=(0, 2), keepdims=True)) ** 2).sum(axis=(0, 2))
     s, _ = cpu.dots(x * x, x, mean)
-    # Added one after the other, 2²² numbers of one sign are wrong by some 300·2⁻⁵³; in blocks, by a few.
+    # Added one after the other, 2²² numbers of one sign are wrong by some 300·2⁻⁵³; in blocks of blocks, by a few.
     assert np.all(np.abs(m2 / exact_m2 - 1) <= 16 * 2.0**-53)
     assert np.all(np.abs(s / ((x * x).astype(np.longdouble)).sum(axis=(0, 2)) - 1) <= 16 * 2.0**-53)
     running = np.add.accumulate(((x - mean[:, None]) ** 2)[:, 0].ravel())[-1]
@@ -590,7 +590,7 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
         def magic_tuple() -> tuple[str]:
             return ("cpu",)
 
-    cache = _cpu_entries._Cache(_cpu_entries._forward)
+    cache = _cpu_entries._Cache(_cpu_entries._forward, ())
     key = cache._index_key("signature", Codegen())
     assert key == cache._index_key("signature", Codegen())
     original = Path.read_bytes
@@ -614,3 +614,133 @@ def test_the_kernels_are_right_uncompiled_as_well() -> None:
 
 def test_the_dtypes_are_all_of_them() -> None:
     assert {data((1,), name).dtype.char for name in FLOATS} == set(_cpu_entries._STORED)
+
+
+# ---- From the review of the kernels ----
+
+
+@pytest.mark.skipif(not COMPILED, reason="so many values take too long without the compiler")
+@pytest.mark.parametrize("shape", [(2**22, 1, 1), (1, 1, 2**22), (2**18, 1, 16), (2**19, 8, 1)])
+@pytest.mark.parametrize("order", ["halves", "random"])
+def test_n2_float64_of_two_values_whose_sums_round_the_same_way(shape: tuple[int, int, int], order: str) -> None:
+    n, channels = shape[0] * shape[2], shape[1]
+    high = np.arange(np.prod(shape)) < n * channels // 2 if order == "halves" else None
+    high = (np.random.default_rng(0).random(shape) < 0.5) if high is None else high.reshape(shape)
+    x = np.where(high, 0.1, 0.0)
+    count = high.sum(axis=(0, 2)).astype(np.longdouble)  # so mean and m2 need no sum
+    mean = count * np.longdouble(0.1) / n
+    m2 = count * (np.longdouble(0.1) - mean) ** 2 + (n - count) * mean**2
+    rstd = 1 / np.sqrt(m2 / n + np.longdouble(1e-5))
+    exact = (x - mean[:, None]) * rstd[:, None]
+    scale = abs(exact).max(axis=(0, 2))
+    error = abs(arraybn.batch_norm(x)[0] - exact).max(axis=(0, 2)) / np.spacing(scale.astype("f8"))
+    assert np.all(error <= 16 * (1 + mean / np.sqrt(m2 / n)))
+
+
+@pytest.mark.parametrize("how", ["threading.Thread(target=work).start()", "atexit.register(work)"])
+def test_a_call_while_the_interpreter_ends_does_without_helpers(how: str) -> None:
+    code = f"""
+        import atexit, threading, time
+        import numpy, arraybn
+        arraybn.set_num_threads(2)
+        x = numpy.ones((8, 64, 80, 80), "f4")
+        arraybn.batch_norm(x)
+        def work():
+            for _ in range(5):
+                arraybn.batch_norm(x)
+                time.sleep(0.05)  # so that the main thread has ended
+            print("done")
+        {how}
+    """
+    assert python(code).strip() == "done"
+
+
+def test_running_statistics_take_moments_of_any_floating_dtype() -> None:
+    for mean, var in [("f4", "f4"), (">f8", ">f8"), ("f2", "f2"), ("f8", "f4")]:
+        batch = arraybn.Moments(5, np.ones(2, mean), np.full(2, 4.0, var))
+        new_mean, new_var = arraybn.update_running_stats(np.zeros(2), np.ones(2), batch, 0.5)
+        assert new_mean.dtype == new_var.dtype == np.float64
+        np.testing.assert_allclose([new_mean, new_var], [[0.5] * 2, [1.0] * 2])
+
+
+def test_an_empty_batch_takes_out() -> None:
+    x = np.empty((0, 3, 5), np.float32)
+    out = np.empty_like(x)
+    y, saved = arraybn.batch_norm(x, out=out)
+    assert y is out
+    assert arraybn.batch_norm_backward(x, saved, out=out)[0] is out
+
+
+def test_squares_beyond_float64_are_inf_as_in_numpy(shape: Any) -> None:
+    if shape[0] * shape[2] == 1:
+        pytest.skip("one value has no spread")
+    x = data(shape, "float64")
+    x[-1, 0, -1] = 1e200
+    with np.errstate(over="ignore"):  # said by NumPy alone, where nothing is compiled
+        assert cpu.moments(x)[1][0] == np.inf
+    with np.errstate(over="ignore"):
+        assert reference.moments(x)[1][0] == np.inf
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_two_dtypes_that_are_kept_at_once_do_not_take_each_others_files(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        import numba.core.caching as caching
+        index, data, name = caching.IndexDataCacheFile._save_index, caching.IndexDataCacheFile._save_data, sys.argv[1]
+        early, late = {"f": (1, 5), "d": (3, 0)}[name]  # both read the index before one writes it
+        caching.IndexDataCacheFile._save_index = lambda *a: (time.sleep(early), index(*a))[1]
+        caching.IndexDataCacheFile._save_data = lambda *a: (time.sleep(late), data(*a))[1]
+        from arraybn.kernels._cpu_entries import compiled
+        compiled(name).running
+    """
+    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: python(code, name, **env), "fd"))
+    code = """
+        import numpy, arraybn
+        batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
+        for name in ("f4", "f8"):
+            print(arraybn.update_running_stats(numpy.zeros(1, name), numpy.ones(1, name), batch, 1.0)[0].dtype)
+    """
+    assert python(code, **env).split() == ["float32", "float64"]
+    for path in tmp_path.rglob("*.nb?"):
+        path.write_bytes(b"")  # as after a crash
+    assert python(code, **env).split() == ["float32", "float64"]
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
+    code = """
+        import resource, warnings
+        import numpy, arraybn
+        import arraybn.kernels.cpu
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mean = arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean
+        print(mean, caught[0].category.__name__)
+    """
+    assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["[2.]", "RuntimeWarning"]
+
+
+def test_a_numba_that_cannot_be_imported_leaves_the_reference(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.4 or less")\n')
+    code = """
+        import warnings
+        import numpy, arraybn
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            print(arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean, "Numba needs" in str(caught[0].message))
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)  # noqa: PLW1510
+    assert run.stdout.split() == ["[2.]", "True"]
+
+
+def test_bfloat16_ties_go_to_even() -> None:
+    kind = need("ml_dtypes").bfloat16
+    x, one, zero = np.ones((1, 1, 1), kind), np.ones(1), np.zeros(1)
+    for step, rounded in [(2.0**-8, 1.0), (3 * 2.0**-8, 1.0 + 2.0**-6)]:  # halfway between two neighbours
+        assert float(cpu.affine(x, zero, one, np.array([step])).item()) == rounded

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from typing import Protocol, cast
 
 import numpy as np
@@ -44,8 +45,8 @@ MODULES = {"reference": "arraybn.reference", "cpu": "arraybn.kernels.cpu"}  # im
 def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
     """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
 
-    "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it, as all of the last
-    ten years do. "reference" takes all arrays.
+    "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it (F16C), as
+    nearly all do. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray) and _has_numba() and (x.dtype.char != "e" or _has_half()):
@@ -72,7 +73,16 @@ def _module(name: str) -> Kernels:
 
 @functools.cache
 def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba can be used: one that was not made for this NumPy cannot be imported."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        text = f"arraybn: numba cannot be imported ({error}), so NumPy arrays are served by the reference"
+        warnings.warn(f"{text}, which is many times slower", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def _has_half() -> bool:

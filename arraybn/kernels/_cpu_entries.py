@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import config, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 
 from .. import reference
 from . import _cpu_tiles, _cpu_values
@@ -71,7 +74,7 @@ def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
     some = False
     for j in range(s.size):
         d = s[j] / n
-        m2 = q[j] - s[j] * d
+        m2 = q[j] if np.isinf(q[j]) and np.isfinite(d) else q[j] - s[j] * d  # too large for float64, as in NumPy
         far = s[j] * d > 4 * m2
         s[j] = shift[j] + d
         q[j] = 0.0 if m2 < 0 else m2
@@ -258,7 +261,7 @@ def compile_all() -> Iterator[str]:
 def cache_folder() -> str | None:
     """Where compiled entries are kept; None where no folder can be written."""
     try:
-        return str(_Cache(getattr(_forward, "py_func", _forward)).cache_path)
+        return str(_Cache(_forward, ()).cache_path)
     except RuntimeError:
         return None
 
@@ -266,8 +269,34 @@ def cache_folder() -> str | None:
 class _Cache(FunctionCache):  # type: ignore[misc]
     """Numba's cache on disk, which otherwise looks at this file alone to see whether it is out of date."""
 
+    def __init__(self, function: Any, signature: tuple[types.Type, ...]) -> None:
+        super().__init__(function)
+        # Files of its own for each key (signature, processor, sources): in Numba's, which all keys share, two processes
+        # that add to them at once can leave the code of one under the key of the other, for good.
+        key = self._index_key(signature, cpu_target.target_context.codegen())
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        self._cache_file = IndexDataCacheFile(
+            self._cache_path, f"{self._impl.filename_base}-{name}", self._impl.locator.get_source_stamp()
+        )
+
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         return *super()._index_key(signature, codegen), _sources()
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """As Numba's, but what cannot be read, as after a crash, is compiled anew."""
+        try:
+            return super().load_overload(signature, context)
+        except (EOFError, pickle.UnpicklingError, OSError):
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        """As Numba's, but where the disk is full it says so, and goes on."""
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _warn_no_cache(f"they cannot be kept ({error})")
 
 
 @functools.cache
@@ -283,20 +312,20 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     function = getattr(function, "py_func", function)
     entry = plain(nogil=True)(function)
     try:
-        entry._cache = _Cache(function)
+        entry._cache = _Cache(function, arguments)
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
-        _warn_no_cache()
+        _warn_no_cache("there is no folder to keep them in")
     entry.compile(arguments)
     entry.disable_compile()
     return entry
 
 
 @functools.cache
-def _warn_no_cache() -> None:
+def _warn_no_cache(why: str) -> None:
     warnings.warn(
-        "arraybn: no folder to keep compiled kernels in, so every process compiles its own, for seconds. Set"
+        f"arraybn: every process compiles its own kernels, for seconds, because {why}. Set"
         ' NUMBA_CACHE_DIR to a folder that can be written, or pass kernels="reference"',
         RuntimeWarning,
         stacklevel=2,

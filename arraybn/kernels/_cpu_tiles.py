@@ -21,6 +21,7 @@ from ._cpu_values import narrow, wide
 LONG = 32  # planes of this many values are runs of their own
 WIDE = 1024  # values in a run over short planes: its coefficients stay in the first-level cache
 PIECE = 8192  # values in a run along a long plane
+SHORT = 512  # values that are summed in one go, some sixteen for each sum of a vector
 BLOCK = 64  # runs whose sums are added up before they are added to the tile's, which keeps rounding small
 
 # Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `minus`.
@@ -161,17 +162,19 @@ def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
 
 @plain
 def _add_up(line: Any, plane: int, sums: Any) -> None:
-    """Add what each place of a run over short planes has gathered to the sum of its channel."""
-    for k in range(line.size // (sums.size * plane)):
-        if plane == 1:
-            for j in range(sums.size):
-                sums[j] += line[np.uintp(k * sums.size + j)]
-            continue
-        for j in range(sums.size):
-            total = 0.0
-            for i in range(plane):
-                total += line[np.uintp((k * sums.size + j) * plane + i)]
-            sums[j] += total
+    """Add what each place of a run over short planes has gathered to the sum of its channel; `line` is used up."""
+    whole = sums.size * plane
+    times = line.size // whole
+    while times > 1:  # by halves, as rounding would grow with the number of times
+        half = (times + 1) // 2
+        for i in range((times - half) * whole):
+            line[np.uintp(i)] += line[np.uintp(half * whole + i)]
+        times = half
+    for j in range(sums.size):
+        total = 0.0
+        for i in range(plane):
+            total += line[np.uintp(j * plane + i)]
+        sums[j] += total
 
 
 def _sums_along(run: Any) -> Any:
@@ -188,8 +191,13 @@ def _sums_along(run: Any) -> Any:
             for r in range(block, min(block + BLOCK, r1)):
                 row, length = _row(r, sample, plane)
                 for j in range(mean.size):
-                    start = np.uintp(row + (c0 + j) * plane)
-                    s_run, q_run = run(u, x, start, start + np.uintp(length), mean[j])
+                    start = row + (c0 + j) * plane
+                    s_run = q_run = 0.0
+                    for first in range(start, start + length, SHORT):
+                        last = min(first + SHORT, start + length)
+                        s_part, q_part = run(u, x, np.uintp(first), np.uintp(last), mean[j])
+                        s_run += s_part
+                        q_run += q_part
                     s_block[j] += s_run
                     q_block[j] += q_run
             s += s_block

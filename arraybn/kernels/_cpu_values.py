@@ -42,7 +42,7 @@ def wide(value: Any) -> Any:
 
 
 def narrow(value: Any, out: Any) -> Any:
-    """`value` (float64) as an element of the array `out`, rounded to nearest, ties to even."""
+    """`value` (float64) as an element of the array `out`; half precision is rounded to by way of float32."""
     if out.dtype == np.int16:
         return np.float16(np.float32(value)).view(np.int16)
     if out.dtype == np.uint16:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from .._checks import as_integer
 
@@ -16,8 +17,8 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        Unless set: the cores that this process may run on, shared among the ranks that mpirun has put on this machine,
-        and at most OMP_NUM_THREADS where that is set.
+        Unless set: the cores that this process may run on, at most the machine's shared among the ranks that mpirun has
+        put on it, and at most OMP_NUM_THREADS where that is set.
 
     Examples
     --------
@@ -115,7 +116,10 @@ class _Pool:
                     self._executor.shutdown(wait=False)
                 self._size = max(copies, get_num_threads() - 1)
                 self._executor = ThreadPoolExecutor(self._size, "arraybn")
-            return [self._executor.submit(function) for _ in range(copies)]
+            futures: list[Future[None]] = []
+            with suppress(RuntimeError):  # at the end of the interpreter, or where the system has no more threads
+                futures.extend(self._executor.submit(function) for _ in range(copies))
+            return futures
 
 
 _pool = _Pool()

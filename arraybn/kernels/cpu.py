@@ -25,6 +25,7 @@ from ._cpu_values import HALF as HALF
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in cache
 RUN = 2048  # bytes side by side that are worth going to
 LEAST = 2**18  # bytes of a tile at least, so that starting it does not show
+_F8 = np.dtype(np.float64)
 CACHE = 24 * 2**20  # bytes that all threads together may hope to find in cache again
 Run = Callable[[Callable[[int], None], Iterable[int]], None]  # calls a function with each item
 
@@ -267,7 +268,7 @@ def update_running_stats(
 ) -> tuple[Array, Array]:
     """(E4) The running statistics (C,) after one more batch, in their dtypes."""
     dtype = running_mean.dtype
-    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype:
+    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or {mean.dtype, var.dtype} != {_F8}:
         update = reference.update_running
         return update(running_mean, mean, momentum), update(running_var, var, momentum)
     new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
