@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -101,7 +102,11 @@ class Worker:
         return lines[-1] if status and lines else f"ended early, exit status {status}"
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process: by the end of its questions if it hears of it, otherwise whatever it is doing."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(0 if self.failed else 5.0)
         self._process.kill()
         self._process.wait()
         self._reader.join()
