@@ -38,7 +38,7 @@ def minus(x: Any, mean: Any) -> Any:
 
 
 # ---- Runs: what each sweep does to values that lie side by side ------------------------------------------------------
-# Places are unsigned: of a signed one Numba asks at every step whether it counts from the end, which is 4 times slower.
+# Places are unsigned: of a signed one Numba asks at every step whether it counts from the end.
 
 
 @_sum
