@@ -1,0 +1,123 @@
+"""How Sphinx makes the site from these pages: ``python -m sphinx -W --keep-going docs build/site``.
+
+The pages are plain Markdown and read as well where the code is hosted. Here the lessons are brought in from notebooks/,
+formulas become MathML, which a browser draws without script or network, and the capability table is made from tests/.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import sphinxcontrib.katex
+import ziamath
+from docutils import nodes
+from py_mini_racer import JSEvalException, MiniRacer
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+LESSONS = DOCS / "tutorials"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(DOCS)]
+
+from arraybn import __version__  # noqa: E402
+
+project = "arraybn"
+author = "The arraybn developers"
+copyright = "the arraybn developers, BSD 3-Clause"  # noqa: A001
+version = release = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["build", "**/.ipynb_checkpoints"]
+suppress_warnings = ["toc.empty_glob"]  # no page of the GPU, or no lesson, yet
+nitpicky = False
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+nb_execution_mode = "off"  # the outputs are kept in the notebooks, and tests run these
+nb_merge_streams = True
+
+default_role = "code"  # `x` in docstrings
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes, which types do not
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_display_short_literal_types = True
+add_module_names = False
+
+html_theme = "furo"
+html_title = "arraybn"
+html_static_path = ["_static", str(Path(ziamath.__file__).with_name("fonts") / "STIXTwoMath-Regular.ttf")]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_show_sphinx = False
+html_copy_source = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+
+def bring_lessons() -> None:
+    """Copy notebooks/*.ipynb into docs/tutorials/, which git ignores: Sphinx reads nothing outside docs/."""
+    lessons = {path.name: path for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for old in LESSONS.glob("*.ipynb"):
+        if old.name not in lessons:
+            old.unlink()
+    for name, path in lessons.items():
+        new = LESSONS / name
+        if not new.exists() or new.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, new)
+
+
+def links_within_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Turn links to files of the repository into links to pages of the site."""
+    up = "../" * docname.count("/")
+    pages = {
+        rf"{up}\.\./notebooks/([\w-]+\.ipynb)": rf"{up}tutorials/\1",
+        rf"{up}\.\./notebooks/(README\.md)?": f"{up}tutorials/index.md",
+        rf"{up}\.\./CONTRIBUTING\.md": f"{up}contributing.md",
+        rf"{up}\.\./CHANGELOG\.md": f"{up}changelog.md",
+        rf"{up}\.\./(arraybn/[\w/]+)\.py": rf"{up}reference/source.md#\1",
+    }
+    for old, new in pages.items():
+        source[0] = re.sub(rf"\]\({old}(#[\w-]*)?\)", lambda found, new=new: found.expand(f"]({new})"), source[0])
+
+
+@cache
+def katex() -> MiniRacer:
+    """KaTeX, which knows more of LaTeX than what there is in Python, in a JavaScript machine of its own."""
+    machine = MiniRacer()
+    machine.eval("self = this;" + Path(sphinxcontrib.katex.__file__).with_name("katex.min.js").read_text())
+    machine.eval("mathml = (text, block) => katex.renderToString(text, {output: 'mathml', displayMode: block})")
+    return machine
+
+
+def as_mathml(self: Any, node: nodes.Element) -> None:
+    """Write a formula as MathML; one that is wrong is a warning."""
+    block = isinstance(node, nodes.math_block)
+    try:
+        mathml = katex().call("mathml", node.astext(), block)
+    except JSEvalException as error:
+        logging.getLogger(__name__).warning("%s", str(error).splitlines()[1], location=node)
+        mathml = node.astext()
+    self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
+def shapes_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep the asterisk of (N, C, *S) from being read as emphasis."""
+    lines[:] = [re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this first."""
+    bring_lessons()
+    app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
+    app.connect("source-read", links_within_the_site)
+    app.connect("autodoc-process-docstring", shapes_are_no_markup, priority=900)
