@@ -6,10 +6,11 @@ formulas become MathML, which a browser draws without script or network, and the
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from docutils import nodes
 from py_mini_racer import JSEvalException, MiniRacer
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -26,6 +28,11 @@ LESSONS = DOCS / "tutorials"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(DOCS)]
 
 from arraybn import __version__  # noqa: E402
+from arraybn.__main__ import COMMANDS  # noqa: E402
+
+SHOWN = re.findall(r"literalinclude\} \.\./\.\./(\S+)", (DOCS / "reference" / "source.md").read_text())
+
+QUOTED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages that are files beside docs/
 
 project = "arraybn"
 author = "The arraybn developers"
@@ -34,8 +41,6 @@ version = release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["build", "**/.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]  # no page of the GPU, or no lesson, yet
-nitpicky = False
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -78,15 +83,23 @@ def bring_lessons() -> None:
 def links_within_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turn links to files of the repository into links to pages of the site."""
     up = "../" * docname.count("/")
+    if docname in QUOTED:
+        source[0] = (ROOT / QUOTED[docname]).read_text().replace("](", "](../")
+    if not (DOCS / "gpu.md").exists():
+        source[0] = source[0].replace("\ngpu*\n", "\n")
     pages = {
-        rf"{up}\.\./notebooks/([\w-]+\.ipynb)": rf"{up}tutorials/\1",
-        rf"{up}\.\./notebooks/(README\.md)?": f"{up}tutorials/index.md",
-        rf"{up}\.\./CONTRIBUTING\.md": f"{up}contributing.md",
-        rf"{up}\.\./CHANGELOG\.md": f"{up}changelog.md",
-        rf"{up}\.\./(arraybn/[\w/]+)\.py": rf"{up}reference/source.md#\1",
+        r"notebooks/([\w-]+\.ipynb)": r"tutorials/\1",
+        r"notebooks/(?:README\.md)?": "tutorials/index.md",
+        r"CONTRIBUTING\.md": "contributing.md",
+        r"CHANGELOG\.md": "changelog.md",
+        r"docs/([\w/-]+\.md)": r"\1",
     }
     for old, new in pages.items():
-        source[0] = re.sub(rf"\]\({old}(#[\w-]*)?\)", lambda found, new=new: found.expand(f"]({new})"), source[0])
+        link = rf"\]\({re.escape(up)}\.\./{old}(#[\w-]*)?\)"
+        source[0] = re.sub(link, lambda m, new=new: f"]({up}{m.expand(new)}{m[m.re.groups] or ''})", source[0])
+    for path in SHOWN:
+        anchor = path.replace("/", "").replace(".", "")
+        source[0] = source[0].replace(f"]({up}../{path})", f"]({up}reference/source.md#{anchor})")
 
 
 @cache
@@ -110,14 +123,45 @@ def as_mathml(self: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
-def shapes_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep the asterisk of (N, C, *S) from being read as emphasis."""
-    lines[:] = [re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines]
+def formulas_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep (N, C, *S) from being read as emphasis, and |mean| as a substitution."""
+    starred = (re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines)
+    lines[:] = [re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred]
+
+
+class CommandHelp(SphinxDirective):
+    """What ``--help`` of each command prints."""
+
+    def run(self) -> list[nodes.Node]:
+        """One block for each."""
+        made: list[nodes.Node] = []
+        for name, command in COMMANDS.items():
+            parser = argparse.ArgumentParser(f"python -m arraybn {name}", description=command.DESCRIPTION)
+            parser.formatter_class = partial(argparse.HelpFormatter, width=100)
+            command.add_arguments(parser)
+            made.append(nodes.literal_block("", parser.format_help(), language="text"))
+        return made
+
+
+class CapabilityTable(SphinxDirective):
+    """The cases of tests/test_capabilities.py."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table, by way of Markdown."""
+        import test_capabilities  # imports hypothesis and pytest
+
+        head, rows = test_capabilities.table()
+        functions = ", ".join(test_capabilities.FUNCTIONS)
+        lines = [f"✓: {functions}.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| `{row[0]}` | `{row[1]}` | {' | '.join(row[2:])} |" for row in rows]
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this first."""
     bring_lessons()
     app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
+    app.add_directive("command-help", CommandHelp)
+    app.add_directive("capability-table", CapabilityTable)
     app.connect("source-read", links_within_the_site)
-    app.connect("autodoc-process-docstring", shapes_are_no_markup, priority=900)
+    app.connect("autodoc-process-docstring", formulas_are_no_markup, priority=900)
