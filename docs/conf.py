@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -75,9 +74,10 @@ def bring_lessons() -> None:
         if old.name not in lessons:
             old.unlink()
     for name, path in lessons.items():
+        text = path.read_text().replace("](../", "](../../").replace("](README.md", "](index.md")
         new = LESSONS / name
-        if not new.exists() or new.read_bytes() != path.read_bytes():
-            shutil.copyfile(path, new)
+        if not new.exists() or new.read_text() != text:
+            new.write_text(text)
 
 
 def links_within_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -123,6 +123,17 @@ def as_mathml(self: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+def names_of_tests_break(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Let the long names of tests break at their underscores, and mark the tables that have a column of them."""
+    for literal in doctree.findall(nodes.literal):
+        if (text := literal.astext()).startswith("tests/"):
+            broken = re.sub(r"(_|::)", r"\1<wbr>", text)
+            literal.replace_self(nodes.raw("", f'<code class="literal">{broken}</code>', format="html"))
+    for table in doctree.findall(nodes.table):
+        if "held by" in [entry.astext() for entry in table.findall(nodes.entry)]:
+            table["classes"].append("held")
+
+
 def formulas_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keep (N, C, *S) from being read as emphasis, and |mean| as a substitution."""
     starred = (re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines)
@@ -164,4 +175,5 @@ def setup(app: Sphinx) -> None:
     app.add_directive("command-help", CommandHelp)
     app.add_directive("capability-table", CapabilityTable)
     app.connect("source-read", links_within_the_site)
+    app.connect("doctree-resolved", names_of_tests_break)
     app.connect("autodoc-process-docstring", formulas_are_no_markup, priority=900)
