@@ -1,4 +1,4 @@
-"""What works where: every function, on every namespace, in every dtype, with every kernel module that takes such arrays.
+"""What works where: every function, on every namespace, in every dtype, with every kernel module that takes them.
 
 docs/reference/capabilities.md shows these cases as a table, made when the site is built.
 """
@@ -128,7 +128,9 @@ def works(home: str, module: str, dtype: str, function: str) -> bool:
     return there and not (function == "`out=`" and home.startswith(NO_OUT))
 
 
-CASES = [(home, module, dtype, f) for home in HOMES for module in kernels.MODULES for dtype in DTYPES for f in FUNCTIONS]
+CASES = [
+    (home, module, dtype, f) for home in HOMES for module in kernels.MODULES for dtype in DTYPES for f in FUNCTIONS
+]
 WORKS = [case for case in CASES if works(*case)]
 REFUSED = [(home, module) for home in HOMES for module in kernels.MODULES if not serves(module, home)]
 

@@ -1,4 +1,4 @@
-"""The pages of the docs: every block of code runs and prints what stands below it, every link and every test is there."""
+"""The pages of the docs: every block runs and prints what stands below it, every link and every test is there."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def run(path: Path) -> None:
                 assert lines == after.text.rstrip().splitlines(), where
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if {"python", "pycon"} & {b.language for b in blocks(p)}], ids=name_of)
-def test_code_runs_and_prints_what_the_page_says(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if {"python", "pycon"} & {b.language for b in blocks(p)}], ids=name_of
+)
+def test_code_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name_of(path) in PEERS:
         from conftest import need
 
@@ -110,7 +110,9 @@ def test_code_runs_and_prints_what_the_page_says(
 
 def test_a_wrong_block_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n2\n```\n\n```pycon\n>>> x\n1\n```\n")
+    page.write_text(
+        "```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n2\n```\n\n```pycon\n>>> x\n1\n```\n"
+    )
     run(page)
     right = page.read_text()
     for old, new in (("text\n2", "text\n3"), (">>> x\n1", ">>> x\n2"), ("x = 1", "x = 1; assert x == 2")):
@@ -121,7 +123,9 @@ def test_a_wrong_block_is_found(tmp_path: Path) -> None:
 
 def commands(path: Path) -> list[list[str]]:
     text = "\n".join(block.text for block in blocks(path) if block.language == "sh").replace("\\\n", " ")
-    found = re.findall(r"-m arraybn\b(.*)", text + "\n" + "\n".join(re.findall(r"`([^`\n]*-m arraybn[^`\n]*)`", path.read_text())))
+    found = re.findall(
+        r"-m arraybn\b(.*)", text + "\n" + "\n".join(re.findall(r"`([^`\n]*-m arraybn[^`\n]*)`", path.read_text()))
+    )
     return [shlex.split(arguments, comments=True) for arguments in found]
 
 
@@ -132,9 +136,10 @@ def test_the_options_of_commands_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in [*PAGES, ROOT / "README.md"]:
         for arguments in filter(None, commands(path)):
             try:
-                assert command_line.main(arguments) == 0
-            except SystemExit as stop:
-                assert not stop.code, f"{path.name}: python -m arraybn {' '.join(arguments)}"
+                status = command_line.main(arguments)
+            except SystemExit as stop:  # of argparse: 2, or 0 for --help
+                status = stop.code or 0
+            assert status == 0, f"{path.name}: python -m arraybn {' '.join(arguments)}"
             count += 1
     assert count > 10
     with pytest.raises(SystemExit):
@@ -200,7 +205,10 @@ def test_every_line_of_the_conventions_names_its_test() -> None:
 
 
 def test_the_table_of_accuracy_is_that_of_the_readme() -> None:
-    tables = [re.search(r"^ +mean +var.*?(?=^```)", p.read_text(), re.M | re.S) for p in (ROOT / "README.md", DOCS / "numerics.md")]
+    tables = [
+        re.search(r"^ +mean +var.*?(?=^```)", p.read_text(), re.M | re.S)
+        for p in (ROOT / "README.md", DOCS / "numerics.md")
+    ]
     assert all(tables)
     assert tables[0][0] == tables[1][0]  # type: ignore[index]
 
