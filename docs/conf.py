@@ -117,7 +117,8 @@ def as_mathml(self: Any, node: nodes.Element) -> None:
     try:
         mathml = katex().call("mathml", node.astext(), block)
     except JSEvalException as error:
-        logging.getLogger(__name__).warning("%s", str(error).splitlines()[1], location=node)
+        what = re.search(r"KaTeX parse error.*", str(error))
+        logging.getLogger(__name__).warning("%s", what[0] if what else error, location=node)
         mathml = node.astext()
     self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode

@@ -213,6 +213,12 @@ def test_the_table_of_accuracy_is_that_of_the_readme() -> None:
     assert tables[0][0] == tables[1][0]  # type: ignore[index]
 
 
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == arraybn.__version__  # type: ignore[index]
+    assert re.search(r"^license: (.*)$", text, re.MULTILINE)[1] in (ROOT / "setup.cfg").read_text()  # type: ignore[index]
+
+
 # ---- The reference ---------------------------------------------------------------------------------------------------
 
 
