@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 REFERENCE = "".join(path.read_text() for path in sorted((DOCS / "reference").glob("*.md")))
-LANGUAGES = {"python", "pycon", "sh", "text"}  # and {directives} of MyST
+LANGUAGES = {"python", "pycon", "sh", "text", ""}  # and {directives} of MyST; "" is a command or what it prints
 
 NOT_RUN = {  # page, how often, and what the comment before the block says
     ("synchronized.md", "needs ranks"): 3,
@@ -91,7 +91,7 @@ def run(path: Path) -> None:
                 exec(compile("\n" * block.line + block.text, str(path), "exec"), space)
             if printed.getvalue():
                 assert after is not None, where
-                assert after.language == "text", where
+                assert after.language in ("text", ""), where
                 lines = [line.rstrip() for line in printed.getvalue().rstrip().splitlines()]
                 assert lines == after.text.rstrip().splitlines(), where
 
@@ -122,7 +122,7 @@ def test_a_wrong_block_is_found(tmp_path: Path) -> None:
 
 
 def commands(path: Path) -> list[list[str]]:
-    text = "\n".join(block.text for block in blocks(path) if block.language == "sh").replace("\\\n", " ")
+    text = "\n".join(block.text for block in blocks(path) if block.language in ("sh", "")).replace("\\\n", " ")
     found = re.findall(
         r"-m arraybn\b(.*)", text + "\n" + "\n".join(re.findall(r"`([^`\n]*-m arraybn[^`\n]*)`", path.read_text()))
     )
