@@ -149,7 +149,7 @@ class CommandHelp(SphinxDirective):
         made: list[nodes.Node] = []
         for name, command in COMMANDS.items():
             parser = argparse.ArgumentParser(f"python -m arraybn {name}", description=command.DESCRIPTION)
-            parser.formatter_class = partial(argparse.HelpFormatter, width=100)
+            parser.formatter_class = partial(argparse.HelpFormatter, width=88)
             command.add_arguments(parser)
             made.append(nodes.literal_block("", parser.format_help(), language="text"))
         return made
