@@ -311,8 +311,8 @@ def test_there_is_no_model_of_one_number_of_ranks() -> None:
 
 def test_the_script_of_the_docs_trains_alike_on_any_number_of_ranks(mpirun: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "synchronized.md").read_text()
-    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (shown,) = re.findall(r"```\n(epoch 10.*?)```", text, re.DOTALL)
+    (script, *_) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (shown,) = re.findall(r"```text\n(epoch 10.*?)```", text, re.DOTALL)
     (tmp_path / "train.py").write_text(script)
     for ranks in (1, 2):
         result = on_ranks(mpirun, ranks, "train.py", cwd=tmp_path)
