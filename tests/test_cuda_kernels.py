@@ -71,21 +71,26 @@ def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[shim.Shim]:
     monkeypatch.setattr("arraybn.statistics.select", by_default)
     with shim.install(library) as installed:
         yield installed
+    forget_cuts()
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> None:
     for name, value in sizes.items():
         monkeypatch.setattr(cuda, name, value)
+    forget_cuts()
+
+
+def forget_cuts() -> None:
     cuda.cut.cache_clear()
+    cuda._plan.cache_clear()
 
 
 @pytest.fixture(params=CUTS)
-def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gpu: shim.Shim) -> Any:
     """(N, C, S), cut as the name says."""
     shape, sizes = CUTS[request.param]
     set_sizes(monkeypatch, sizes)
-    yield shape
-    cuda.cut.cache_clear()
+    return shape
 
 
 def data(shape: tuple[int, ...], dtype: str, seed: int = 0, offset: float = 3.0) -> Any:
@@ -516,7 +521,6 @@ def test_the_table_has_every_way_of_cutting(name: str, monkeypatch: pytest.Monke
     under_way = cut.grid.threads * (4 if cut.width > 1 else 8) // numbers["columns"]
     assert (numbers["part"] > 2 * under_way) == ("rounds" in name or name == "a long plane in parts") or "parts" in name
     assert (cut.width == 1) == bool(re.search("odd|short|one|two|planes in rounds", name))
-    cuda.cut.cache_clear()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -613,7 +617,6 @@ def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_a
     monkeypatch.setattr(gpu, "build", fail)
     with pytest.raises(RuntimeError, match="the CUDA kernel moments_planes_float32_1 could not"):
         layer(x)
-    cuda.cut.cache_clear()
 
 
 def test_a_kernel_is_built_once_for_a_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,7 +640,6 @@ def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monke
         pool.submit(cuda.moments, data((6, 4, 7), "float32")).result()
     assert sorted(key[:2] for key in gpu._rooms) == sorted([*places, (0, 2)])
     assert len({gpu.pointer(room.arrays[1]) for room in gpu._rooms.values()}) == 5
-    cuda.cut.cache_clear()
 
 
 def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
@@ -652,7 +654,6 @@ def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
     assert second.tickets >= 1500 > first.tickets
     assert any(room is first for room in gpu._outgrown)
     np.testing.assert_allclose(mean, x.astype("f8").mean(axis=(0, 2)), rtol=1e-14)
-    cuda.cut.cache_clear()
 
 
 def test_several_callers_at_once_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,7 +664,6 @@ def test_several_callers_at_once_get_the_bits_of_one(monkeypatch: pytest.MonkeyP
         together = list(pool.map(lambda x: arraybn.batch_norm(x)[0], batches))
     for y, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(y, expected)
-    cuda.cut.cache_clear()
 
 
 def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:
@@ -716,7 +716,6 @@ def test_a_planted_error_is_found(planted: str, monkeypatch: pytest.MonkeyPatch)
     check(shape, "float32")  # right without it
     with shim.install(library), pytest.raises((AssertionError, RuntimeError)):
         check(shape, "float32")
-    cuda.cut.cache_clear()
 
 
 SANITIZED = """
