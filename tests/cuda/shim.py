@@ -100,7 +100,7 @@ class Shim(_cuda_launch.Launcher):
         super().__init__()
         self.library = ctypes.CDLL(str(library))
         self.library.shim_launch.restype = ctypes.c_char_p
-        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 4]
+        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -135,7 +135,8 @@ class Shim(_cuda_launch.Launcher):
         packed = ctypes.c_void_p.from_address(arguments).value
         with self._turn:
             self.launches.append((self.names[function], grid))
-            said = self.library.shim_launch(function, packed, grid.blocks, grid.threads, self.resident, self.seed)
+            size = grid.blocks, grid.threads, grid.shared
+            said = self.library.shim_launch(function, packed, *size, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
         for made in self._made:
