@@ -340,6 +340,23 @@ test_n3_eps_zero = test_accuracy.test_eps_zero_leaves_constant_channels_at_bias_
 test_nan_and_inf_as_in_numpy = test_accuracy.test_nan_and_inf_stay_in_their_channel_and_propagate_as_in_numpy
 
 
+@pytest.mark.parametrize("layout", ["planes", "lines"])
+@pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
+def test_n1_n2_hold_in_both_layouts_with_many_blocks(
+    shape: str, scale: str, layout: str, monkeypatch: pytest.MonkeyPatch, gpu: shim.Shim
+) -> None:
+    set_sizes(monkeypatch, {"LEAST": 64, "PART": 64, "BLOCKS": 2**30})
+    if layout == "lines":
+        batch = scenarios.make(shape, scale)
+        x, dy = (np.moveaxis(array, 1, 2).reshape(-1, array.shape[1], 1) for array in batch[:2])
+        monkeypatch.setattr(scenarios, "make", lambda *_: batch._replace(x=x, dy=dy))
+    test_accuracy.test_n1_float32_statistics_are_within_one_ulp(shape, scale)
+    test_accuracy.test_n2_float32_y_is_within_4_ulp_and_dx_within_12(shape, scale)
+    test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
+    if shape in ("small", "tall", "images"):
+        assert max(grid.tickets for _, grid in gpu.launches) > 0  # some channel had several blocks
+
+
 @pytest.mark.parametrize("scale", ["small std", "large std"])
 @pytest.mark.parametrize("shape", [(16, 3, 64), (16, 3, 36), (16, 3, 49), (150, 16, 1)])
 def test_n2_bfloat16_keeps_its_range(shape: tuple[int, int, int], scale: str) -> None:
