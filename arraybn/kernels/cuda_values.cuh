@@ -1,0 +1,321 @@
+// What all kernels are made of: the parameters of a launch, the four types of values, loads and stores, sums over a
+// block, and how the last of several blocks is found.
+//
+// Plain CUDA C++ without an #include, so that a kernel compiles in a tenth of a second. _cuda_launch.py puts this file
+// before the others. tests/cuda/shim.h gives the same words a meaning on a CPU: it defines ON_CPU, and what stands
+// under #ifndef ON_CPU here.
+//
+// Multiplications and additions are fused where fma() is written and nowhere else (the option -fmad=false), so the
+// bits are the same whoever compiles.
+
+typedef unsigned short uint16;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+typedef long long int64;
+
+#define DEVICE __device__ __forceinline__
+enum { MOST_THREADS = 256, WARP = 32 };
+
+// ---- The parameters of a launch -------------------------------------------------------------------------------------
+
+// v / d for v < 2^63 without dividing: the high half of a product, shifted; a multiplier of 0 is a power of two.
+struct Divisor {
+    uint64 multiplier;
+    int64 shift;
+};
+
+// Every field has 8 bytes, and FIELDS in _cuda_launch.py is the same list. A pointer that a kernel can do without is
+// null where there is nothing.
+struct Parameters {
+    const void* x;   // (N, C, S)
+    const void* u;   // (N, C, S): dy in a backward
+    void* out;       // (N, C, S)
+    double* mean;    // (C,), and so are the next
+    double* m2;
+    double* rstd;    // null: a plain sweep, without the formulas
+    const double* shift;
+    const double* weight;
+    const double* bias;
+    double* dweight;  // or the sum of u * (x - mean) in a plain sweep
+    double* dbias;    // or the sum of u
+    const double* a;  // the coefficients of a plain sweep
+    const double* b;
+    const double* c;
+    double* partials;  // for each group of channels and each of its parts, a Pair for each channel
+    uint32* tickets;   // for each group; zero before and after a launch
+    double eps;
+    double momentum;
+    int64 n;         // values of a channel
+    int64 channels;
+    int64 groups;    // of channels, each the work of its own blocks
+    int64 parts;     // blocks for a group
+    int64 items;     // items of a channel (planes), or rows (lines)
+    int64 part;      // of them in a part
+    int64 plane;     // items in a plane
+    int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
+    int64 columns;   // threads side by side in a row (lines); a power of two
+    Divisor by_groups;
+    Divisor by_plane;
+};
+
+// ---- Accesses and conversions that C++ has no words for -------------------------------------------------------------
+
+struct alignas(16) Pair {
+    double first;
+    double second;
+};
+
+template <int BYTES>
+struct alignas(BYTES) Words {
+    uint32 word[BYTES / 4];
+};
+
+#ifndef ON_CPU
+
+#define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// Two blocks of 256 threads fit into a multiprocessor: 128 registers for a thread.
+#define ENTRY(kernel, type, width)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) kernel##_##type##_##width(                           \
+        const __grid_constant__ Parameters p) {                                                                        \
+        kernel<type, width>(p);                                                                                        \
+    }
+
+DEVICE void load(const void* from, Words<16>& to) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "l"(from));
+}
+DEVICE void load(const void* from, Words<8>& to) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
+}
+
+// For the last time: its place in the cache is free.
+DEVICE void load_last(const void* from, Words<16>& to) {
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "l"(from));
+}
+DEVICE void load_last(const void* from, Words<8>& to) {
+    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
+}
+
+// Past the cache of the data that is still to be read.
+DEVICE void store(void* to, const Words<16>& from) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]),
+                 "r"(from.word[2]), "r"(from.word[3])
+                 : "memory");
+}
+DEVICE void store(void* to, const Words<8>& from) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]) : "memory");
+}
+
+// What another block wrote: from the cache that all share, never from that of this multiprocessor.
+DEVICE Pair load_shared(const Pair* from) {
+    Pair to;
+    asm volatile("ld.global.cg.v2.f64 {%0, %1}, [%2];" : "=d"(to.first), "=d"(to.second) : "l"(from) : "memory");
+    return to;
+}
+
+DEVICE float half_to_float(uint16 half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+DEVICE uint16 float_to_half(float value) {
+    uint16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+#if __CUDA_ARCH__ >= 800
+DEVICE uint16 float_to_bfloat(float value) {
+    uint16 bfloat;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bfloat) : "f"(value));
+    return bfloat;
+}
+// Two at once; the first is the lower half of the word.
+DEVICE uint32 floats_to_halves(float first, float second) {
+    uint32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+DEVICE uint32 floats_to_bfloats(float first, float second) {
+    uint32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+#else  // older than the A100
+DEVICE uint16 float_to_bfloat(float value) {
+    const uint32 bits = __float_as_uint(value);
+    return (uint16)(value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DEVICE uint32 floats_to_halves(float first, float second) {
+    return float_to_half(first) | (uint32)float_to_half(second) << 16;
+}
+DEVICE uint32 floats_to_bfloats(float first, float second) {
+    return float_to_bfloat(first) | (uint32)float_to_bfloat(second) << 16;
+}
+#endif
+
+#endif  // ON_CPU
+
+DEVICE float bits_to_float(uint32 bits) {
+    union { uint32 bits; float value; } either;
+    either.bits = bits;
+    return either.value;
+}
+DEVICE uint32 float_to_bits(float value) {
+    union { uint32 bits; float value; } either;
+    either.value = value;
+    return either.bits;
+}
+DEVICE double words_to_double(uint32 low, uint32 high) {
+    union { uint64 bits; double value; } either;
+    either.bits = low | (uint64)high << 32;
+    return either.value;
+}
+DEVICE uint64 double_to_bits(double value) {
+    union { uint64 bits; double value; } either;
+    either.value = value;
+    return either.bits;
+}
+
+DEVICE int64 divide(int64 value, const Divisor& by) {
+    return (int64)(by.multiplier ? __umul64hi((uint64)value, by.multiplier) >> by.shift : (uint64)value >> by.shift);
+}
+
+DEVICE bool is_finite(double value) { return value - value == 0; }
+
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// ---- The four types -------------------------------------------------------------------------------------------------
+// Stored: what lies in memory. Value: what the maps calculate with. Summed: what a few values are summed up in, before
+// the sums are added to a float64.
+
+struct float32 {
+    typedef float Stored;
+    typedef float Value;
+    typedef double Summed;
+    DEVICE static Value value(Stored stored) { return stored; }
+    DEVICE static Stored rounded(Value value) { return value; }
+    DEVICE static Value nth(const uint32* word, int i) { return bits_to_float(word[i]); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) word[i] = float_to_bits(value[i]);
+    }
+};
+
+struct float64 {
+    typedef double Stored;
+    typedef double Value;
+    typedef double Summed;
+    DEVICE static Value value(Stored stored) { return stored; }
+    DEVICE static Stored rounded(Value value) { return value; }
+    DEVICE static Value nth(const uint32* word, int i) { return words_to_double(word[2 * i], word[2 * i + 1]); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            word[2 * i] = (uint32)double_to_bits(value[i]);
+            word[2 * i + 1] = (uint32)(double_to_bits(value[i]) >> 32);
+        }
+    }
+};
+
+struct float16 {
+    typedef uint16 Stored;
+    typedef float Value;
+    typedef float Summed;
+    DEVICE static Value value(Stored stored) { return half_to_float(stored); }
+    DEVICE static Stored rounded(Value value) { return float_to_half(value); }
+    DEVICE static Value nth(const uint32* word, int i) { return half_to_float((uint16)(word[i / 2] >> i % 2 * 16)); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i += 2) word[i / 2] = floats_to_halves(value[i], value[i + 1]);
+    }
+};
+
+struct bfloat16 {
+    typedef uint16 Stored;
+    typedef float Value;
+    typedef float Summed;
+    DEVICE static Value value(Stored stored) { return bits_to_float((uint32)stored << 16); }
+    DEVICE static Stored rounded(Value value) { return float_to_bfloat(value); }
+    DEVICE static Value nth(const uint32* word, int i) {
+        return bits_to_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+    }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i += 2) word[i / 2] = floats_to_bfloats(value[i], value[i + 1]);
+    }
+};
+
+// WIDTH values side by side, as they are loaded and stored at once. UNROLL such items are under way at a time.
+template <class T, int WIDTH>
+struct Item {
+    typedef typename T::Stored Stored;
+    enum { UNROLL = 4 };
+    Words<WIDTH * (int)sizeof(Stored)> words;
+
+    DEVICE void load(const Stored* from) { ::load(from, words); }
+    DEVICE void load_last(const Stored* from) { ::load_last(from, words); }
+    DEVICE void store(Stored* to) const { ::store(to, words); }
+    DEVICE typename T::Value operator[](int i) const { return T::nth(words.word, i); }
+    DEVICE void set(const typename T::Value* value) { T::template pack<WIDTH>(value, words.word); }
+};
+
+template <class T>
+struct Item<T, 1> {
+    typedef typename T::Stored Stored;
+    enum { UNROLL = 8 };
+    Stored stored;
+
+    DEVICE void load(const Stored* from) { stored = *from; }
+    DEVICE void load_last(const Stored* from) { stored = *from; }
+    DEVICE void store(Stored* to) const { *to = stored; }
+    DEVICE typename T::Value operator[](int) const { return T::value(stored); }
+    DEVICE void set(const typename T::Value* value) { stored = T::rounded(*value); }
+};
+
+// ---- Sums over a block, and the last block of several ---------------------------------------------------------------
+
+// Sums s and q over the threads whose numbers are equal modulo `columns`, a power of two; each thread gets the sums of
+// its own column. All threads of the block must be here. `room` has a place for each thread.
+DEVICE void sum_over_block(double& s, double& q, int columns, Pair* room) {
+    const int thread = threadIdx.x, threads = blockDim.x;
+    for (int step = WARP / 2; step >= columns; step /= 2) {
+        s += __shfl_xor_sync(0xffffffffu, s, step);
+        q += __shfl_xor_sync(0xffffffffu, q, step);
+    }
+    // Now a warp has one sum for each column, or it has several columns and no sums yet.
+    const int lane = thread % WARP, rows = columns < WARP ? threads / WARP : threads / columns;
+    if (columns >= WARP || lane < columns) {
+        Pair& place = room[columns < WARP ? thread / WARP * columns + lane : thread];
+        place.first = s;
+        place.second = q;
+    }
+    __syncthreads();
+    s = q = 0;
+    for (int row = 0; row < rows; ++row) {
+        const Pair& place = room[row * columns + thread % columns];
+        s += place.first;
+        q += place.second;
+    }
+    __syncthreads();  // before the room is used again
+}
+
+// Whether this block is the last of `parts` to come here; it then sees what the others wrote before they came, and
+// leaves the counter at zero. All threads of the block must be here. The barrier orders what they wrote before the
+// fence of thread 0, and the fence before its ticket.
+DEVICE bool last_to_arrive(uint32* tickets, int64 parts, uint32* room) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        const uint32 ticket = atomicAdd(tickets, 1u);
+        if (ticket == parts - 1) *tickets = 0;
+        __threadfence();
+        *room = ticket;
+    }
+    __syncthreads();
+    return *room == parts - 1;
+}
