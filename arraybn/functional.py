@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -188,22 +188,22 @@ def forward_in(
     ops = select(x, kernels)
 
     view, target = layout.view(x), None if out is None else layout.view(out)
-    mean, var, weight, bias = _widened(ops, mean, var, weight, bias)
     if mean is None:
+        weight, bias = _widened(ops, weight, bias)
         moments, rstd, y = _normalized(call, ops, view, layout.n, weight, bias, eps, target)
         mean = moments.mean
     else:
-        moments, rstd = None, reference.rstd(var, eps)
-        y = ops.affine(view, mean, *reference.normalize(rstd, weight, bias), target)
+        moments = None
+        mean, rstd, weight, y = _evaluated(ops, view, mean, var, weight, bias, eps, target)
     y = _place(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
     return y, Saved(moments, ops, layout, kept, lost, mean, rstd, weight, bias is not None, call)
 
 
-def _widened(ops: Kernels, *vectors: Array | None) -> Iterable[Array | None]:
-    """Copies of the vectors in the dtype of statistics, in one launch where the module offers that."""
-    together: Callable[..., Iterable[Array | None]] | None = getattr(ops, "widened", None)
+def _widened(ops: Kernels, *vectors: Array | None) -> Iterable[Any]:
+    """Copies of the vectors in the dtype of statistics, in one launch where the module offers that; None for None."""
+    together: Callable[..., Iterable[Any]] | None = getattr(ops, "widened", None)
     if together is not None:
         return together(*vectors)
     return [None if vector is None else widened(vector) for vector in vectors]
@@ -231,6 +231,24 @@ def _normalized(
         moments, rstd = call.pool(moments, eps)
     a, c = reference.normalize(rstd, weight, bias, moments.mean_low)
     return moments, rstd, ops.affine(x, moments.mean, a, c, out)
+
+
+def _evaluated(
+    ops: Kernels,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E7) Copies of mean, rstd and weight in the dtype of statistics, and y, with fixed statistics."""
+    if (evaluate := getattr(ops, "evaluate", None)) is not None:
+        return evaluate(x, mean, var, weight, bias, eps, out)  # type: ignore[no-any-return]
+    mean, var, weight, bias = _widened(ops, mean, var, weight, bias)
+    rstd = reference.rstd(var, eps)
+    return mean, rstd, weight, ops.affine(x, mean, *reference.normalize(rstd, weight, bias), out)
 
 
 def _room(ops: Kernels, x: Array, out: Array | None) -> Array | None:
@@ -325,8 +343,7 @@ def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array 
     ops, moments, weight, mean, rstd = saved._kernels, saved._moments, saved._weight, saved._mean, saved._rstd
     if moments is None:
         dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd)
-        zero = array_namespace(rstd).zeros_like(rstd)
-        a, _ = reference.normalize(rstd, weight, None)
+        a, zero = reference.normalize(rstd, weight, None)
         return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
     backward: Callable[..., tuple[Array, Array, Array]] | None = getattr(ops, "backward", None)

@@ -8,6 +8,8 @@ from typing import Any
 from .. import _fake
 from .._fake import CUDARuntimeError as CUDARuntimeError
 
+is_hip = False
+
 
 def getDeviceCount() -> int:  # noqa: N802
     """ARRAYBN_FAKE_GPUS=0 is a machine without a driver; the devices are two otherwise."""
