@@ -8,7 +8,7 @@ from typing import Any
 from .. import _fake
 from .._fake import CUDARuntimeError as CUDARuntimeError
 
-is_hip = False
+is_hip = os.environ.get("ARRAYBN_FAKE_HIP") == "1"  # then arrays get the reference
 
 
 def getDeviceCount() -> int:  # noqa: N802
