@@ -6,11 +6,14 @@ Numbers are compared in tests/test_namespaces.py, which runs on the fake as well
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import inspect
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FAKE_CUPY, cupy_here, need
+from test_mpi import environment, passes
 
 import arraybn
 from arraybn import kernels, reference
@@ -394,6 +398,18 @@ def test_parameters_and_gradients_travel_through_the_host(cupy: Any) -> None:
             return layer.weight.data.tolist(), layer.bias.grad.tolist(), layer.weight.grad
 
     assert ThreadComm.run(2, work) == [([1.0] * 3, [3.0] * 3, None)] * 2
+
+
+@pytest.mark.parametrize("served", ["reference", "cuda"])
+def test_everything_holds_under_mpirun_on_three_ranks_that_share_two_gpus(served: str) -> None:
+    need("mpi4py")
+    if served == "cuda" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no g++")
+    mpi = environment(sys.executable)
+    if mpi is None:
+        pytest.skip("there is no mpirun")
+    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "cuda", FAKE_CUPY]))
+    passes(mpi, 3, "cupy_ranks.py", served, limit=120, PYTHONPATH=path)
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
