@@ -298,8 +298,8 @@ DEVICE void running(const Parameters& p) {
     out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
 }
 
-// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then rstd,
-// where it is asked for, of the second.
+// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then
+// rstd, where it is asked for, of the second.
 template <class T, int WIDTH>
 DEVICE void vectors(const Parameters& p) {
     const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
