@@ -43,7 +43,7 @@ class FakeGpu(shim.Shim):
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         self._cupy._fake.log.append(f"launch {self.names[function]}")
-        with self._cupy._fake.unlogged():  # the shim looks at arrays itself
+        with self._lock, self._cupy._fake.unlogged():  # the shim looks at arrays itself, and at all streams' room
             super().start(function, grid, stream, arguments)
 
 
