@@ -386,9 +386,6 @@ class ndarray:  # noqa: N801
     def __float__(self) -> float:
         return float(self.get())
 
-    def __index__(self) -> int:
-        return operator.index(self.get())
-
     def __reduce__(self) -> Any:
         return _from_host, (self.get(),)
 
@@ -427,7 +424,7 @@ class ndarray:  # noqa: N801
     def swapaxes(self, a: int, b: int) -> ndarray:
         return self._view(self._array.swapaxes(a, b))
 
-    def view(self, dtype: Any = None, *rest: Any) -> ndarray:
+    def view(self, dtype: Any = None, type: Any = None) -> ndarray:  # noqa: A002
         return self._view(self._array.view() if dtype is None else self._array.view(dtype))
 
     def ravel(self, order: str = "C") -> ndarray:
