@@ -27,9 +27,10 @@ class Staging:
         self._like, self._pinned = like, None
         if is_cupy_array(like):
             shape = rows, like.shape[0]
-            self._pinned = _pinned_of_this_stream(2 * rows * like.shape[0])
             self._room = array_namespace(like).empty(shape, dtype=np.float64)
-            self._away, self._back = self._pinned.buffer[: 2 * self._room.size].reshape(2, *shape)
+            self._pinned = _pinned_of_this_stream(self._room.size)
+            away, back = self._pinned.away, self._pinned.back
+            self._away, self._back = (memory[: self._room.size].reshape(shape) for memory in (away, back))
 
     def host(self, *vectors: Array) -> Array:
         """The vectors (C,) as rows (k, C), float64 in host memory."""
@@ -65,7 +66,7 @@ class _Pinned:
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream = stream
-        self.buffer = importlib.import_module("cupyx").empty_pinned((size,), np.float64)
+        self.away, self.back = (importlib.import_module("cupyx").empty_pinned((size,), np.float64) for _ in range(2))
 
 
 class _Kept(threading.local):
@@ -82,7 +83,7 @@ def _pinned_of_this_stream(size: int) -> _Pinned:
     stream = cuda.get_current_stream()
     key = cuda.runtime.getDevice(), stream.ptr
     found = _kept.by_stream.get(key)
-    if found is None or found.buffer.size < size:
+    if found is None or found.away.size < size:
         if found is not None:
             stream.synchronize()  # it may still be copied from
         found = _kept.by_stream[key] = _Pinned(stream, max(size, 1024))

@@ -103,7 +103,7 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_fused"); the backward uses its forward's.
 
     Returns
     -------

@@ -295,7 +295,8 @@ class BatchNorm1d(_BatchNorm):
     channel_axis : int
         The axis of the channels; -1 for channels-last.
     dtype, device, xp : optional
-        Of parameters and buffers: float32 or float64, a device, a namespace such as numpy, cupy, torch or jax.numpy.
+        Of parameters and buffers: float32 or float64, a device as the namespace names it (a ``cupy.cuda.Device``), a
+        namespace such as numpy, cupy, torch or jax.numpy.
 
     Attributes
     ----------

@@ -69,6 +69,14 @@ class SyncBatchNorm(_BatchNorm):
     Copies share the communicator. A pickle has none: after unpickling, the world is synchronized. A layer made by
     `convert_sync_batchnorm` is known to the other ranks by its path; others by the order of their first use.
 
+    On GPUs each rank takes the one of its number on the machine, before it allocates; several ranks may share one::
+
+        local = comm.Split_type(MPI.COMM_TYPE_SHARED).rank
+        cupy.cuda.Device(local % cupy.cuda.runtime.getDeviceCount()).use()
+
+    The numbers of the ranks go through host memory, so that every MPI will do, and the host waits for the GPU once in a
+    forward and once in a backward.
+
     References
     ----------
     ``torch.nn.SyncBatchNorm``.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FAKE_CUPY, cupy_here, need
-from test_mpi import environment, passes
+from test_mpi import environment, passes, variables
 
 import arraybn
 from arraybn import kernels, reference
@@ -359,6 +359,23 @@ def test_ranks_agree_with_the_whole_batch_and_wait_once_for_the_gpu(cupy: Any, s
     np.testing.assert_allclose(variances[0], whole.running_var, rtol=1e-6)
 
 
+def test_layers_of_several_sizes_share_the_pinned_memory(cupy: Any) -> None:
+    x = (RNG.standard_normal((4, 700)) + 1).astype("f4")
+    sizes = (16, 64, 700, 3)  # 700 channels: more than a frame, and more memory than there was
+
+    def work(comm: Any) -> Any:
+        layers = [arraybn.SyncBatchNorm(size, process_group=comm, xp=cupy) for size in sizes]
+        part = cupy.asarray(x[2 * comm.rank : 2 * comm.rank + 2])
+        for _ in range(2):
+            ys = [layer(part[:, :size]) for layer, size in zip(layers, sizes, strict=True)]
+            for layer, y in zip(reversed(layers), reversed(ys), strict=True):
+                layer.backward(y)
+        return [y.get() for y in ys]
+
+    for size, *parts in zip(sizes, *ThreadComm.run(2, work), strict=True):
+        np.testing.assert_allclose(np.concatenate(parts), arraybn.BatchNorm1d(size)(x[:, :size]), rtol=1e-5, atol=1e-6)
+
+
 def test_what_runs_short_of_memory_is_found_before_the_exchange(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if cupy.kernels == "reference":
         pytest.skip("the reference makes its results itself, after the exchange")
@@ -444,6 +461,21 @@ def test_the_demo_trains_on_a_gpu_and_says_which(tmp_path: Path) -> None:
     ]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 8
+
+
+def test_the_demo_trains_on_ranks_that_each_have_a_gpu(tmp_path: Path) -> None:
+    for name in ("sklearn", "tqdm", "threadpoolctl", "mpi4py"):
+        need(name)
+    mpi = environment(sys.executable)
+    if mpi is None:
+        pytest.skip("there is no mpirun")
+    env = variables(PYTHONPATH=os.pathsep.join([str(ROOT), str(FAKE_CUPY)]), ARRAYBN_FAKE_HIP="1")
+    ranks = [mpi.mpirun, "-n", "2", mpi.python, "-m", "mpi4py", "-m", "arraybn", "demo", "--data-parallel", "8"]
+    command = [*ranks, "--device", "cuda", "--epochs", "1", "--no-plot"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False, env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "on Fake GPU 0, CUDA device 0" in run.stdout
+    assert "synchronized, the same bits on all ranks" in run.stdout
 
 
 def test_the_demo_refuses_a_gpu_that_is_not_there(tmp_path: Path) -> None:
