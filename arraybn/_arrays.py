@@ -84,9 +84,11 @@ def on(where: Any) -> AbstractContextManager[object]:
 
 def check_device(xp: Namespace, where: Any) -> None:
     """Raise unless `where` is None or a device that `xp` has here."""
+    if where is None:
+        return
     kind = ", a cupy.cuda.Device" if is_cupy_namespace(xp) else ""
     try:
-        if kind and where is not None and on(where) is not where:
+        if kind and on(where) is not where:
             raise TypeError(where)
         with on(where):
             xp.empty(0, device=where)
