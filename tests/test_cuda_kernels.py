@@ -378,7 +378,8 @@ def test_n2_bfloat16_keeps_its_range(shape: tuple[int, int, int], scale: str) ->
 def test_they_went_through_the_kernels(gpu: shim.Shim) -> None:
     test_accuracy.test_n2_float32_y_is_within_4_ulp_and_dx_within_12("images", "far")
     names = [name for name, _ in gpu.launches]
-    assert names == [f"{name}_planes_float32_1" for name in ("moments", "affine", "dots", "affine2")]
+    sweeps = [f"{name}_planes_float32_1" for name in ("moments", "affine", "dots", "affine2")]
+    assert names == ["vectors_float32_1", *sweeps]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -460,7 +461,9 @@ def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: shim
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     names = [re.split("_(planes|lines|float)", name)[0] for name, _ in gpu.launches]
-    assert names == ["moments", "affine", "running", "dots", "affine2"] * 3 + ["affine", "dots", "affine"]
+    assert names == ["vectors", "moments", "affine", "running", "dots", "affine2"] * 3 + [
+        *("vectors", "affine", "dots", "affine")
+    ]
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
@@ -639,9 +642,7 @@ def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_a
         raise ValueError("CUDA_ERROR_LAUNCH_FAILED")
 
     monkeypatch.setattr(gpu, "start", fail)
-    with pytest.raises(
-        RuntimeError, match="the CUDA kernel moments_planes_float32_1 could not be launched: CUDA_E"
-    ) as e:
+    with pytest.raises(RuntimeError, match="the CUDA kernel vectors_float32_1 could not be launched: CUDA_E") as e:
         layer(x)
     assert isinstance(e.value.__cause__, ValueError)
     for name, value in layer.state_dict().items():
@@ -652,7 +653,7 @@ def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_a
 
     gpu._functions.clear()
     monkeypatch.setattr(gpu, "build", fail)
-    with pytest.raises(RuntimeError, match="the CUDA kernel moments_planes_float32_1 could not"):
+    with pytest.raises(RuntimeError, match="the CUDA kernel vectors_float32_1 could not"):
         layer(x)
 
 

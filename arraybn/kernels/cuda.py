@@ -293,3 +293,52 @@ def update_running_stats(
         gpu.launch(kernel, grid, (work.x, work.u, gpu.pointer(new), *pointers.values()), (0.0, momentum, *numbers))
         new_mean, new_var = new
         return new_mean, new_var
+
+
+# ---- Vectors ---------------------------------------------------------------------------------------------------------
+
+
+def widened(*vectors: Array | None) -> list[Array | None]:
+    """Copies of up to four vectors (C,) in float64, in one launch where they are of one dtype; None for None."""
+    rows = _rows(vectors + (None,) * (4 - len(vectors)))
+    if rows is None:
+        return [None if vector is None else vector.astype("f8") for vector in vectors]
+    return [None if vector is None else rows[index] for index, vector in enumerate(vectors)]
+
+
+def evaluate(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x)
+        y = work.writes(out)
+        rows = _rows((mean, var, weight, bias), eps)
+        if rows is None:
+            mean, var, weight, bias = widened(mean, var, weight, bias)
+            rstd = reference.rstd(var, eps)
+        else:
+            mean, rstd = rows[0], rows[4]
+            weight, bias = None if weight is None else rows[2], None if bias is None else rows[3]
+        given = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+        work.run("affine", **{name: work.vector(vector) for name, vector in given.items()})
+        return mean, rstd, weight, y
+
+
+def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array | None:
+    """The four vectors as rows of float64, and with `eps` rstd of the second as a fifth; None where they differ."""
+    there = [vector for vector in vectors if vector is not None]
+    if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
+        return None
+    gpu, size = _cuda_launch.launcher(), there[0].size
+    with gpu.on(there[0]):
+        rows = gpu.empty((5, size), "f8")
+        x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
+        out = gpu.pointer(rows)
+        pointers = dict.fromkeys(_VECTORS, 0) | {"weight": weight, "bias": bias}
+        pointers["rstd"] = 0 if eps is None else out + 4 * 8 * size
+        grid, numbers = Grid(-(-size // THREADS), THREADS), _numbers(0, size, 1, 1, (0, 0, 1, 0, 1))
+        kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
+        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (eps or 0.0, 0.0, *numbers))
+        return rows

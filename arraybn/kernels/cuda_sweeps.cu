@@ -311,3 +311,18 @@ DEVICE void running(const Parameters& p) {
     out[i] = (typename T::Stored)update_running((double)mean[i], p.mean[i], p.momentum);
     out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
 }
+
+// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then
+// rstd, where it is asked for, of the second.
+template <class T, int WIDTH>
+DEVICE void vectors(const Parameters& p) {
+    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.channels) return;
+    const void* given[4] = {p.x, p.u, p.weight, p.bias};
+    double* out = (double*)p.out + i;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if (given[k]) out[k * p.channels] = (double)T::value(((const typename T::Stored*)given[k])[i]);
+    }
+    if (p.rstd) p.rstd[i] = rstd_of(out[p.channels], p.eps);
+}

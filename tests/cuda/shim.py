@@ -38,7 +38,8 @@ def all_kernels() -> list[Kernel]:
         for sweep, layout, dtype in sweeps
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
-    return [*kernels, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
+    vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
+    return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
 
 
 def compiler() -> str | None:
