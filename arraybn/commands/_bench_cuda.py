@@ -24,6 +24,7 @@ from . import info
 from ._bench_clock import Result
 from ._bench_cuda_cases import QUICK_TOTAL, SHARES, TOTAL, Budget, GpuCase, choose, choose_host
 from ._bench_cuda_contestants import CONTESTANTS, OURS
+from ._bench_cuda_ranks import SHAPES
 from ._bench_cuda_session import OURS as OUR_NAMES
 from ._bench_cuda_session import Asked, GpuCell, GpuWorker, Session, Settings
 from ._bench_cuda_worker import CUDA
@@ -44,7 +45,7 @@ class Plan:
     contestants: list[str]
     cases: list[GpuCase]
     host: list[GpuCase]
-    ranks: bool
+    ranks: list[tuple[int, ...]]  # shapes
     missing: list[str]
 
 
@@ -63,8 +64,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
     contestants = [one.name for one in CONTESTANTS if one.library in (OURS, *libraries)]
     options = {"shapes": arguments.shapes, "whats": arguments.what}
     cases = choose(**options, layouts=arguments.layout, dtypes=arguments.dtype, quick=arguments.quick)
-    ranks = arguments.what is None and arguments.shapes is None
-    return Plan(contestants, cases, choose_host(arguments.what, arguments.shapes), ranks, missing)
+    shapes = [shape for shape in arguments.shapes or SHAPES if len(shape) in (2, 4)] if arguments.what is None else []
+    return Plan(contestants, cases, choose_host(arguments.what, arguments.shapes), shapes, missing)
 
 
 def peers(names: Sequence[str] | None, quick: bool) -> tuple[list[str], list[str]]:
@@ -195,7 +196,7 @@ class GpuBench:
             return {"skipped": 'mpirun or mpi4py is missing:  pip install "arraybn[mpi]"'}
         if left < LEAST:
             return {"skipped": f"{max(left, 0):.0f} s of the time are left, they need {LEAST:g}"}
-        words = (self.build, str(left / 2))
+        words = (self.build, str(left / 2), *(",".join(map(str, shape)) for shape in self.plan.ranks))
         try:
             return _job(launcher, RANKS, RANK_TURNS, *words, module="_bench_cuda_ranks", limit=left)
         except RefusedError as problem:

@@ -24,7 +24,7 @@ from ._bench_cuda_check import narrowed
 from ._bench_cuda_device import Array, Device
 
 BLOCK = 2**22 - 3  # random values on the host; all else repeats them, never beginning at the same place of a channel
-SETS, TOGETHER = 4, 200e6  # of x, at least so many and so many bytes: none is found in L2 by luck
+SETS = 4  # of buffers, at least
 
 
 class Slot(NamedTuple):
@@ -44,9 +44,10 @@ class Buffers(NamedTuple):
     eps: float = EPS
 
 
-def sets(case: GpuCase, l2: int) -> int:
+def sets(case: GpuCase, device: Device) -> int:
     """How many sets of buffers the calls take turns with."""
-    return max(SETS, -int(-max(TOGETHER, 4.0 * l2) // case.nbytes))
+    together = max(device.together, 4.0 * device.describe()["l2"])
+    return max(SETS, -int(-together // case.nbytes))
 
 
 def memory_needed(case: GpuCase, count: int) -> float:
@@ -106,7 +107,7 @@ class Contestant:
     title: str
     library: str  # as --peers has it
     build: Callable[[Device, Buffers], Calls]
-    package: str = "cupy"
+    package: str = "arraybn"
 
     @property
     def ours(self) -> bool:

@@ -42,6 +42,7 @@ class Device(Protocol):
 
     platform: str  # as JAX calls it: gpu, cpu
     xp: Any  # the namespace of its arrays
+    together: float  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
     kernels: Mapping[str, Any]  # for each row of arraybn, what batch_norm takes as kernels
 
     def describe(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Device(Protocol):
 class CudaDevice:
     """A GPU by CuPy; its methods are for the thread that made it. `index` may be larger than there are GPUs."""
 
-    platform = "gpu"
+    platform, together = "gpu", 200e6
     kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda_fused", "split": "cuda", "reference": "reference"}
 
     def __init__(self, index: int = 0) -> None:

@@ -26,7 +26,7 @@ STYLES = {  # colour, mark, filled; the later ones lie below
     "arraybn reference": ("#56b4e9", "s", True),
 }
 SHORT = {"forward": "forward", "backward": "backward", "eval": "evaluation"}
-STEP, GAP = 0.27, 0.55  # inches for a line; lines between two things that are done
+STEP, GAP = 0.27, 1.0  # inches for a line; lines between two things that are done, for the name of the second
 
 
 def draw(results: Sequence[Result], device: str, speed: float | None, path: Path) -> bool:
@@ -96,7 +96,7 @@ def _heights(lines: Sequence[Line]) -> list[float]:
 
 
 def _height(lines: Sequence[Line]) -> float:
-    return _heights(lines)[-1] + 1.4 if lines else 1.0
+    return _heights(lines)[-1] + 2.2 if lines else 1.0
 
 
 def _title(dtype: str, case: Any) -> str:
@@ -125,7 +125,7 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], speed: float) -> None:
             axes.plot(middle, y, marker, markersize=6.5, markeredgewidth=1.4, markerfacecolor=face, **style)
     labels = ["×".join(map(str, result.case.shape)) for _, result in lines]
     axes.set_yticks(heights, labels, color=INK)
-    axes.set_ylim(heights[-1] + 0.7, -0.7)
+    axes.set_ylim(heights[-1] + 0.7, -1.5)
     axes.set_xlim(0, max(1.08, 1.05 * highest))
     axes.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -133,10 +133,10 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], speed: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for what in dict.fromkeys(what for what, _ in lines):
-        group = [y for y, (one, _) in zip(heights, lines, strict=True) if one == what]
-        middle = (group[0] + group[-1]) / 2
-        where: Any = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center", "rotation": 90}
-        axes.text(-0.36, middle, SHORT[what], color=GREY, fontsize=9, clip_on=False, **where)
+        first = next(y for y, (one, _) in zip(heights, lines, strict=True) if one == what)
+        axes.text(
+            0.008, first - 0.86, SHORT[what], color=GREY, fontsize=9, va="center", transform=axes.get_yaxis_transform()
+        )
 
 
 def _legend(figure: Any, results: Sequence[Result], height: float) -> None:

@@ -28,7 +28,7 @@ SHAPES = ((64, 128), *RESNET[1:])
 CHECKED = ((6, 5, 3, 4), (4, 2))  # the whole batch; the samples of each of two ranks
 LOCAL, SYNC = "local", "synchronized"
 LAYER, STEP = "layer", "step"
-SAMPLE = 0.01  # seconds that a sample takes at least
+SAMPLE, MOST = 0.01, 200  # seconds that a sample takes at least, and calls at most
 EPS = 2.0**-10
 LIMITS = {"y": 4.0, "dx": 12.0}  # ulp of float32 at the largest term: promise N2
 
@@ -103,7 +103,7 @@ def _often(comm: Comm, device: Device, call: Callable[[], object]) -> int:
     for _ in range(2):
         _seconds(comm, device, call, 2)
     second = max(_seconds(comm, device, call, 3), 1e-7)
-    return int(comm.bcast(min(1000, max(1, math.ceil(SAMPLE / second)))))
+    return int(comm.bcast(min(MOST, max(1, math.ceil(SAMPLE / second)))))
 
 
 def _seconds(comm: Comm, device: Device, call: Callable[[], object], calls: int) -> float:
@@ -126,7 +126,7 @@ def main(file: str, turns: str, build: str, seconds: str, *shapes: str) -> None:
     module, _, name = build.partition(":")
     local = comm.Split_type(MPI.COMM_TYPE_SHARED).rank
     device = getattr(importlib.import_module(module), name)(local)
-    wanted = [tuple(map(int, shape.split(","))) for shape in shapes] or list(SHAPES)
+    wanted = [tuple(map(int, shape.split(","))) for shape in shapes]
     found = measure(comm, device, int(turns), float(seconds), wanted)
     found["mpi"] = " ".join(MPI.Get_library_version().partition("\n")[0].split()[:3]).rstrip(",")
     if comm.rank == 0:

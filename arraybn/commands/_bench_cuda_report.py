@@ -17,6 +17,7 @@ from ._bench_report import TITLES, _ms, _plain, _quotient, _spread
 
 OUR_ROWS = ("arraybn fused", "arraybn split")
 PEER = "PyTorch"
+FEW = 8  # cases that are named
 AHEAD = 1.1  # fused is kept where it is so much faster than split
 
 
@@ -141,7 +142,7 @@ def _heading(case: GpuCase, what: str, speed: float | None) -> str:
     if one is not None and two is not None:
         text += f", floor {_ms(one, 1e6)} µs" + (f", read twice {_ms(two, 1e6)} µs" if two != one else "")
     columns = f"{'µs':>10}{'quartiles':>16}{'× arraybn':>11}{'GB/s':>8}{'of floor':>10}{'read twice':>12}"
-    return f"{text:<60}\n    {'':<28}{columns}".replace(" " * 60 + "\n", "\n")
+    return f"{text}\n    {'':<28}{columns}"
 
 
 def _line(result: Result, cell: GpuCell, speed: float | None) -> str:
@@ -151,7 +152,7 @@ def _line(result: Result, cell: GpuCell, speed: float | None) -> str:
         return f"{name}   {cell.failed or cell.left or '–'}"
     found = figures(result, cell, speed)
     text = f"{_ms(found['median'], 1e6):>10}{_spread(cell, 1e6):>16}{_plain(found['ratio']):>11}"
-    text += f"{found['gb_per_s']:>8.0f}{_percent(found['of_one_read']):>10}{_percent(found['of_two_reads']):>12}"
+    text += f"{found['gb_per_s'] or 0:>8.0f}{_percent(found['of_one_read']):>10}{_percent(found['of_two_reads']):>12}"
     marks = ["by the host's clock"] if cell.clock == "host" else []
     marks += ["waited for the host"] if cell.late > len(cell.seconds) / 2 else []
     return f"{name}{text}" + "".join(f"  {mark}" for mark in marks) + (f"  then {cell.failed}" if cell.failed else "")
@@ -168,10 +169,10 @@ def notes(dtypes: Sequence[str]) -> str:
         "Checked first, on the very shapes, on fresh random data and into NaN, against float64 on the same GPU: y and"
         f" dx of arraybn may be off by {ours}, in ulp of the largest term; in brackets: all others; dweight and dbias"
         f" by {SUMS[0]:g} ({SUMS[1]:g}) ulp of float32. Who is wrong is not timed.",
-        "Medians of device time over turns taken one after another, on sets of buffers that L2 cannot hold, the"
-        " calls of a sample queued before the first begins. By the host's clock: the library has a stream of its own. GB/s: the"
-        " bytes that must be moved if each value is read once, by the time. of floor: the time of these bytes at the"
-        " speed of the copy above, by the time; read twice: likewise, if the sums and the map each read everything.",
+        "Medians of device time over turns taken one after another, on sets of buffers that L2 cannot hold, the calls"
+        " of a sample queued before the first begins. By the host's clock: the library has a stream of its own. GB/s:"
+        " the bytes that must be moved if each value is read once, by the time. of floor: the time of these bytes at"
+        " the speed of the copy above, by the time; read twice: likewise, if sums and map each read everything.",
         "× arraybn: the time by that of the faster of arraybn fused and arraybn split.",
     ]
     return "\n".join(["", *(textwrap.fill(text, 110) for text in texts)])
@@ -208,14 +209,15 @@ def _compared(result: Result, what: str, speed: float | None) -> str:
     return f"{found[1].removeprefix('arraybn ')}{fraction}  {_plain(peer)} ×"
 
 
-def verdict(results: Sequence[Result]) -> dict[str, list[str]]:
+def verdict(results: Sequence[Result]) -> dict[str, Any]:
     """Where fused is worth it, where it is slower than split, and where PyTorch is ahead of both."""
-    found: dict[str, list[str]] = {"fused_ahead": [], "fused_behind": [], "peer_ahead": []}
+    found: dict[str, Any] = {"compared": 0, "fused_ahead": [], "fused_behind": [], "peer_ahead": []}
     for result in results:
         for what in result.case.whats:
             fused, split = (result.median(row, what) for row in OUR_ROWS)
             ours, peer = best(result, what), result.median(PEER, what)
             name = f"{what} {result.case}"
+            found["compared"] += ours is not None
             if fused is not None and split is not None:
                 found["fused_ahead"] += [name] if split >= AHEAD * fused else []
                 found["fused_behind"] += [name] if split < fused else []
@@ -225,15 +227,18 @@ def verdict(results: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def _verdict(results: Sequence[Result]) -> list[str]:
+    """How often, and where if it is seldom; the JSON has them all."""
     found = verdict(results)
     titles = {
-        "fused_ahead": f"fused is at least {AHEAD - 1:.0%} faster than split in",
-        "fused_behind": "fused is slower than split in",
-        "peer_ahead": "PyTorch's choice is faster than both in",
+        "fused_ahead": f"fused at least {AHEAD - 1:.0%} faster than split",
+        "fused_behind": "fused slower than split",
+        "peer_ahead": "PyTorch's choice faster than both",
     }
     lines = [""]
     for key, title in titles.items():
-        lines += textwrap.wrap(f"{title}: {'; '.join(found[key]) or 'none'}", 110, subsequent_indent="  ")
+        count = len(found[key])
+        where = f": {'; '.join(found[key])}" if 0 < count <= FEW else ""
+        lines += textwrap.wrap(f"{title}: {count} of {found['compared']}{where}", 110, subsequent_indent="  ")
     return lines
 
 

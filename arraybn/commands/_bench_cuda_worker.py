@@ -136,7 +136,7 @@ class Work:
     def open(self, case: GpuCase, seed: int) -> Answer:
         """Make the buffers of a case, and what every call ought to return."""
         self.close()
-        count = sets(case, self.device.describe()["l2"])
+        count = sets(case, self.device)
         needed, free = memory_needed(case, count), self.device.free_memory()
         if needed > free:
             text = f"skipped: needs about {needed / 1e9:.1f} GB of the GPU, {free / 1e9:.1f} GB are free"
