@@ -6,7 +6,10 @@ array API.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -16,7 +19,8 @@ import array_api_compat.numpy
 import numpy as np
 from array_api_compat import device as device
 from array_api_compat import is_array_api_obj as is_array_api_obj
-from array_api_compat import is_cupy_array, is_torch_array, to_device
+from array_api_compat import is_cupy_array as is_cupy_array
+from array_api_compat import is_cupy_namespace, is_torch_array, to_device
 
 Array: TypeAlias = Any  # any array of the standard: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
@@ -28,7 +32,12 @@ def array_namespace(array: Array) -> Namespace:
     """The array API namespace of `array`."""
     if type(array) is np.ndarray:  # a small batch norm spends a third of its time on this question
         return array_api_compat.numpy
-    return array_api_compat.array_namespace(array)
+    return _cupy() if is_cupy_array(array) else array_api_compat.array_namespace(array)
+
+
+@functools.cache
+def _cupy() -> Namespace:
+    return importlib.import_module("array_api_compat.cupy")
 
 
 def namespace_name(xp: Namespace) -> str:
@@ -48,11 +57,50 @@ def class_name(value: object) -> str:
 
 def wide_dtype(array: Array) -> Any:
     """float64 where the namespace and device of `array` have it, else float32: what statistics are kept in."""
-    if isinstance(array, np.ndarray):
+    if isinstance(array, np.ndarray) or is_cupy_array(array):
         return np.dtype("f8")
     xp = array_namespace(array)
     found = xp.__array_namespace_info__().dtypes(device=device(array), kind="real floating")
     return found.get("float64", xp.float32)
+
+
+# ---- Devices ---------------------------------------------------------------------------------------------------------
+
+_ANYWHERE: AbstractContextManager[object] = nullcontext()
+
+
+def at(array: Any) -> AbstractContextManager[object]:
+    """A context for computing with `array`: CuPy computes, and makes arrays, on its current device alone."""
+    if type(array) is np.ndarray or not is_cupy_array(array):
+        return _ANYWHERE
+    return array.device  # type: ignore[no-any-return]
+
+
+def on(where: Any) -> AbstractContextManager[object]:
+    """A context for making arrays on the device `where`: CuPy's functions do not heed their argument `device`."""
+    is_cupys = type(where).__module__.partition(".")[0] == "cupy"
+    return where if is_cupys else _ANYWHERE
+
+
+def check_device(xp: Namespace, where: Any) -> None:
+    """Raise unless `where` is None or a device that `xp` has here."""
+    kind = ", a cupy.cuda.Device" if is_cupy_namespace(xp) else ""
+    try:
+        if kind and where is not None and on(where) is not where:
+            raise TypeError(where)
+        with on(where):
+            xp.empty(0, device=where)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device: expected one that {namespace_name(xp)} has here{kind}; got {where!r}") from error
+
+
+def _on_default_device(array: Array) -> Array:
+    """`array` where its namespace puts arrays by default, which is the host where there is one."""
+    default = array_namespace(array).__array_namespace_info__().default_device()
+    return array if default is None or device(array) == default else to_device(array, default)
+
+
+# ---- Copies ----------------------------------------------------------------------------------------------------------
 
 
 def widened(array: Array) -> Array:
@@ -62,14 +110,25 @@ def widened(array: Array) -> Array:
     return array_namespace(array).astype(array, wide_dtype(array), copy=True)
 
 
-def cast(array: Array, dtype: Any) -> Array:
-    """A new array with the values of `array` in `dtype`."""
-    return array.astype(dtype) if isinstance(array, np.ndarray) else array_namespace(array).astype(array, dtype)
+def added(total: Array | None, array: Array, dtype: Any) -> Array:
+    """A new array with the values of `array` in `dtype`, added to `total` if there is one."""
+    with at(array):
+        new = array.astype(dtype) if isinstance(array, np.ndarray) else array_namespace(array).astype(array, dtype)
+        return new if total is None else total + new
+
+
+def filled(array: Array, value: float) -> Array:
+    """A new array like `array`, full of `value`."""
+    with at(array):
+        return array_namespace(array).full_like(array, value)
 
 
 def copied(array: Array) -> Array:
     """A new array with the values of `array`."""
-    return array.copy() if isinstance(array, np.ndarray) else array_namespace(array).asarray(array, copy=True)
+    if isinstance(array, np.ndarray):
+        return array.copy()
+    with at(array):
+        return array_namespace(array).asarray(array, copy=True)
 
 
 def as_numpy(name: str, value: Any) -> Any:
@@ -92,28 +151,14 @@ def as_numpy(name: str, value: Any) -> Any:
     return array
 
 
-def _on_default_device(array: Array) -> Array:
-    """`array` where its namespace puts arrays by default, which is the host where there is one."""
-    default = array_namespace(array).__array_namespace_info__().default_device()
-    return array if default is None or device(array) == default else to_device(array, default)
-
-
 def as_namespace(xp: Namespace) -> Namespace:
     """The array API namespace behind a module such as numpy or torch."""
     try:
-        return array_namespace(xp.asarray(0.0))
+        return _cupy() if is_cupy_namespace(xp) else array_namespace(xp.asarray(0.0))
     except (AttributeError, TypeError) as error:
         raise TypeError(
             f"xp: expected an array namespace such as numpy, cupy, torch or jax.numpy; got {xp!r}"
         ) from error
-
-
-def check_device(xp: Namespace, where: Any) -> None:
-    """Raise unless `where` is None or a device that `xp` has here."""
-    try:
-        xp.empty(0, device=where)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device: expected one that {namespace_name(xp)} has here; got {where!r}") from error
 
 
 def as_dtype(dtype: Any, xp: Namespace) -> Any:
@@ -136,12 +181,13 @@ def converted(name: str, value: Array, xp: Namespace, where: Any, dtype: Any) ->
     """A copy of the array `value` in the namespace `xp` on the device `where` (None: its default), of that dtype."""
     if array_namespace(value) is not xp:
         value = as_numpy(name, value).astype("float32" if dtype_name(dtype) == "bfloat16" else dtype_name(dtype))
-        value = xp.asarray(value, dtype=dtype, device=where)
-    elif where is not None and device(value) != where:
+        return xp.asarray(value, dtype=dtype, device=where)
+    if where is not None and device(value) != where:
         value = to_device(value, where)
     if is_torch_array(value):
         value = value.detach()
-    return xp.astype(value, dtype, copy=True)
+    with at(value):
+        return xp.astype(value, dtype, copy=True)
 
 
 def moved(name: str, array: Array, xp: Namespace | None, where: Any, dtype: Any) -> Array:
@@ -265,6 +311,8 @@ def overlap(a: Array, b: Array) -> bool:
     """Whether some byte of `a` is one of `b`, as far as can be seen."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
         return False
+    if is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous:  # told quickly
+        return bool(a.data.ptr < b.data.ptr + b.nbytes and b.data.ptr < a.data.ptr + a.nbytes)
     a, b = footprint(a), footprint(b)
     if a is None or b is None:
         return False

@@ -19,6 +19,7 @@ from ._arrays import (
     dtype_name,
     footprint,
     is_array_api_obj,
+    is_cupy_array,
     namespace_name,
     overlap,
     same_memory,
@@ -29,7 +30,9 @@ _NUMPY_FLOATS = {np.dtype(name).num for name in ("float16", "float32", "float64"
 
 def _is_plain(array: Any) -> bool:
     """Whether `array` is what nearly all callers pass, which is told quickly."""
-    return type(array) is np.ndarray and array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative
+    if type(array) is np.ndarray:
+        return array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative
+    return is_cupy_array(array) and array.dtype.num in _NUMPY_FLOATS
 
 
 def as_floating(name: str, array: Array) -> Array:
@@ -105,23 +108,29 @@ def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> No
     """Raise unless `array` is of the namespace and on the device of `like`."""
     if isinstance(array, np.ndarray) and isinstance(like, np.ndarray):
         return
-    ours, theirs = namespace_name(array_namespace(array)), namespace_name(array_namespace(like))
-    if ours != theirs:
-        raise TypeError(
-            f"{name}: expected a {theirs} array as {like_name} is; got a {ours} array."
-            f" Move one of them (a layer with layer.to(xp=…), an array with numpy.asarray or from_dlpack)"
-        )
+    if type(array) is not type(like):
+        ours, theirs = namespace_name(array_namespace(array)), namespace_name(array_namespace(like))
+        if ours != theirs:
+            if {ours, theirs} == {"numpy", "cupy"}:
+                to, moved = theirs if like_name == "x" else ours, "cupy.asarray(…) or cupy.asnumpy(…)"
+            else:
+                to, moved = "…", "numpy.asarray or from_dlpack"
+            raise TypeError(
+                f"{name}: expected a {theirs} array as {like_name} is; got a {ours} array."
+                f" Move one of them (a layer with layer.to(xp={to}), an array with {moved})"
+            )
     here, there = device(array), device(like)
     if here != there and None not in (here, there):  # inside jax.jit an array has no device yet
+        moved = f"`with {like_name}.device: cupy.asarray({name})`" if is_cupy_array(array) else "to_device"
         raise ValueError(
             f"{name}: expected on {there} as {like_name} is; got one on {here}."
-            f" Move one of them (a layer with layer.to(device=…), an array with to_device)"
+            f" Move one of them (a layer with layer.to(device=…), an array with {moved})"
         )
 
 
 def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *, of: str = "x") -> Array | None:
     """`array` (C,), checked against `x`; None stays None."""
-    if array is None or (_is_plain(array) and type(x) is np.ndarray and array.shape == (channels,)):
+    if array is None or (_is_plain(array) and type(array) is type(x) is np.ndarray and array.shape == (channels,)):
         return array
     array = as_floating(name, array)
     check_home(name, array, x, of)

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, array_namespace, as_numpy, class_name, converted, device, dtype_name, is_array_api_obj
+from ._arrays import (
+    Array,
+    array_namespace,
+    as_numpy,
+    at,
+    class_name,
+    converted,
+    copied,
+    device,
+    dtype_name,
+    is_array_api_obj,
+)
 from ._checks import as_flag
 
 if TYPE_CHECKING:
@@ -80,7 +91,7 @@ def export(module: Module, prefix: str) -> StateDict:
 def _copy(value: Any, like: Array | None) -> Array:
     """A copy of an array; a count as a 0-d int64 beside `like`, or in NumPy where that has no int64."""
     if not isinstance(value, int):
-        return array_namespace(value).asarray(value, copy=True)
+        return copied(value)
     if like is not None:
         xp, where = array_namespace(like), device(like)
         if "int64" in xp.__array_namespace_info__().dtypes(device=where, kind="signed integer"):
@@ -180,7 +191,9 @@ def _count(key: str, value: Array) -> int:
         count = int(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, text, inf, a tensor without values
         count = -1
-    if not 0 <= count < 2**63 or not bool(value == count):
+    with at(value):
+        whole = 0 <= count < 2**63 and bool(value == count)
+    if not whole:
         raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {value!r}")
     return count
 

@@ -5,10 +5,10 @@ Each takes arrays and returns arrays; none keeps or changes anything. The maths 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from ._arrays import (
     Array,
     Layout,
     array_namespace,
+    at,
     copied,
+    is_cupy_array,
     overlap,
     same_memory,
     widened,
@@ -44,17 +46,24 @@ class Saved:
         The batch's statistics; None where fixed statistics were given.
     """
 
-    moments: Moments | None
+    _moments: Moments | None = field(repr=False)
     _kernels: Kernels = field(repr=False)
     _layout: Layout = field(repr=False)
     _x: Array = field(repr=False)  # (N, C, *S), the caller's own; None once it is overwritten
     _overwritten: str | None = field(repr=False)  # by what
-    _mean: Array = field(repr=False)  # (C,), and so are the next three: copies of the forward's
-    _mean_low: Array | None = field(repr=False)
+    _mean: Array = field(repr=False)  # (C,), and so are the next two: of the forward, nobody else's
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
     _call: Call | None = field(repr=False)  # the forward's; None where nothing was synchronized
+    _shown: Moments | None = field(default=None, repr=False)
+
+    @property
+    def moments(self) -> Moments | None:
+        """Of the batch; its mean is a copy, made when it is asked for: the caller may change it."""
+        if self._shown is None and self._moments is not None:
+            self._shown = replace(self._moments, mean=copied(self._moments.mean))
+        return self._shown
 
     def _backward_call(self) -> Call | None:
         return None if self._call is None else self._call.backward()
@@ -144,7 +153,7 @@ def batch_norm(
         from . import sync
 
         call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": sync.said(eps)})
-    with call or _ALONE:
+    with call or _ALONE, at(x):
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
         )
@@ -177,19 +186,27 @@ def forward_in(
     if out is not None:
         check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
     ops = select(x, kernels)
-    weight, bias = None if weight is None else widened(weight), None if bias is None else widened(bias)
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     if mean is None:
+        weight, bias = _widened(ops, weight, bias)
         moments, rstd, y = _normalized(call, ops, view, layout.n, weight, bias, eps, target)
-        mean, mean_low = copied(moments.mean), moments.mean_low  # the caller sees moments, and may change them
+        mean = moments.mean
     else:
-        mean, moments, mean_low, rstd = widened(mean), None, None, reference.rstd(widened(var), eps)
-        y = ops.affine(view, mean, *reference.normalize(rstd, weight, bias), target)
+        moments = None
+        mean, rstd, weight, y = _evaluated(ops, view, mean, var, weight, bias, eps, target)
     y = _place(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
-    return y, Saved(moments, ops, layout, kept, lost, mean, mean_low, rstd, weight, bias is not None, call)
+    return y, Saved(moments, ops, layout, kept, lost, mean, rstd, weight, bias is not None, call)
+
+
+def _widened(ops: Kernels, *vectors: Array | None) -> Iterable[Any]:
+    """Copies of the vectors in the dtype of statistics, in one launch where the module offers that; None for None."""
+    together: Callable[..., Iterable[Any]] | None = getattr(ops, "widened", None)
+    if together is not None:
+        return together(*vectors)
+    return [None if vector is None else widened(vector) for vector in vectors]
 
 
 def _normalized(
@@ -207,18 +224,37 @@ def _normalized(
         mean, m2, rstd, y = forward(x, weight, bias, eps, out)
         return Moments(n, mean, m2), rstd, y
     moments = reduce(ops, x, n)
-    if call is not None:
+    if call is None:
+        rstd = reference.rstd(moments.m2 / max(n, 1), eps)
+    else:
         out = _room(ops, x, out)
-        moments = call.pool(moments)
-    rstd = reference.rstd(moments.m2 / max(moments.n, 1), eps)
+        moments, rstd = call.pool(moments, eps)
     a, c = reference.normalize(rstd, weight, bias, moments.mean_low)
     return moments, rstd, ops.affine(x, moments.mean, a, c, out)
 
 
+def _evaluated(
+    ops: Kernels,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E7) Copies of mean, rstd and weight in the dtype of statistics, and y, with fixed statistics."""
+    if (evaluate := getattr(ops, "evaluate", None)) is not None:
+        return evaluate(x, mean, var, weight, bias, eps, out)  # type: ignore[no-any-return]
+    mean, var, weight, bias = _widened(ops, mean, var, weight, bias)
+    rstd = reference.rstd(var, eps)
+    return mean, rstd, weight, ops.affine(x, mean, *reference.normalize(rstd, weight, bias), out)
+
+
 def _room(ops: Kernels, x: Array, out: Array | None) -> Array | None:
     """Where the result will go: after the exchange it is too late to find out that memory is short."""
-    if out is None and isinstance(x, np.ndarray) and ops is not reference:
-        return np.empty(x.shape, x.dtype)
+    if out is None and ops is not reference and (isinstance(x, np.ndarray) or is_cupy_array(x)):
+        return array_namespace(x).empty(x.shape, dtype=x.dtype)
     return out
 
 
@@ -269,7 +305,7 @@ def batch_norm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
     call = saved._backward_call()
-    with call or _ALONE:
+    with call or _ALONE, at(dy):
         return backward_in(call, dy, saved, out)
 
 
@@ -304,26 +340,31 @@ def backward_in(
 
 def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
     """dx, dweight and dbias (E5, E6) from dy and x (N, C, S)."""
-    ops, moments, weight = saved._kernels, saved.moments, saved._weight
-    mean, low, rstd = saved._mean, saved._mean_low, saved._rstd
+    ops, moments, weight, mean, rstd = saved._kernels, saved._moments, saved._weight, saved._mean, saved._rstd
     if moments is None:
         dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd)
-        zero = array_namespace(rstd).zeros_like(rstd)
-        a, _ = reference.normalize(rstd, weight, None)
+        a, zero = reference.normalize(rstd, weight, None)
         return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
     backward: Callable[..., tuple[Array, Array, Array]] | None = getattr(ops, "backward", None)
     if call is None and backward is not None:
         return backward(dy, x, mean, rstd, weight, out)
-    sums = ops.dots(dy, x, mean)
+    n, low, sums = max(moments.n, 1), moments.mean_low, ops.dots(dy, x, mean)
     dweight, dbias = reference.parameter_gradients(*sums, rstd, low)
     if call is None:
-        totals = dweight, dbias
-    else:  # over all ranks for dx alone: dweight and dbias stay the sums of this rank
+        a, b, c = reference.input_gradient(dweight, dbias, n, rstd, weight, low)
+    else:
         out = _room(ops, x, out)
-        totals = reference.parameter_gradients(*call.sum(*sums), rstd, low)
-    coefficients = reference.input_gradient(*totals, max(moments.n, 1), rstd, weight, low)
-    return ops.affine2(dy, x, mean, *coefficients, out), dweight, dbias
+        a, b, c = _of_all_ranks(call, sums, n, weight)
+    return ops.affine2(dy, x, mean, a, b, c, out), dweight, dbias
+
+
+def _of_all_ranks(call: Call, sums: tuple[Array, Array], n: int, weight: Array | None) -> Iterable[Array]:
+    """(E6) a, b and c of dx, from the sums of all ranks: for a weight of 1 on the host, where these numbers are."""
+    sum_dy, sum_dy_x = call.sum(*sums)
+    totals = reference.parameter_gradients(sum_dy, sum_dy_x, call.rstd, call.mean_low)
+    coefficients = call.home(*reference.input_gradient(*totals, n, call.rstd, None, call.mean_low))
+    return coefficients if weight is None else [weight * number for number in coefficients]
 
 
 def _place(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from ._arrays import (
     array_namespace,
     as_dtype,
     as_namespace,
+    at,
     check_device,
-    device,
     dtype_name,
+    filled,
     namespace_name,
-    wide_dtype,
+    on,
 )
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
 from .functional import backward_in, forward_in
@@ -69,10 +70,11 @@ class _NormBase(Module):
         check_device(xp, device)
         home = {"dtype": as_dtype("float32" if dtype is None else dtype, xp), "device": device}
         shape = (self.num_features,)
-        self.register_parameter("weight", Parameter(xp.ones(shape, **home)) if self.affine else None)
-        self.register_parameter("bias", Parameter(xp.zeros(shape, **home)) if self.affine else None)
-        self.register_buffer("running_mean", xp.zeros(shape, **home) if self.track_running_stats else None)
-        self.register_buffer("running_var", xp.ones(shape, **home) if self.track_running_stats else None)
+        with on(device):
+            self.register_parameter("weight", Parameter(xp.ones(shape, **home)) if self.affine else None)
+            self.register_parameter("bias", Parameter(xp.zeros(shape, **home)) if self.affine else None)
+            self.register_buffer("running_mean", xp.zeros(shape, **home) if self.track_running_stats else None)
+            self.register_buffer("running_var", xp.ones(shape, **home) if self.track_running_stats else None)
         self.register_buffer("num_batches_tracked", 0 if self.track_running_stats else None)
 
     def reset_running_stats(self) -> None:
@@ -80,9 +82,9 @@ class _NormBase(Module):
         if not self.track_running_stats:
             return
         if self.running_mean is not None:
-            self.running_mean = array_namespace(self.running_mean).zeros_like(self.running_mean)
+            self.running_mean = filled(self.running_mean, 0.0)
         if self.running_var is not None:
-            self.running_var = array_namespace(self.running_var).ones_like(self.running_var)
+            self.running_var = filled(self.running_var, 1.0)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked = 0
 
@@ -90,9 +92,9 @@ class _NormBase(Module):
         """Reset the running statistics, and set weight 1 and bias 0."""
         self.reset_running_stats()
         if self.weight is not None:
-            self.weight.data = array_namespace(self.weight.data).ones_like(self.weight.data)
+            self.weight.data = filled(self.weight.data, 1.0)
         if self.bias is not None:
-            self.bias.data = array_namespace(self.bias.data).zeros_like(self.bias.data)
+            self.bias.data = filled(self.bias.data, 0.0)
 
     def _check_input_dim(self, x: Array) -> None:
         """Raise a ValueError unless x has a number of dimensions that this layer takes."""
@@ -149,6 +151,15 @@ class _NormBase(Module):
         )
 
 
+class _Tracking(NamedTuple):
+    """The running statistics before a batch, the weight it will have in them, and how many there will have been."""
+
+    mean: Array | None
+    var: Array | None
+    momentum: float
+    batches: int | None
+
+
 class _BatchNorm(_NormBase):
     """Forward and backward of a batch norm."""
 
@@ -165,7 +176,8 @@ class _BatchNorm(_NormBase):
             The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
             statistic.
         """
-        return self._forward(x, None)
+        with at(x):
+            return self._forward(x, None)
 
     def _forward(self, x: Array, call: Call | None) -> Array:
         """`forward` as a part of `call`, or alone."""
@@ -174,17 +186,14 @@ class _BatchNorm(_NormBase):
             check_lasting("x", x, self._an_array())
         self._check_input_dim(x)
         self._check_channels(x)
-        fixed = self._fixed_statistics(x)
+        fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
         weight, bias = weight and weight.data, bias and bias.data
-        if call is not None:  # what can fail in taking in the batch has to fail before the exchange
-            zeros = array_namespace(x).zeros(self.num_features, dtype=wide_dtype(x), device=device(x))
-            self._tracked(Moments(2, zeros, zeros), x)
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
-        if (moments := saved.moments) is not None:
+        if (moments := saved._moments) is not None:
             if call is not None:
                 call.alike = moments.n == 1  # which every rank refuses
-            self._buffers.update(self._tracked(moments, x))
+            self._buffers.update(self._tracked(moments, x, tracking))
         self._remember(saved)
         return y
 
@@ -198,7 +207,8 @@ class _BatchNorm(_NormBase):
         TypeError, ValueError
             dy is not like y.
         """
-        return self._backward(dy, None)
+        with at(dy):
+            return self._backward(dy, None)
 
     def _backward(self, dy: Array, call: Call | None) -> Array:
         """`backward` as a part of `call`, or alone."""
@@ -235,7 +245,23 @@ class _BatchNorm(_NormBase):
         as_channel_vector("running_var", var, x, self.num_features)
         return {"mean": mean, "var": var}
 
-    def _tracked(self, moments: Moments, x: Array) -> dict[str, Any]:
+    def _tracking(self, x: Array) -> _Tracking | None:
+        """How the buffers will take in the batch x, checked before there is a result; None if they will not."""
+        if not (self.training and self.track_running_stats):
+            return None
+        buffers, momentum = self._buffers, self.momentum
+        count, mean, var = buffers["num_batches_tracked"], buffers["running_mean"], buffers["running_var"]
+        if count is not None:
+            count = as_integer("num_batches_tracked", count, 0) + 1
+        if mean is None:
+            return _Tracking(None, None, 0.0, count)
+        if momentum is None:  # the average of all batches so far
+            momentum = 1 / count if count else 0.0
+        mean = as_channel_vector("running_mean", mean, x, self.num_features)
+        var = as_channel_vector("running_var", var, x, self.num_features)
+        return _Tracking(mean, var, as_number("momentum", momentum), count)
+
+    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
         """The buffers after this batch, by name: nothing where they stay as they are."""
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
@@ -243,21 +269,12 @@ class _BatchNorm(_NormBase):
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}."
                 f" Leave out the last incomplete batch, {remedy}"
             )
-        if not (self.training and self.track_running_stats) or moments.n == 0:
+        if tracking is None or moments.n == 0:
             return {}
-        buffers = self._buffers
-        count, mean, var = buffers["num_batches_tracked"], buffers["running_mean"], buffers["running_var"]
-        if count is not None:
-            count = as_integer("num_batches_tracked", count, 0) + 1
-        if mean is None:
-            return {"num_batches_tracked": count}
-        momentum = self.momentum
-        if momentum is None:  # the average of all batches so far
-            momentum = 1 / count if count else 0.0
-        mean = as_channel_vector("running_mean", mean, x, self.num_features)
-        var = as_channel_vector("running_var", var, x, self.num_features)
-        mean, var = updated(mean, var, moments, as_number("momentum", momentum))
-        return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+        if tracking.mean is None:
+            return {"num_batches_tracked": tracking.batches}
+        mean, var = updated(tracking.mean, tracking.var, moments, tracking.momentum)
+        return {"running_mean": mean, "running_var": var, "num_batches_tracked": tracking.batches}
 
 
 class BatchNorm1d(_BatchNorm):

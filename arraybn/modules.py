@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from . import _state
-from ._arrays import Array, Namespace, cast, check_dtype, is_array_api_obj, moved
+from ._arrays import Array, Namespace, added, check_dtype, is_array_api_obj, moved
 from ._checks import as_floating, as_integer, check_like
 
 M = TypeVar("M", bound="Module")
@@ -57,8 +57,7 @@ class Parameter:
     def plus(self, gradient: Array) -> Array:
         """`grad` with `gradient`, of the shape of `data`, added to it, in the dtype of `data`."""
         check_like("gradient", gradient, self.data, "data")
-        gradient = cast(gradient, self.data.dtype)
-        return gradient if self.grad is None else self.grad + gradient
+        return added(self.grad, gradient, self.data.dtype)
 
     def accumulate(self, gradient: Array) -> None:
         """Make `plus(gradient)` the new `grad`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ._arrays import Array, array_namespace, wide_dtype
+from ._arrays import Array, array_namespace, at, wide_dtype
 
 # ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
 
@@ -117,8 +117,10 @@ class Moments:
     def var(self, correction: int = 0) -> Array:
         """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""
         if self.n <= correction:
-            return array_namespace(self.m2).full_like(self.m2, float("nan"))
-        return self.m2 / (self.n - correction)
+            with at(self.m2):
+                return array_namespace(self.m2).full_like(self.m2, float("nan"))
+        with at(self.m2):
+            return self.m2 / (self.n - correction)
 
 
 def pool(a: Moments, b: Moments) -> Moments:

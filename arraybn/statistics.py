@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import reference
-from ._arrays import Array, Layout, array_namespace, dtype_name
+from ._arrays import Array, Layout, array_namespace, at, copied, dtype_name
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Kernels, select
 from .reference import Moments
@@ -46,7 +46,8 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Kernels | None = 
     """
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    return reduce(select(x, kernels), layout.view(x), layout.n)
+    with at(x):
+        return reduce(select(x, kernels), layout.view(x), layout.n)
 
 
 def reduce(ops: Kernels, x: Array, n: int) -> Moments:
@@ -98,8 +99,9 @@ def pool(*moments: Moments) -> Moments:
                 f" got {part.mean.shape[0]}"
             )
     pooled = moments[0]
-    for part in moments[1:]:
-        pooled = reference.pool(pooled, part)
+    with at(pooled.mean):
+        for part in moments[1:]:
+            pooled = reference.pool(pooled, part)
     return pooled
 
 
@@ -152,9 +154,9 @@ def update_running_stats(
             f"moments: expected n > correction = {correction}, or the variance is not defined; got n = {moments.n}"
         )
     if moments.n == 0:
-        xp = array_namespace(moments.mean)
-        return tuple(xp.asarray(array, copy=True) for array in running.values())
-    return updated(running["running_mean"], running["running_var"], moments, momentum, correction)
+        return copied(running["running_mean"]), copied(running["running_var"])
+    with at(moments.mean):
+        return updated(running["running_mean"], running["running_var"], moments, momentum, correction)
 
 
 def updated(

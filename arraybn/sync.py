@@ -15,13 +15,14 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from . import _frames
-from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name
+from . import _frames, reference
+from ._arrays import Array, dtype_name
+from ._staging import Staging
 from .reference import Moments
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm, what wraps one, or a rank of arraybn.testing.ThreadComm
@@ -251,6 +252,8 @@ class Call:
         self.settings, self.batches, self.timeout, self.of = settings, batches, timeout, of
         self.number = 0  # of the exchange, once it has been made
         self.alike = False  # whether an error from now on is one that every rank sees
+        self.rstd: Array | None = None  # of the forward, on the host, as the next one
+        self.mean_low: Array | None = None
 
     def __str__(self) -> str:
         number = self.number or self.channel.calls + 1
@@ -258,15 +261,10 @@ class Call:
 
     def backward(self) -> Call:
         """The call of the backward of this forward."""
-        return Call(
-            self.channel,
-            BACKWARD,
-            self.layer,
-            self.settings,
-            batches=self.batches,
-            timeout=self.timeout,
-            of=self.number,
-        )
+        options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "of": self.number}
+        call = Call(self.channel, BACKWARD, self.layer, self.settings, **options)
+        call.rstd, call.mean_low = self.rstd, self.mean_low
+        return call
 
     def fields(self, number: int, channels: int, bits: int) -> tuple[int, ...]:
         """What the header says, in the order of `_frames.FIELDS`."""
@@ -303,22 +301,33 @@ class Call:
         except SyncError as told:
             raise told from error
 
-    def pool(self, moments: Moments) -> Moments:
-        """(E2) The moments of all ranks together."""
+    def pool(self, moments: Moments, eps: float) -> tuple[Moments, Array]:
+        """(E2, E3) The moments of all ranks together, and rstd, which is taken where the numbers are: on the host."""
         mean, m2, low = moments.mean, moments.m2, moments.mean_low
-        wide = _host(mean) if low is None else _host(mean) + _host(low)
-        rows, n = self.channel.exchange(self, np.stack([wide, _host(m2)]), moments.n)
+        staging = Staging(mean, 4)
+        rows = staging.host(mean, m2, *([] if low is None else [low]))
+        if low is not None:
+            rows[0] += rows[2]
+        (wide, m2), n = self.channel.exchange(self, rows[:2], moments.n)
+        self.rstd = reference.rstd(m2 / max(n, 1), eps)
+        if dtype_name(mean.dtype) == "float64":
+            mean, m2, rstd = staging.home(wide, m2, self.rstd)
+            return Moments(n, mean, m2), rstd
         with np.errstate(all="ignore"):  # in float32 a moment may be infinite
-            pooled, m2 = (_like(row, mean) for row in rows)
-            if dtype_name(mean.dtype) == "float64":
-                return Moments(n, pooled, m2)
-            rest = np.where(np.isfinite(rows[0]), rows[0] - _host(pooled), 0.0)
-            return Moments(n, pooled, m2, mean_low=_like(rest, mean))
+            mean = wide.astype(np.float32)
+            self.mean_low = np.where(np.isfinite(wide), wide - mean, 0.0)
+        mean, m2, rstd, low = staging.home(mean, m2, self.rstd, self.mean_low)
+        return Moments(n, mean, m2, mean_low=low), rstd
 
-    def sum(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Σa and Σb over all ranks, each (C,)."""
-        rows, _ = self.channel.exchange(self, np.stack([_host(a), _host(b)]))
-        return _like(rows[0], a), _like(rows[1], b)
+    def sum(self, a: Array, b: Array) -> Array:
+        """Σa and Σb over all ranks (2, C), on the host."""
+        self._staging = Staging(a, 3)
+        rows, _ = self.channel.exchange(self, self._staging.host(a, b))
+        return rows
+
+    def home(self, *rows: Array) -> Sequence[Array]:
+        """What the host has made of these sums (C,), where the data is."""
+        return self._staging.home(*rows)
 
     def broadcast(self, octets: Array) -> None:
         """Replace the bytes by those of rank 0."""
@@ -339,18 +348,6 @@ class Call:
 
         rows, _ = self.channel.exchange(self, np.full((2, 1), weight), after=after)
         return float(rows[0, 0])
-
-
-def _host(array: Array) -> Array:
-    """`array` as float64 in host memory, where every MPI can read it; a GPU has finished it then."""
-    return array if type(array) is np.ndarray else as_numpy("moments", array).astype(np.float64)
-
-
-def _like(numbers: Array, array: Array) -> Array:
-    """The host's `numbers` in the namespace and dtype and on the device of `array`."""
-    if type(array) is np.ndarray:
-        return numbers
-    return converted("moments", numbers, array_namespace(array), device(array), array.dtype)
 
 
 def said(value: Any) -> Any:

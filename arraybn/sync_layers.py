@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import sync
-from ._arrays import Array, Namespace, dtype_name
-from ._checks import as_number
+from ._arrays import Array, Namespace, at, dtype_name
+from ._checks import as_number, check_like
 from .layers import _BatchNorm
 from .modules import Module
 from .sync import Call, Comm
@@ -144,7 +144,7 @@ class SyncBatchNorm(_BatchNorm):
         call = self._begin(sync.FORWARD) if self._uses_batch_statistics() else None
         if call is None:
             return super().forward(x)
-        with call:
+        with call, at(x):
             return self._forward(x, call)
 
     def backward(self, dy: Array) -> Array:
@@ -157,10 +157,10 @@ class SyncBatchNorm(_BatchNorm):
             call = self._begin(sync.BACKWARD) if self._uses_batch_statistics() else None
         if call is None:
             return super().backward(dy)
-        with call:
+        with call, at(dy):
             for parameter in (self.weight, self.bias):
-                if parameter is not None:
-                    parameter.plus(self._recall().moments.mean)  # would fail only after the exchange
+                if parameter is not None:  # otherwise this would fail after the exchange
+                    check_like("gradient", self._recall()._mean, parameter.data, "data")
             return self._backward(dy, call)
 
     def _uses_batch_statistics(self) -> bool:

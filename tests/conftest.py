@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -16,7 +20,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "cuda")]
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
@@ -60,9 +64,65 @@ class Home:
             assert array.device == self.device, f"{array.device} is not {self.device}"
         if array_api_compat.is_torch_array(array):
             return array.numpy()
+        if array_api_compat.is_cupy_array(array):
+            return array.get()
         if self.device is not None:
             array = array.to_device(self.xp.Device("CPU_DEVICE"))
         return np.asarray(array)
+
+
+FAKE_CUPY = Path(__file__).parent / "cuda" / "fake_cupy"
+
+
+@functools.cache
+def _real_cupy() -> Any:
+    """CuPy where it is installed and finds a GPU, otherwise None."""
+    if importlib.util.find_spec("cupy") is None:
+        return None
+    code = "import cupy; cupy.cuda.runtime.getDeviceCount(); cupy.zeros(1)"
+    if subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False).returncode:
+        return None
+    return importlib.import_module("cupy")
+
+
+_fake_modules: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def cupy_here(kernels: str = "reference") -> Iterator[Any]:
+    """The real CuPy where it finds a GPU; otherwise the fake one, which other tests do not see.
+
+    It is imported once, because array-api-compat keeps what it has found under that name. With `kernels` "cuda" its
+    arrays get the CUDA kernels, which g++ has compiled.
+    """
+    if (real := _real_cupy()) is not None:
+        has = unittest.mock.patch("arraybn.kernels._has_cuda", return_value=kernels == "cuda")
+        with has:
+            yield real
+        return
+    sys.path.insert(0, str(FAKE_CUPY))
+    try:
+        sys.modules.update(_fake_modules)
+        cupy, _ = importlib.import_module("cupy"), importlib.import_module("cupyx")
+        cupy._fake.log.clear()
+        with _kernels(kernels):
+            yield cupy
+    finally:
+        sys.path.remove(str(FAKE_CUPY))
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupyx")]:
+            _fake_modules[name] = sys.modules.pop(name)
+
+
+@contextlib.contextmanager
+def _kernels(kernels: str) -> Iterator[None]:
+    """Those that serve the arrays of the fake CuPy."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unittest.mock.patch("arraybn.kernels._has_cuda", return_value=kernels == "cuda"))
+        if kernels == "cuda":
+            if shutil.which(os.environ.get("CXX", "g++")) is None:
+                pytest.skip("there is no g++")
+            stack.enter_context(importlib.import_module("fake_gpu").install())
+        yield
 
 
 def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
@@ -80,6 +140,16 @@ def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
 
         return make
 
+    def cupy(device: int, kernels: str) -> Callable[[contextlib.ExitStack], Home]:
+        def make(stack: contextlib.ExitStack) -> Home:
+            xp = stack.enter_context(cupy_here(kernels))
+            if device >= xp.cuda.runtime.getDeviceCount():
+                pytest.skip("there is one GPU")
+            compat = importlib.import_module("array_api_compat.cupy")
+            return Home(f"cupy {device}, {kernels}", compat, xp.cuda.Device(device), "float64")
+
+        return make
+
     def without_numba(stack: contextlib.ExitStack) -> Home:
         stack.enter_context(unittest.mock.patch("arraybn.kernels._has_numba", return_value=False))
         return Home("numpy without numba", np, None, "float64")
@@ -93,6 +163,9 @@ def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
         "torch": lambda _: Home("torch", need("array_api_compat.torch"), None, "float64"),
         "jax": jax(False),
         "jax-x64": jax(True),
+        "cupy": cupy(0, "reference"),
+        "cupy-device1": cupy(1, "reference"),
+        "cupy-kernels": cupy(1, "cuda"),
     }
 
 

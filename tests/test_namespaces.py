@@ -12,6 +12,7 @@ import pytest
 from conftest import Home, need
 
 import arraybn
+from arraybn._arrays import at, on
 from arraybn.testing import exact_moments, scenarios
 
 SHAPES = [shape for shape in scenarios.SHAPES if shape != "one value"]
@@ -23,11 +24,11 @@ def on_numpy(batch: scenarios.Batch, dtype: str, **options: Any) -> tuple[Any, .
 
 
 def close(got: Any, expected: Any, wide: str, scale: float) -> bool:
-    """Namespaces with float64 add in the same order, so that only √ and division could differ, by an ulp or two.
+    """Namespaces with float64 keep to 12 ulp, which is promised of dx (N2).
 
     Without it, some roundings to float32 of terms of the size `scale` add up.
     """
-    bound = 4 * float(np.finfo(got.dtype).eps) if wide == "float64" else 64 * 2.0**-24
+    bound = 12 * float(np.finfo(got.dtype).eps) if wide == "float64" else 64 * 2.0**-24
     return bool((abs(got - expected) <= bound * scale).all())
 
 
@@ -49,9 +50,11 @@ def functions_agree_with_numpy(home: Home, shape: str, dtype: str, fixed: bool) 
     y, saved = arraybn.batch_norm(x, home.array(batch.weight), home.array(batch.bias), **here)
     dx, dweight, dbias = arraybn.batch_norm_backward(dy, saved)
     got = [home.numpy(array) for array in (y, dx, dweight, dbias)]
+    var = statistics["var"] if fixed else arraybn.moments(batch.x).var()
+    term = (abs(batch.weight) / np.sqrt(var + 1e-5)).max() * abs(batch.dy).max()  # of dx, where two values may cancel
     assert [array.dtype.name for array in got] == [dtype, dtype, home.wide, home.wide]
     for one, other in zip(got, expected, strict=True):
-        scale = max(abs(other).max(), abs(batch.dy).max() if one.ndim == 3 else 0)  # two values cancel in dx
+        scale = max(abs(other).max(), term if one.ndim == 3 else 0)
         assert close(one, other, home.wide, scale)
         assert not close(one + 1e-3 * scale, other, home.wide, scale)
 
@@ -191,8 +194,9 @@ def test_state_dicts_and_copies_stay_here(home: Home) -> None:
     state = layer.state_dict()
     assert repr(twin.load_state_dict(state)) == "<All keys matched successfully>"
     clones = [twin, copy.deepcopy(layer)]
-    if home.name in ("numpy", "torch"):
-        clones.append(pickle.loads(pickle.dumps(layer)))
+    if home.name in ("numpy", "torch") or home.name.startswith("cupy"):
+        with on(home.device):  # where CuPy unpickles
+            clones.append(pickle.loads(pickle.dumps(layer)))
     for clone in clones:
         np.testing.assert_array_equal(home.numpy(clone.running_mean), home.numpy(layer.running_mean))
         assert clone.num_batches_tracked == 1
@@ -206,7 +210,9 @@ def test_bfloat16_and_float16_where_the_namespace_has_them(home: Home) -> None:
     for dtype in ("float16", "bfloat16"):
         if not hasattr(home.xp, dtype):
             continue
-        x = home.xp.astype(home.array(scenarios.make("small").x, "float32"), getattr(home.xp, dtype))
+        x = home.array(scenarios.make("small").x, "float32")
+        with at(x):
+            x = home.xp.astype(x, getattr(home.xp, dtype))
         y, saved = arraybn.batch_norm(x)
         dx, _, _ = arraybn.batch_norm_backward(x, saved)
         assert y.dtype == dx.dtype == x.dtype

@@ -155,6 +155,7 @@ ORDER = [
     "_arrays",
     "_checks",
     "reference",
+    "_staging",
     "kernels",
     "statistics",
     "_frames",

@@ -386,8 +386,8 @@ class CountsFirst(arraybn.BatchNorm1d):
 class Biased(arraybn.BatchNorm1d):
     """Takes the biased variance into the running one."""
 
-    def _tracked(self, saved: Any, x: Any) -> Any:
-        commit = super()._tracked(saved, x)
+    def _tracked(self, saved: Any, *rest: Any) -> Any:
+        commit = super()._tracked(saved, *rest)
         if "running_var" in commit:
             commit["running_var"] = commit["running_var"] * np.float32(0.999)
         return commit

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from .. import sync
+from .._arrays import as_numpy
 from ..kernels._threads import set_num_threads
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
 from ..replicas import average_gradients, broadcast_state
 from ..sync_layers import SyncBatchNorm
-from . import demo, info
+from . import _demo_device, demo, info
+from ._demo_device import beside
 
 LEARNING_RATE = 0.1
 ALONE, TOGETHER, LOCAL = "one process", "synchronized", "local"  # the trainings
@@ -54,7 +56,8 @@ class Training:
         optimizer = SGD(self.network.parameters(), LEARNING_RATE)
         self.network.train()
         for batch in batches:
-            loss, dlogits = cross_entropy(self.network(images[batch]), labels[batch])
+            logits = self.network(beside(self.network, images[batch]))
+            loss, dlogits = cross_entropy(logits, beside(self.network, labels[batch]))
             optimizer.zero_grad()
             self.network.backward(dlogits)
             if self.comm is not None:
@@ -65,19 +68,24 @@ class Training:
 
     def difference(self, other: Training, *, running: bool = False) -> float:
         """The largest difference of a parameter, or of a running statistic."""
-        ours, theirs = self.network.state_dict(), other.network.state_dict()
+        ours, theirs = self.held(), other.held()
         names = [name for name in ours if "batches" not in name and ("running" in name) == running]
         return max(float(np.max(np.abs(ours[name] - theirs[name]))) for name in names)
 
+    def held(self) -> dict[str, Array]:
+        """All that the network holds on this rank, in host memory."""
+        return {name: as_numpy(name, value) for name, value in self.network.state_dict().items()}
+
     def checksum(self) -> str:
-        """Of the bits of all that the network holds on this rank."""
-        return hashlib.sha256(b"".join(value.tobytes() for value in self.network.state_dict().values())).hexdigest()
+        """Of its bits."""
+        return hashlib.sha256(b"".join(value.tobytes() for value in self.held().values())).hexdigest()
 
 
-def start(comm: Comm, seed: int) -> list[Training]:
-    """The three, from the same weights."""
+def start(comm: Comm, seed: int, xp: Any = np) -> list[Training]:
+    """The three, from the same weights, with arrays of `xp`."""
     weights, _ = np.random.default_rng(seed).spawn(2)
-    networks = [demo.build_network(True, np.random.default_rng(comm.rank)).to(dtype="float64") for _ in range(3)]
+    others = [demo.build_network(True, np.random.default_rng(comm.rank)) for _ in range(3)]
+    networks = [network.to(xp=xp, dtype="float64") for network in others]
     if comm.rank == 0:
         state = demo.build_network(True, weights).state_dict()
         for network in networks:
@@ -97,6 +105,7 @@ def train(
     epochs: int,
     seed: int,
     progress: Callable[[list[Training], int], object],
+    xp: Any = np,
 ) -> list[Training]:
     """Train all three; what was seen is complete on rank 0.
 
@@ -109,8 +118,10 @@ def train(
     epochs, seed : int
     progress : callable
         Called on rank 0 after each epoch, with the trainings and the number of the epoch.
+    xp : namespace
+        Of the arrays.
     """
-    trainings = start(comm, seed)
+    trainings = start(comm, seed, xp)
     _, shuffler = np.random.default_rng(seed).spawn(2)
     images, labels = digits.train_images.astype(np.float64), digits.train_labels
     whole = comm.size * each
@@ -142,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.epochs = arguments.epochs or 12
     try:
         comm = world()
-        problem = demo.missing_libraries(plot)
+        problem = demo.missing_libraries(plot) or _demo_device.problem(arguments.device)
         if comm.rank == 0:
             problem = problem or demo.unusable(arguments.out)
         problem = next(filter(None, comm.allgather(problem)), "")
@@ -154,7 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"demo: {problem}", file=sys.stderr)
         return 1
     digits = demo.load_digits(arguments.seed)
-    trainings = _train_and_show(comm, digits, arguments)
+    xp = _demo_device.namespace(arguments.device, comm)
+    trainings = _train_and_show(comm, digits, arguments, xp)
     sums = comm.gather([training.checksum() for training in trainings[1:]])
     if comm.rank != 0:
         return 0
@@ -182,7 +194,7 @@ def world() -> Comm:
     return MPI.COMM_WORLD
 
 
-def _train_and_show(comm: Comm, digits: demo.Digits, arguments: argparse.Namespace) -> list[Training]:
+def _train_and_show(comm: Comm, digits: demo.Digits, arguments: argparse.Namespace, xp: Any) -> list[Training]:
     """Train under a progress bar of rank 0, above which it writes the losses of some of the epochs."""
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
@@ -190,7 +202,8 @@ def _train_and_show(comm: Comm, digits: demo.Digits, arguments: argparse.Namespa
     epochs, each = arguments.epochs, arguments.data_parallel
     if comm.rank == 0:
         sizes = f"{len(digits.train_labels)} to train on, {len(digits.test_labels)} to test on"
-        print(f"Handwritten digits: {sizes}; ranks: {comm.size}; images of a rank in a step: {each}", flush=True)
+        ranks = f"ranks: {comm.size}; images of a rank in a step: {each}"
+        print(f"Handwritten digits: {sizes}; {ranks}{_demo_device.name(xp)}", flush=True)
         print(f"\nloss in epoch  {ALONE:>14}  {TOGETHER:>14}  {LOCAL:>14}", flush=True)
 
     def progress(trainings: list[Training], number: int) -> None:
@@ -203,7 +216,7 @@ def _train_and_show(comm: Comm, digits: demo.Digits, arguments: argparse.Namespa
     set_num_threads(1)  # the ranks share the cores; results do not depend on it
     hidden = True if comm.rank else None  # None: hidden where there is no terminal
     with threadpool_limits(1), tqdm(total=epochs, unit="epoch", leave=False, disable=hidden) as bar:
-        return train(comm, digits, each=each, epochs=epochs, seed=arguments.seed, progress=progress)
+        return train(comm, digits, each=each, epochs=epochs, seed=arguments.seed, progress=progress, xp=xp)
 
 
 def title(training: Training, ranks: int, each: int) -> str:

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checkpoint
+from .._arrays import as_numpy
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy
 from ..reference import Moments
 from ..statistics import moments
+from . import _demo_device
+from ._demo_device import DEVICES, beside
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
 DESCRIPTION = (
@@ -133,13 +136,13 @@ def train(
         order = rng.permutation(len(images))
         for start in range(0, len(images), BATCH):
             batch = order[start : start + BATCH]
-            hidden = until_hidden(images[batch])
-            loss, dlogits = cross_entropy(after_hidden(hidden), labels[batch])
+            hidden = until_hidden(beside(network, images[batch]))
+            loss, dlogits = cross_entropy(after_hidden(hidden), beside(network, labels[batch]))
             optimizer.zero_grad()
             network.backward(dlogits)
             optimizer.step()
             history.losses.append(loss)
-            history.spreads.append(np.percentile(hidden, PERCENTILES))
+            history.spreads.append(np.percentile(as_numpy("hidden", hidden), PERCENTILES))
             if history.diverged:
                 return history
         progress()
@@ -148,7 +151,8 @@ def train(
 
 def accuracy(network: Module, images: Array, labels: Array) -> float:
     """The fraction of the images that the network, in evaluation mode, reads rightly, all of them as one batch."""
-    return float(np.mean(network.eval()(images).argmax(axis=1) == labels))
+    logits = as_numpy("logits", network.eval()(beside(network, images)))
+    return float(np.mean(logits.argmax(axis=1) == labels))
 
 
 def with_batch_statistics(network: Sequential) -> Sequential:
@@ -208,11 +212,11 @@ class Run:
 
 
 def train_one(
-    digits: Digits, *, batch_norm: bool, lr: float, epochs: int, seed: int, progress: Callable[[], object]
+    digits: Digits, xp: Any, *, batch_norm: bool, lr: float, epochs: int, seed: int, progress: Callable[[], object]
 ) -> Run:
-    """One run; the same seed gives the same weights and batches, with and without batch norm."""
+    """One run with arrays of `xp`; the same seed gives the same weights and batches, with and without batch norm."""
     weights, batches = np.random.default_rng(seed).spawn(2)
-    network = build_network(batch_norm, weights)
+    network = build_network(batch_norm, weights).to(xp=xp)
     training, test = (digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)
     start = time.perf_counter()
     with np.errstate(over="ignore", invalid="ignore"):  # a run may diverge; the table says so
@@ -220,10 +224,10 @@ def train_one(
         seconds = time.perf_counter() - start
         accuracy_batch = accuracy(with_batch_statistics(network), *test) if batch_norm else None
         accuracy_running = accuracy(network, *test)
-    return Run(batch_norm, lr, network, history, accuracy_batch, accuracy_running, seconds)
+    return Run(batch_norm, lr, network.to(xp=np), history, accuracy_batch, accuracy_running, seconds)
 
 
-def train_all(digits: Digits, epochs: int, seed: int) -> list[Run]:
+def train_all(digits: Digits, epochs: int, seed: int, xp: Any = np) -> list[Run]:
     """Every network at every learning rate, under one progress bar."""
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
@@ -234,7 +238,7 @@ def train_all(digits: Digits, epochs: int, seed: int) -> list[Run]:
     with threadpool_limits(1), tqdm(total=len(plan) * epochs, unit="epoch", leave=False, disable=None) as bar:
         for batch_norm, lr in plan:
             bar.set_description(f"{_name(batch_norm)}, learning rate {lr:g}")
-            run = train_one(digits, batch_norm=batch_norm, lr=lr, epochs=epochs, seed=seed, progress=bar.update)
+            run = train_one(digits, xp, batch_norm=batch_norm, lr=lr, epochs=epochs, seed=seed, progress=bar.update)
             runs.append(run)
             bar.update(len(runs) * epochs - bar.n)  # the epochs that a diverged run has left out
     return runs
@@ -255,6 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("arraybn-demo"), help="folder for the files (default arraybn-demo)"
     )
     parser.add_argument("--epochs", type=_epochs, help="passes over the training set (30; --data-parallel: 12)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: on a GPU, with CuPy (default cpu)")
     parser.add_argument("--no-plot", action="store_true", help="draw no picture; needs no matplotlib")
     parser.add_argument(
         "--data-parallel",
@@ -275,13 +280,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _demo_ranks.run(arguments)
     plot: bool = not arguments.no_plot
     arguments.epochs = arguments.epochs or 30
-    if problem := missing_libraries(plot) or unusable(arguments.out):
+    if problem := missing_libraries(plot) or _demo_device.problem(arguments.device) or unusable(arguments.out):
         print(f"demo: {problem}", file=sys.stderr)
         return 1
     digits = load_digits(arguments.seed)
     sizes = f"{len(digits.train_labels)} to train on, {len(digits.test_labels)} to test on"
-    print(f"Handwritten digits: {sizes}; epochs: {arguments.epochs}\n", flush=True)
-    runs = train_all(digits, arguments.epochs, arguments.seed)
+    xp = _demo_device.namespace(arguments.device)
+    print(f"Handwritten digits: {sizes}; epochs: {arguments.epochs}{_demo_device.name(xp)}\n", flush=True)
+    runs = train_all(digits, arguments.epochs, arguments.seed, xp)
     print(_table(runs), end="\n\n")
     try:
         return _save(runs, digits, arguments.out, plot)

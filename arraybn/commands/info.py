@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeAlias
 
 from .._version import __version__
 
@@ -75,10 +75,18 @@ MPI.Finalize()
 print("started")
 """
 _CUPY_PROBE = """
+import json, os, pathlib
 from cupy.cuda import runtime
-for index in range(runtime.getDeviceCount()):
-    found = runtime.getDeviceProperties(index)
-    print(f"{found['name'].decode()}, {found['totalGlobalMem'] // 2**20} MiB")
+devices = [runtime.getDeviceProperties(index) for index in range(runtime.getDeviceCount())]
+for found in devices:
+    capability = f"compute capability {found['major']}.{found['minor']}"
+    print(f"{found['name'].decode()}, {found['totalGlobalMem'] // 2**20} MiB, {capability}")
+versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+driver, library = (f"{version // 1000}.{version % 1000 // 10}" for version in versions)
+folder = pathlib.Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+kept = sum(b"_planes_" in file.read_bytes() or b"_lines_" in file.read_bytes() for file in folder.glob("*.cubin"))
+said = f"{kept} kernels compiled, kept in {folder}" if kept else f"compiled when first used, kept in {folder}"
+print(json.dumps([f"driver {driver}, runtime {library}", said if devices else ""]))
 """
 
 
@@ -99,12 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
     mpi = _python(_MPI_PROBE) if _is_there("mpi4py") else None
     gpus, numba = _gpu_probes(), _python(_NUMBA_PROBE) if _is_there("numba") else None
     deadline = time.monotonic() + TIME_LIMIT
+    answers = {name: probe.answer(deadline) for name, probe in gpus.items()}
     sections = {
         f"arraybn {__version__}": _basics(),
         "Namespaces": [_namespace(name, namespaces.get(name), deadline) for name in NAMESPACES],
-        "Kernels": _kernels(numba, deadline),
+        "Kernels": [*_kernels(numba, deadline), _cuda_kernels(answers.get("cupy"))],
         "MPI": _mpi(mpi, deadline),
-        "GPUs": _gpus(gpus, deadline),
+        "GPUs": _gpus(answers),
         "Extras": [_extra(name) for name in EXTRAS],
     }
     print(_report(sections))
@@ -129,6 +138,9 @@ def _compile() -> bool:
 # ---- Asking in a subprocess ----
 
 
+Answer: TypeAlias = tuple[list[str], str]  # the lines that a probe printed; and what went wrong, or ''
+
+
 class Probe:
     """A command that has been started; its output goes to files, so that no grandchild can keep us waiting."""
 
@@ -137,7 +149,7 @@ class Probe:
         self._files = out, err
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
 
-    def answer(self, deadline: float) -> tuple[list[str], str]:
+    def answer(self, deadline: float) -> Answer:
         """The lines it printed; and what went wrong, or ''."""
         problem = ""
         try:
@@ -242,11 +254,21 @@ def _launcher() -> str | None:
     return shutil.which("mpiexec", path=path) or shutil.which("mpirun", path=path)
 
 
-def _gpus(probes: dict[str, Probe], deadline: float) -> list[Row]:
+def _cuda_kernels(answer: Answer | None) -> Row:
+    """Whether the CUDA kernels can be used, and how many CuPy has compiled here."""
+    if answer is None:
+        return Row("cuda", "missing", NAMESPACES["cupy"])
+    lines, problem = answer
+    said = "" if problem or not lines else json.loads(lines[-1])[1]
+    return Row("cuda", "", f"CuPy arrays; {said}" if said else f"cannot be used: {problem or 'no GPU'}")
+
+
+def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
+    """What nvidia-smi and CuPy know of, a row for each."""
     rows = []
-    for name, probe in probes.items():
-        lines, problem = probe.answer(deadline)
-        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in lines]
+    for name, (lines, problem) in answers.items():
+        said = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
+        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in said]
     return rows or [Row("none found", "", "")]
 
 

@@ -14,15 +14,21 @@ from typing import Protocol, cast
 import numpy as np
 
 from .. import reference
-from .._arrays import Array, array_namespace, namespace_name
+from .._arrays import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 
 
 class Kernels(Protocol):
     """The four sweeps. u and x are (N, C, S); mean, a, b, c and the sums are (C,), in `arraybn._arrays.wide_dtype`.
 
     `out`, where given, is an array like x that the module may write into; the result is what is returned. A module may
-    offer `forward` and `backward` beside them, as ``kernels/cpu.py`` does: two sweeps with the formulas of
-    ``reference.py`` between, so that it can take a few channels through both before the next.
+    offer more, and then it is used where no rank is waited for:
+
+    - `forward`, `backward`, as in ``kernels/cpu.py``: two sweeps with the formulas of ``reference.py`` between, so that
+      it can take a few channels through both before the next;
+    - `evaluate(x, mean, var, weight, bias, eps, out) -> mean, rstd, weight, y`: with fixed statistics (E7), of any
+      dtype, of which it returns copies in that dtype;
+    - `update_running_stats(running_mean, running_var, mean, var, momentum) -> running_mean, running_var` (E4);
+    - `widened(*vectors)`: copies of the vectors (C,) in that dtype, None for None, where one call for all costs less.
     """
 
     def moments(self, x: Array) -> tuple[Array, Array]:
@@ -39,24 +45,32 @@ class Kernels(Protocol):
 
 
 SWEEPS = ("moments", "dots", "affine", "affine2")
-MODULES = {"reference": "arraybn.reference", "cpu": "arraybn.kernels.cpu"}  # imported when first used
+MODULES = {  # imported when first used
+    "reference": "arraybn.reference",
+    "cpu": "arraybn.kernels.cpu",
+    "cuda": "arraybn.kernels.cuda",
+    "cuda_fused": "arraybn.kernels.cuda_fused",
+}
 
 
 def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
     """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it (F16C), as
-    nearly all do. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs, and so does "cuda_fused", which has to
+    be asked for. "reference" takes all arrays.
     """
     if kernels is None:
-        if isinstance(x, np.ndarray) and _has_numba() and (x.dtype.char != "e" or _has_half()):
-            return _module("cpu")
-        return reference
+        if isinstance(x, np.ndarray):
+            return _module("cpu") if _has_numba() and (x.dtype.char != "e" or _has_half()) else reference
+        return _module("cuda") if is_cupy_array(x) and _has_cuda() and dtype_name(x.dtype) in FLOATS else reference
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
         if kernels == "cpu":
             _check_cpu(x)
+        elif kernels != "reference":
+            _check_cuda(x, kernels)
         return _module(kernels)
     if missing := [name for name in SWEEPS if not callable(getattr(kernels, name, None))]:
         raise TypeError(
@@ -89,10 +103,28 @@ def _has_half() -> bool:
     return bool(_module("cpu").HALF)  # type: ignore[attr-defined]
 
 
+@functools.cache
+def _has_cuda() -> bool:
+    """Whether the CuPy that is here computes on NVIDIA's GPUs: it can be built for AMD's, whose language is HIP."""
+    return not importlib.import_module("cupy").cuda.runtime.is_hip
+
+
+def _check_cuda(x: Array, kernels: str) -> None:
+    """Raise unless the CUDA kernels can take `x`."""
+    name = namespace_name(array_namespace(x))
+    if not is_cupy_array(x):
+        move = ". Move it there with cupy.asarray" if name == "numpy" else ""
+        raise TypeError(f'kernels: expected a CuPy array for "{kernels}"; got a {name} array{move}')
+    if not _has_cuda():
+        raise TypeError(f'kernels: expected a CuPy of CUDA for "{kernels}"; got one of ROCm. Leave kernels=None')
+
+
 def _check_cpu(x: Array) -> None:
     """Raise unless the CPU kernels can take `x`."""
     if not isinstance(x, np.ndarray):
-        raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {namespace_name(array_namespace(x))} array')
+        name = namespace_name(array_namespace(x))
+        move = ". Move it to the host with cupy.asnumpy" if name == "cupy" else ""
+        raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {name} array{move}')
     if not _has_numba():
         raise ImportError(
             'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'

@@ -1,0 +1,220 @@
+"""How a kernel is built and launched: everything that touches CuPy.
+
+`Launcher` knows what a launch needs: a function built for the device, room for the sums of parts, one packed struct.
+`CuPy` has the few calls that reach the GPU. ``tests/cuda/shim.py`` puts others in their place, which run the same
+source on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import struct
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._arrays import Array
+
+# CuPy adds -ftz=true, so float32 numbers below 2⁻¹²⁶ count as 0. Without -fmad=false each compiler would choose which
+# products and sums it fuses; where it matters the source says so.
+OPTIONS = ("-std=c++17", "-fmad=false")
+SWEEPS = ("cuda_values.cuh", "cuda_sweeps.cu")
+
+# The fields of struct Parameters in cuda_values.cuh.
+POINTERS = (
+    "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "dweight", "dbias", "a", "b", "c",
+    "partials", "tickets",
+)  # fmt: skip
+FLOATS = ("eps", "momentum")
+NUMBERS = ("n", "channels", "groups", "parts", "items", "part", "plane", "stride", "columns", "by_groups", "by_plane")
+_STRUCT = struct.Struct(f"={len(POINTERS)}Q{len(FLOATS)}d{len(NUMBERS) - 2}qQqQq")  # a divisor has two numbers
+
+
+class Kernel(NamedTuple):
+    """A kernel of the source `files`, for a dtype and a number of values that are loaded at once."""
+
+    name: str
+    dtype: str
+    width: int
+    files: tuple[str, ...] = SWEEPS
+
+    @property
+    def entry(self) -> str:
+        """Its name in the compiled code."""
+        return f"{self.name}_{self.dtype}_{self.width}"
+
+
+class Grid(NamedTuple):
+    """How many blocks and threads a launch has, and what it needs beside its arguments."""
+
+    blocks: int
+    threads: int
+    partials: int = 0  # bytes for the sums of parts
+    tickets: int = 0  # counters
+    shared: int = 0  # bytes of shared memory that are not in the source
+
+
+@functools.cache
+def _text(file: str) -> str:
+    return (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+def source(*kernels: Kernel) -> str:
+    """The CUDA source that defines the entries of these kernels, which are all of the same files."""
+    files = [f'#line 1 "{file}"\n{_text(file)}' for file in kernels[0].files]
+    return "\n".join([*files, *(f"ENTRY({k.name}, {k.dtype}, {k.width})" for k in kernels), ""])
+
+
+class _Room(NamedTuple):
+    """The workspace of a stream: where it is, and how large."""
+
+    arrays: tuple[Array, Array]
+    partials: int
+    tickets: int
+
+
+class _Packed(threading.local):
+    """Where a thread packs the parameters of a launch; the driver has copied them when the launch returns."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_STRUCT.size)
+        self.arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
+        self.address = ctypes.addressof(self.arguments)
+
+
+class Launcher:
+    """Builds a kernel when it is first launched on a device, and keeps a workspace for each stream.
+
+    A workspace is zeroed once; a kernel leaves its counters at zero. Launches on one stream follow each other, so they
+    share it. Two CUDA graphs captured on one stream share it too, and must not run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[Kernel, int], tuple[int, Any]] = {}
+        self._rooms: dict[tuple[int, int, int], _Room] = {}
+        self._outgrown: list[_Room] = []  # a captured graph may still point to them
+        self._lock = threading.Lock()
+        self._packed = _Packed()
+
+    # What reaches the GPU
+
+    def on(self, array: Array) -> AbstractContextManager[Any]:
+        """Within it, the device of `array` is the current one."""
+        raise NotImplementedError
+
+    def current(self) -> tuple[int, int]:
+        """The number of the current device, and the address of its current stream."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array on the current device."""
+        raise NotImplementedError
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array of zeros on the current device."""
+        raise NotImplementedError
+
+    def pointer(self, array: Array) -> int:
+        """The address of the first value."""
+        raise NotImplementedError
+
+    def build(self, kernel: Kernel) -> tuple[int, Any]:
+        """The kernel's address on the current device, and what keeps it loaded."""
+        raise NotImplementedError
+
+    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
+        """Launch `function` with the addresses of its arguments at `arguments`."""
+        raise NotImplementedError
+
+    # What is made of it
+
+    def launch(self, kernel: Kernel, grid: Grid, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> None:
+        """Launch `kernel` on the current stream, with all pointers but the two of the workspace, and all numbers."""
+        device, stream = self.current()
+        try:
+            function = (self._functions.get((kernel, device)) or self._built(kernel, device))[0]
+            room = self._room(device, stream, grid)
+            packed = self._packed
+            _STRUCT.pack_into(packed.buffer, 0, *pointers, *room, *numbers)
+            self.start(function, grid, stream, packed.address)
+        except Exception as error:
+            with self._lock:  # what it left in the counters is not known
+                self._outgrown += [self._rooms.pop(key) for key in list(self._rooms) if key[0] == device]
+            raise RuntimeError(f"the CUDA kernel {kernel.entry} could not be launched: {error}") from error
+
+    def _built(self, kernel: Kernel, device: int) -> tuple[int, Any]:
+        with self._lock:
+            if (kernel, device) not in self._functions:
+                self._functions[kernel, device] = self.build(kernel)
+            return self._functions[kernel, device]
+
+    def _room(self, device: int, stream: int, grid: Grid) -> tuple[int, int]:
+        """The addresses of the sums of parts and of the counters."""
+        if not grid.tickets:
+            return 0, 0
+        thread = threading.get_ident() if stream == 2 else 0  # one address for the default stream of each thread
+        key = device, stream, thread
+        room = self._rooms.get(key)
+        if room is None or room.partials < grid.partials or room.tickets < grid.tickets:
+            room = self._grown(key, grid)
+        return self.pointer(room.arrays[0]), self.pointer(room.arrays[1])
+
+    def _grown(self, key: tuple[int, int, int], grid: Grid) -> _Room:
+        with self._lock:
+            old = self._rooms.get(key)
+            sizes = [grid.partials, grid.tickets] if old is None else [old.partials, old.tickets]
+            partials, tickets = max(2 * sizes[0], grid.partials, 2**16), max(2 * sizes[1], grid.tickets, 2**10)
+            arrays = self.empty((partials // 8,), "f8"), self.zeros((tickets,), "u4")
+            if old is not None:
+                self._outgrown.append(old)
+            room = self._rooms[key] = _Room(arrays, partials, tickets)
+            return room
+
+
+class CuPy(Launcher):
+    """The calls of CuPy that reach the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cupy = importlib.import_module("cupy")
+        self._driver = importlib.import_module("cupy_backends.cuda.api.driver")
+        self._runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
+
+    def on(self, array: Array) -> AbstractContextManager[Any]:
+        """Within it, the device of `array` is the current one."""
+        device = array.data.device_id
+        return nullcontext() if device == self._runtime.getDevice() else self._cupy.cuda.Device(device)
+
+    def current(self) -> tuple[int, int]:
+        """The number of the current device, and the address of its current stream."""
+        return self._runtime.getDevice(), self._cupy.cuda.get_current_stream().ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array on the current device."""
+        return self._cupy.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array of zeros on the current device."""
+        return self._cupy.zeros(shape, dtype)
+
+    def pointer(self, array: Array) -> int:
+        """The address of the first value."""
+        return int(array.data.ptr)
+
+    def build(self, kernel: Kernel) -> tuple[int, Any]:
+        """The kernel's address on the current device, and what keeps it loaded; CuPy keeps the code on disk."""
+        function = self._cupy.RawKernel(source(kernel), kernel.entry, OPTIONS).kernel
+        return function.ptr, function
+
+    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
+        """Launch `function` with the addresses of its arguments at `arguments`."""
+        self._driver.launchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, grid.shared, stream, arguments, 0)
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The one that is used."""
+    return CuPy()

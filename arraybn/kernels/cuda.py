@@ -1,0 +1,342 @@
+"""The sweeps for CuPy arrays: CUDA kernels, built when they are first used, for the device at hand.
+
+A forward is two launches, and so is a backward: the sums, whose last block to arrive applies the formulas to each
+channel, and the map, which goes over the data backwards, to find in the cache what the sums read last. No launch waits
+for the GPU, so a call can be captured in a CUDA graph.
+
+Work is cut by the shape of the data alone, and parts are pooled in a fixed order, so results have the same bits each
+time and on every GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import reference
+from .._arrays import Array
+from . import _cuda_launch
+from ._cuda_launch import Grid, Kernel
+
+PART = 2**16  # bytes of x that a block takes of a channel, about
+LEAST = 2**14  # bytes that are worth a block
+BLOCKS = 528  # that keep a large GPU busy: four on each of 132 multiprocessors
+ROW = 128  # bytes side by side that the threads of a block take of a row
+MOST_ROWS = 2**15  # in a part, which keeps rounding small
+THREADS = 256  # in a block at most
+WARP = 32
+UNDER_WAY = 4  # items that a thread has under way
+WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
+DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
+
+# ---- How the work is cut ---------------------------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How (N, C, S) is cut into the work of blocks."""
+
+    layout: str  # "planes" or "lines"
+    width: int  # values in an item
+    grid: Grid
+    numbers: tuple[int, ...]  # in the order of `_cuda_launch.NUMBERS`, divisors in two
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
+    """How data of that shape is cut; `address` has the last four bits of every address of data."""
+    samples, channels, plane = shape
+    if channels == 1:
+        samples, plane = 1, samples * plane
+    run = plane if plane > 1 else channels  # values side by side that one thread may take at once
+    width = next(w for w in WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
+    if plane > 1 or channels == 1:
+        return _cut_planes(samples, channels, plane, width, itemsize)
+    return _cut_lines(samples, channels, width, itemsize)
+
+
+def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int) -> Cut:
+    """Each channel in parts of its own."""
+    items, item = samples * plane // width, width * itemsize
+    target = min(max(channels * items * item // BLOCKS, LEAST), PART)
+    parts = max(items * item // target, 1)
+    part = -(-items // parts)
+    parts = -(-items // part)
+    threads = min(max(_power_of_two(part // UNDER_WAY), WARP), THREADS)
+    grid = _grid(channels, parts, 1, threads)
+    shape = (items, part, plane // width, channels * plane, 1)
+    return Cut("planes", width, grid, _numbers(samples * plane, channels, channels, parts, shape))
+
+
+def _cut_lines(rows: int, channels: int, width: int, itemsize: int) -> Cut:
+    """Groups of channels side by side, each in parts of its own."""
+    columns = min(_power_of_two(channels // width), ROW // (width * itemsize), WARP)
+    groups = -(-channels // (columns * width))
+    row = columns * width * itemsize
+    height = min(max(groups * rows * row // BLOCKS, LEAST) // row, MOST_ROWS)
+    parts = max(rows // height, 1)
+    height = -(-rows // parts)
+    parts = -(-rows // height)
+    threads = min(max(_power_of_two(columns * height // UNDER_WAY), columns * width, WARP), THREADS)
+    grid = _grid(groups, parts, columns * width, threads)
+    return Cut("lines", width, grid, _numbers(rows, channels, groups, parts, (rows, height, 1, channels, columns)))
+
+
+def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
+    """A block for each part of each group of `slots` channels; a pair of sums for each of its channels."""
+    several = parts > 1
+    return Grid(groups * parts, threads, several * 16 * groups * parts * slots, several * groups)
+
+
+def _numbers(n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return n, channels, groups, parts, *shape, *divisor(groups), *divisor(shape[2])
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not less."""
+    return int(1 << max(number - 1, 0).bit_length())
+
+
+def divisor(number: int) -> tuple[int, int]:
+    """Multiplier and shift of a division by `number`: v // number is v·multiplier >> 64 >> shift for 0 ≤ v < 2⁶³.
+
+    Source: T. Granlund, P. L. Montgomery, Division by invariant integers using multiplication, 1994, theorem 4.2.
+    """
+    bits = (number - 1).bit_length()
+    if number == 1 << bits:
+        return 0, bits
+    return -(-(1 << (63 + bits)) // number), bits - 1
+
+
+# ---- A call ----------------------------------------------------------------------------------------------------------
+
+
+def _usable(array: Array, address: int) -> bool:
+    return bool(array.flags.c_contiguous) and address % array.itemsize == 0
+
+
+class _Work:
+    """The arrays of a call and their addresses. Arrays that kernels cannot read as they are are copied."""
+
+    __slots__ = ("dtype", "gpu", "kept", "shape", "u", "x", "y")
+
+    def __init__(self, gpu: _cuda_launch.Launcher, x: Array, u: Array | None = None) -> None:
+        self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
+        self.kept: list[Array] = []
+        self.x = self._data(x)
+        self.u = 0 if u is None else self._data(u)
+        self.y = 0
+
+    def _data(self, array: Array) -> int:
+        address = self.gpu.pointer(array)
+        if _usable(array, address):
+            return address
+        copy = self.gpu.empty(array.shape, array.dtype)
+        copy[...] = array
+        self.kept.append(copy)
+        return self.gpu.pointer(copy)
+
+    def vector(self, vector: Array | None) -> int:
+        """The address of a vector (C,) in float64; 0 where there is none."""
+        if vector is None:
+            return 0
+        if vector.dtype.char == "d" and vector.flags.c_contiguous:
+            return self.gpu.pointer(vector)
+        copy = self.gpu.empty(vector.shape, "f8")
+        copy[...] = vector
+        self.kept.append(copy)
+        return self.gpu.pointer(copy)
+
+    def vectors(self, number: int) -> Array:
+        """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
+        make = self.gpu.empty if self.values else self.gpu.zeros
+        return make((number, self.shape[1]), "f8")
+
+    @property
+    def values(self) -> int:
+        """How many values a channel has."""
+        return int(self.shape[0] * self.shape[2])
+
+    def writes(self, out: Array | None) -> Array:
+        """Where the result goes: `out` where kernels can write into it, otherwise a new array like x."""
+        if out is not None and _usable(out, self.gpu.pointer(out)):
+            result = out
+        else:
+            result = self.gpu.empty(self.shape, self.dtype)
+        self.y = self.gpu.pointer(result)
+        return result
+
+    def run(self, name: str, *, eps: float = 0.0, **vectors: int) -> None:
+        """Launch one sweep, unless there is nothing to go over."""
+        if not self.values:
+            return
+        y = self.y if name.startswith("affine") else 0
+        address = (self.x | self.u | y) % 16
+        found = cut(self.shape, self.dtype.itemsize, address)
+        pointers = tuple(map(vectors.get, _VECTORS, _ZEROS))
+        kernel = Kernel(f"{name}_{found.layout}", DTYPES[self.dtype.char], found.width)
+        self.gpu.launch(kernel, found.grid, (self.x, self.u, y, *pointers), (eps, 0.0, *found.numbers))
+
+    def moments(self, mean: int, m2: int, rstd: int = 0, eps: float = 0.0) -> None:
+        """(E1, E3) Set mean and m2, and rstd where it is given."""
+        shift = 0
+        if self.dtype.itemsize == 8:  # sums about a mean that is nearly right, as others lose digits
+            self.run("moments", mean=mean, m2=m2)
+            shift = mean
+        self.run("moments", shift=shift, mean=mean, m2=m2, rstd=rstd, eps=eps)
+
+
+_VECTORS = _cuda_launch.POINTERS[3:-2]
+_ZEROS = (0,) * len(_VECTORS)
+
+
+# ---- The sweeps ------------------------------------------------------------------------------------------------------
+
+
+def moments(x: Array) -> tuple[Array, Array]:
+    """(E1) mean and m2 (C,) of x (N, C, S), float64."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x)
+        mean, m2 = work.vectors(2)
+        work.moments(gpu.pointer(mean), gpu.pointer(m2))
+        return mean, m2
+
+
+def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
+    """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x, u)
+        s, q = work.vectors(2)
+        work.run("dots", mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
+        return s, q
+
+
+def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x)
+        result = work.writes(out)
+        work.run("affine", mean=work.vector(mean), a=work.vector(a), c=work.vector(c))
+        return result
+
+
+def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x, u)
+        result = work.writes(out)
+        work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
+        return result
+
+
+# ---- Two sweeps, with the formulas of ``reference.py`` where the first one ends --------------------------------------
+
+
+def forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x)
+        y = work.writes(out)
+        mean, m2, rstd = work.vectors(3)
+        means, rstds = gpu.pointer(mean), gpu.pointer(rstd)
+        work.moments(means, gpu.pointer(m2), rstds, eps)
+        work.run("affine", mean=means, rstd=rstds, weight=work.vector(weight), bias=work.vector(bias))
+        return mean, m2, rstd, y
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x, dy)
+        dx = work.writes(out)
+        dweight, dbias = work.vectors(2)
+        given: dict[str, Any] = {
+            "mean": work.vector(mean),
+            "rstd": work.vector(rstd),
+            "dweight": gpu.pointer(dweight),
+            "dbias": gpu.pointer(dbias),
+        }
+        work.run("dots", **given)
+        work.run("affine2", weight=work.vector(weight), **given)
+        return dx, dweight, dbias
+
+
+def update_running_stats(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
+) -> tuple[Array, Array]:
+    """(E4) The running statistics (C,) after one more batch, in their dtypes."""
+    dtype, size = running_mean.dtype, running_mean.size
+    if dtype.char not in "fd" or running_var.dtype != dtype or {mean.dtype, var.dtype} != {np.dtype("f8")}:
+        update = reference.update_running
+        return update(running_mean, mean, momentum), update(running_var, var, momentum)
+    gpu = _cuda_launch.launcher()
+    with gpu.on(running_mean):
+        work = _Work(gpu, running_mean, running_var)
+        new = gpu.empty((2, size), dtype)
+        pointers = dict.fromkeys(_VECTORS, 0) | {"mean": work.vector(mean), "m2": work.vector(var)}
+        numbers = _numbers(0, size, 1, 1, (0, 0, 1, 0, 1))
+        grid = Grid(-(-size // THREADS), THREADS)
+        kernel = Kernel("running", DTYPES[dtype.char], 1)
+        gpu.launch(kernel, grid, (work.x, work.u, gpu.pointer(new), *pointers.values()), (0.0, momentum, *numbers))
+        new_mean, new_var = new
+        return new_mean, new_var
+
+
+# ---- Vectors ---------------------------------------------------------------------------------------------------------
+
+
+def widened(*vectors: Array | None) -> list[Array | None]:
+    """Copies of up to four vectors (C,) in float64, in one launch where they are of one dtype; None for None."""
+    rows = _rows(vectors + (None,) * (4 - len(vectors)))
+    if rows is None:
+        return [None if vector is None else vector.astype("f8") for vector in vectors]
+    return [None if vector is None else rows[index] for index, vector in enumerate(vectors)]
+
+
+def evaluate(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Work(gpu, x)
+        y = work.writes(out)
+        rows = _rows((mean, var, weight, bias), eps)
+        if rows is None:
+            mean, var, weight, bias = widened(mean, var, weight, bias)
+            rstd = reference.rstd(var, eps)
+        else:
+            mean, rstd = rows[0], rows[4]
+            weight, bias = None if weight is None else rows[2], None if bias is None else rows[3]
+        given = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+        work.run("affine", **{name: work.vector(vector) for name, vector in given.items()})
+        return mean, rstd, weight, y
+
+
+def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array | None:
+    """The four vectors as rows of float64, and with `eps` rstd of the second as a fifth; None where they differ."""
+    there = [vector for vector in vectors if vector is not None]
+    if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
+        return None
+    gpu, size = _cuda_launch.launcher(), there[0].size
+    with gpu.on(there[0]):
+        rows = gpu.empty((5, size), "f8")
+        x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
+        out = gpu.pointer(rows)
+        pointers = dict.fromkeys(_VECTORS, 0) | {"weight": weight, "bias": bias}
+        pointers["rstd"] = 0 if eps is None else out + 4 * 8 * size
+        grid, numbers = Grid(-(-size // THREADS), THREADS), _numbers(0, size, 1, 1, (0, 0, 1, 0, 1))
+        kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
+        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (eps or 0.0, 0.0, *numbers))
+        return rows

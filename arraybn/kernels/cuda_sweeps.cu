@@ -1,0 +1,313 @@
+// The four sweeps, for data whose planes are long (channels-first) and for planes of one value (channels-last).
+//
+// A block has one part of one group of channels. Sums: the last block of a group to arrive pools the parts in their
+// order, so the result does not depend on which block was last, and applies the formulas. Maps: the blocks take the
+// parts backwards, to find in the cache what the sums read last.
+
+// The part of a block.
+struct Task {
+    int64 group, part, first;  // the first item (or row)
+    int count;                 // how many
+};
+
+DEVICE int items_in(const Parameters& p, int64 part) {
+    const int64 left = p.items - part * p.part;
+    return (int)(left < p.part ? left : p.part);
+}
+
+DEVICE Task task_of(const Parameters& p, int64 block) {
+    Task task;
+    task.part = divide(block, p.by_groups);
+    task.group = block - task.part * p.groups;  // neighbours in memory are at work at the same time
+    task.first = task.part * p.part;
+    task.count = items_in(p, task.part);
+    return task;
+}
+
+// Pools the parts of a group once all are there. Each of the first `slots` threads has a channel and, in `sums`, what
+// its block found for it; `width` is how many values of a channel are in an item.
+template <class Sums>
+DEVICE void finish(const Parameters& p, const Task& task, int slots, int width, int64 channel, Pair sums, Pair* room) {
+    const int thread = threadIdx.x, slot = thread % slots;
+    if (p.parts > 1) {
+        SHARED(uint32, ticket, 1);
+        Pair* partials = (Pair*)p.partials + task.group * p.parts * slots;
+        if (thread < slots) partials[task.part * slots + slot] = sums;
+        if (!last_to_arrive(p.tickets + task.group, p.parts, ticket)) return;
+        // Threads with the same slot share its parts; all of them know the channel's origin.
+        double s = 0, q = 0;
+        const int64 shared = channel < p.channels ? channel : 0;
+        const double origin = Sums::origin(p, shared, load_shared(partials + slot));
+        for (int64 part = thread / slots; part < p.parts; part += blockDim.x / slots) {
+            Sums::pool((double)items_in(p, part) * width, origin, load_shared(partials + part * slots + slot), s, q);
+        }
+        sum_over_block(s, q, slots, room);
+        sums = Sums::pooled((double)p.n, origin, s, q);
+    }
+    if (thread < slots && channel < p.channels) Sums::finish(p, channel, sums);
+}
+
+// ---- Planes: a group is one channel, an item is WIDTH values of a plane ---------------------------------------------
+
+// Goes over the items of a channel, from one of this thread to its next.
+template <int WIDTH>
+struct Walk {
+    int64 offset, place;  // of the values in the data, and of the item in its plane
+    int64 offset_step, place_step, plane, next_plane;
+
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : plane(p.plane), next_plane(p.stride - p.plane * WIDTH) {
+        split(p, item, offset, place);
+        offset += channel * plane * WIDTH;
+        split(p, blockDim.x, offset_step, place_step);
+    }
+    DEVICE void split(const Parameters& p, int64 item, int64& offset, int64& place) const {
+        const int64 planes = divide(item, p.by_plane);
+        place = item - planes * plane;
+        offset = planes * p.stride + place * WIDTH;
+    }
+    DEVICE void next() {
+        offset += offset_step;
+        place += place_step;
+        if (place >= plane) {
+            place -= plane;
+            offset += next_plane;
+        }
+    }
+};
+
+template <class T, int WIDTH, class Sums>
+DEVICE void sums_of_planes(const Parameters& p) {
+    typedef Item<T, WIDTH> Item;
+    enum { UNROLL = Item::UNROLL };
+    SHARED(Pair, room, MOST_THREADS);
+    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    const Task task = task_of(p, blockIdx.x);
+    const int64 channel = task.group;
+    const int thread = threadIdx.x, threads = blockDim.x;
+    Walk<WIDTH> walk(p, channel, task.first + thread);
+    const double shift = Sums::shift_of(p, channel, (double)T::value(x[Walk<WIDTH>(p, channel, task.first).offset]));
+    Sums sums;
+    int taken = 0;
+    if (thread < task.count) sums.start(p, channel, (double)T::value(x[walk.offset]));
+    for (int i = thread; i < task.count; i += UNROLL * threads) {
+        Item of_x[UNROLL], of_u[UNROLL];
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * threads < task.count) {
+                of_x[k].load(x + walk.offset);
+                if (Sums::INPUTS == 2) of_u[k].load(u + walk.offset);
+                walk.next();
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * threads < task.count) {
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) sums.add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                taken += WIDTH;
+            }
+        }
+        sums.add_few();
+    }
+    sums.about(shift, taken);
+    sum_over_block(sums.s, sums.q, 1, room);
+    const Pair part = Sums::part((double)task.count * WIDTH, shift, sums.s, sums.q);
+    finish<Sums>(p, task, 1, WIDTH, channel, part, room);
+}
+
+template <class T, int WIDTH, class Map>
+DEVICE void map_of_planes(const Parameters& p) {
+    typedef Item<T, WIDTH> Item;
+    enum { UNROLL = Item::UNROLL };
+    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    typename T::Stored* out = (typename T::Stored*)p.out;
+    const Task task = task_of(p, (int64)gridDim.x - 1 - blockIdx.x);
+    const int64 channel = task.group;
+    const int thread = threadIdx.x, threads = blockDim.x;
+    Walk<WIDTH> walk(p, channel, task.first + thread);
+    const Map map(p, channel);
+    for (int i = thread; i < task.count; i += UNROLL * threads) {
+        Item of_x[UNROLL], of_u[UNROLL];
+        int64 offset[UNROLL];
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * threads < task.count) {
+                offset[k] = walk.offset;
+                of_x[k].load_last(x + walk.offset);
+                if (Map::INPUTS == 2) of_u[k].load_last(u + walk.offset);
+                walk.next();
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * threads < task.count) {
+                typename T::Value result[WIDTH];
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) result[j] = map.of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                of_x[k].set(result);
+                of_x[k].store(out + offset[k]);
+            }
+        }
+    }
+}
+
+// ---- Lines: a row is one value of each channel, an item is one of each of WIDTH channels ----------------------------
+// A group is the channels of `columns` threads side by side. A thread stays with its channels and goes down the rows.
+
+// The place of a thread.
+template <int WIDTH>
+struct Column {
+    int threads, row, rows;  // side by side; the first row, and from a row to the thread's next
+    int64 channel;           // the first of WIDTH
+    int64 offset, step;      // of that channel in the thread's first row; to its next row
+    bool inside;
+
+    DEVICE Column(const Parameters& p, const Task& task) : threads((int)p.columns) {
+        const int thread = threadIdx.x;
+        row = thread / threads;
+        rows = blockDim.x / threads;
+        channel = (task.group * threads + thread % threads) * WIDTH;
+        inside = channel < p.channels;
+        offset = (task.first + row) * p.stride + channel;
+        step = rows * p.stride;
+    }
+};
+
+template <class T, int WIDTH, class Sums>
+DEVICE void sums_of_lines(const Parameters& p) {
+    typedef Item<T, WIDTH> Item;
+    enum { UNROLL = Item::UNROLL };
+    SHARED(Pair, room, MOST_THREADS);
+    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    const Task task = task_of(p, blockIdx.x);
+    const Column<WIDTH> column(p, task);
+    Sums sums[WIDTH];
+    double shift[WIDTH] = {};
+    int taken = 0;
+    if (column.inside) {
+        Item first, own;
+        first.load(x + task.first * p.stride + column.channel);
+        own = first;
+        if (column.row < task.count) own.load(x + column.offset);
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            shift[j] = Sums::shift_of(p, column.channel + j, (double)first[j]);
+            sums[j].start(p, column.channel + j, (double)own[j]);
+        }
+        int64 offset = column.offset;
+        for (int i = column.row; i < task.count; i += UNROLL * column.rows) {
+            Item of_x[UNROLL], of_u[UNROLL];
+#pragma unroll
+            for (int k = 0; k < UNROLL; ++k) {
+                if (i + k * column.rows < task.count) {
+                    of_x[k].load(x + offset);
+                    if (Sums::INPUTS == 2) of_u[k].load(u + offset);
+                    offset += column.step;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < UNROLL; ++k) {
+                if (i + k * column.rows < task.count) {
+#pragma unroll
+                    for (int j = 0; j < WIDTH; ++j) sums[j].add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                    ++taken;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) sums[j].add_few();
+        }
+    }
+    // The threads of row j end the j-th channel of their column.
+    double s = 0, q = 0, mine = 0;
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) {
+        sums[j].about(shift[j], taken);
+        sum_over_block(sums[j].s, sums[j].q, column.threads, room);
+        if (column.row == j) {
+            s = sums[j].s;
+            q = sums[j].q;
+            mine = shift[j];
+        }
+    }
+    const Pair part = Sums::part((double)task.count, mine, s, q);
+    finish<Sums>(p, task, column.threads * WIDTH, 1, column.channel + column.row % WIDTH, part, room);
+}
+
+template <class T, int WIDTH, class Map>
+DEVICE void map_of_lines(const Parameters& p) {
+    typedef Item<T, WIDTH> Item;
+    enum { UNROLL = Item::UNROLL };
+    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    typename T::Stored* out = (typename T::Stored*)p.out;
+    const Task task = task_of(p, (int64)gridDim.x - 1 - blockIdx.x);
+    const Column<WIDTH> column(p, task);
+    if (!column.inside) return;
+    Map map[WIDTH];
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) map[j] = Map(p, column.channel + j);
+    int64 offset = column.offset;
+    for (int i = column.row; i < task.count; i += UNROLL * column.rows) {
+        Item of_x[UNROLL], of_u[UNROLL];
+        const int64 start = offset;
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * column.rows < task.count) {
+                of_x[k].load_last(x + offset);
+                if (Map::INPUTS == 2) of_u[k].load_last(u + offset);
+                offset += column.step;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < UNROLL; ++k) {
+            if (i + k * column.rows < task.count) {
+                typename T::Value result[WIDTH];
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) {
+                    result[j] = map[j].of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                }
+                of_x[k].set(result);
+                of_x[k].store(out + start + k * column.step);
+            }
+        }
+    }
+}
+
+// ---- The kernels ----------------------------------------------------------------------------------------------------
+
+#define KERNEL(name, body, what)                                                                                       \
+    template <class T, int WIDTH> DEVICE void name(const Parameters& p) { body<T, WIDTH, what<T>>(p); }
+
+KERNEL(moments_planes, sums_of_planes, MomentSums)
+KERNEL(moments_lines, sums_of_lines, MomentSums)
+KERNEL(dots_planes, sums_of_planes, DotSums)
+KERNEL(dots_lines, sums_of_lines, DotSums)
+KERNEL(affine_planes, map_of_planes, Affine)
+KERNEL(affine_lines, map_of_lines, Affine)
+KERNEL(affine2_planes, map_of_planes, Affine2)
+KERNEL(affine2_lines, map_of_lines, Affine2)
+
+// (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
+template <class T, int WIDTH>
+DEVICE void running(const Parameters& p) {
+    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.channels) return;
+    const typename T::Stored *mean = (const typename T::Stored*)p.x, *var = (const typename T::Stored*)p.u;
+    typename T::Stored* out = (typename T::Stored*)p.out;
+    out[i] = (typename T::Stored)update_running((double)mean[i], p.mean[i], p.momentum);
+    out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
+}
+
+// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then rstd,
+// where it is asked for, of the second.
+template <class T, int WIDTH>
+DEVICE void vectors(const Parameters& p) {
+    const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.channels) return;
+    const void* given[4] = {p.x, p.u, p.weight, p.bias};
+    double* out = (double*)p.out + i;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if (given[k]) out[k * p.channels] = (double)T::value(((const typename T::Stored*)given[k])[i]);
+    }
+    if (p.rstd) p.rstd[i] = rstd_of(out[p.channels], p.eps);
+}

@@ -1,0 +1,524 @@
+// What all kernels are made of: the parameters of a launch, the four types of values, loads and stores, sums over a
+// block and over the blocks of a channel, and the formulas of reference.py for one channel.
+//
+// Plain CUDA C++ without an #include, so that a kernel compiles in a tenth of a second. _cuda_launch.py puts this file
+// before the others. tests/cuda/shim.h gives the same words a meaning on a CPU: it defines ON_CPU, and what stands
+// under #ifndef ON_CPU here.
+//
+// Shapes and names are those of reference.py: data is (N, C, S), what belongs to a channel is float64 and (C,).
+// Multiplications and additions are fused where fma() is written and nowhere else (the option -fmad=false), so the
+// bits are the same whoever compiles.
+
+typedef unsigned short uint16;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+typedef long long int64;
+
+#define DEVICE __device__ __forceinline__
+enum { MOST_THREADS = 256, WARP = 32 };
+
+// ---- The parameters of a launch -------------------------------------------------------------------------------------
+
+// v / d for v < 2^63 without dividing: the high half of a product, shifted; a multiplier of 0 is a power of two.
+struct Divisor {
+    uint64 multiplier;
+    int64 shift;
+};
+
+// Every field has 8 bytes, and FIELDS in _cuda_launch.py is the same list. A pointer that a kernel can do without is
+// null where there is nothing.
+struct Parameters {
+    const void* x;   // (N, C, S)
+    const void* u;   // (N, C, S): dy in a backward
+    void* out;       // (N, C, S)
+    double* mean;    // (C,), and so are the next
+    double* m2;
+    double* rstd;    // null: a plain sweep, without the formulas
+    const double* shift;
+    const double* weight;
+    const double* bias;
+    double* dweight;  // or the sum of u * (x - mean) in a plain sweep
+    double* dbias;    // or the sum of u
+    const double* a;  // the coefficients of a plain sweep
+    const double* b;
+    const double* c;
+    double* partials;  // for each group of channels and each of its parts, a Pair for each channel
+    uint32* tickets;   // for each group; zero before and after a launch
+    double eps;
+    double momentum;
+    int64 n;         // values of a channel
+    int64 channels;
+    int64 groups;    // of channels, each the work of its own blocks
+    int64 parts;     // blocks for a group
+    int64 items;     // items of a channel (planes), or rows (lines)
+    int64 part;      // of them in a part
+    int64 plane;     // items in a plane
+    int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
+    int64 columns;   // threads side by side in a row (lines); a power of two
+    Divisor by_groups;
+    Divisor by_plane;
+};
+
+// ---- Accesses and conversions that C++ has no words for -------------------------------------------------------------
+
+struct alignas(16) Pair {
+    double first;
+    double second;
+};
+
+template <int BYTES>
+struct alignas(BYTES) Words {
+    uint32 word[BYTES / 4];
+};
+
+#ifndef ON_CPU
+
+#define SHARED(type, name, count) __shared__ type name[count]
+#define ENTRY(kernel, type, width)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS) kernel##_##type##_##width(                              \
+        const __grid_constant__ Parameters p) {                                                                        \
+        kernel<type, width>(p);                                                                                        \
+    }
+
+DEVICE void load(const void* from, Words<16>& to) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "l"(from));
+}
+DEVICE void load(const void* from, Words<8>& to) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
+}
+
+// For the last time: its place in the cache is free.
+DEVICE void load_last(const void* from, Words<16>& to) {
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "l"(from));
+}
+DEVICE void load_last(const void* from, Words<8>& to) {
+    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
+}
+
+// Past the cache of the data that is still to be read.
+DEVICE void store(void* to, const Words<16>& from) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]),
+                 "r"(from.word[2]), "r"(from.word[3])
+                 : "memory");
+}
+DEVICE void store(void* to, const Words<8>& from) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]) : "memory");
+}
+
+// What another block wrote: from the cache that all share, never from that of this multiprocessor.
+DEVICE Pair load_shared(const Pair* from) {
+    Pair to;
+    asm volatile("ld.global.cg.v2.f64 {%0, %1}, [%2];" : "=d"(to.first), "=d"(to.second) : "l"(from) : "memory");
+    return to;
+}
+
+DEVICE float half_to_float(uint16 half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+DEVICE uint16 float_to_half(float value) {
+    uint16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+DEVICE uint16 float_to_bfloat(float value) {
+    uint16 bfloat;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bfloat) : "f"(value));
+    return bfloat;
+}
+// Two at once; the first is the lower half of the word.
+DEVICE uint32 floats_to_halves(float first, float second) {
+    uint32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+DEVICE uint32 floats_to_bfloats(float first, float second) {
+    uint32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+
+#endif
+
+DEVICE float bits_to_float(uint32 bits) {
+    union { uint32 bits; float value; } either;
+    either.bits = bits;
+    return either.value;
+}
+DEVICE uint32 float_to_bits(float value) {
+    union { uint32 bits; float value; } either;
+    either.value = value;
+    return either.bits;
+}
+DEVICE double words_to_double(uint32 low, uint32 high) {
+    union { uint64 bits; double value; } either;
+    either.bits = low | (uint64)high << 32;
+    return either.value;
+}
+DEVICE uint64 double_to_bits(double value) {
+    union { uint64 bits; double value; } either;
+    either.value = value;
+    return either.bits;
+}
+
+DEVICE int64 divide(int64 value, const Divisor& by) {
+    return (int64)(by.multiplier ? __umul64hi((uint64)value, by.multiplier) >> by.shift : (uint64)value >> by.shift);
+}
+
+DEVICE bool is_finite(double value) { return value - value == 0; }
+
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// ---- The four types -------------------------------------------------------------------------------------------------
+// Stored: what lies in memory. Value: what the maps calculate with. Summed: what a few values are summed up in, before
+// the sums are added to a float64.
+
+struct float32 {
+    typedef float Stored;
+    typedef float Value;
+    typedef double Summed;
+    DEVICE static Value value(Stored stored) { return stored; }
+    DEVICE static Stored rounded(Value value) { return value; }
+    DEVICE static Value nth(const uint32* word, int i) { return bits_to_float(word[i]); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) word[i] = float_to_bits(value[i]);
+    }
+};
+
+struct float64 {
+    typedef double Stored;
+    typedef double Value;
+    typedef double Summed;
+    DEVICE static Value value(Stored stored) { return stored; }
+    DEVICE static Stored rounded(Value value) { return value; }
+    DEVICE static Value nth(const uint32* word, int i) { return words_to_double(word[2 * i], word[2 * i + 1]); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            word[2 * i] = (uint32)double_to_bits(value[i]);
+            word[2 * i + 1] = (uint32)(double_to_bits(value[i]) >> 32);
+        }
+    }
+};
+
+struct float16 {
+    typedef uint16 Stored;
+    typedef float Value;
+    typedef float Summed;
+    DEVICE static Value value(Stored stored) { return half_to_float(stored); }
+    DEVICE static Stored rounded(Value value) { return float_to_half(value); }
+    DEVICE static Value nth(const uint32* word, int i) { return half_to_float((uint16)(word[i / 2] >> i % 2 * 16)); }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i += 2) word[i / 2] = floats_to_halves(value[i], value[i + 1]);
+    }
+};
+
+struct bfloat16 {
+    typedef uint16 Stored;
+    typedef float Value;
+    typedef float Summed;
+    DEVICE static Value value(Stored stored) { return bits_to_float((uint32)stored << 16); }
+    DEVICE static Stored rounded(Value value) { return float_to_bfloat(value); }
+    DEVICE static Value nth(const uint32* word, int i) {
+        return bits_to_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+    }
+    template <int WIDTH> DEVICE static void pack(const Value* value, uint32* word) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i += 2) word[i / 2] = floats_to_bfloats(value[i], value[i + 1]);
+    }
+};
+
+// WIDTH values side by side, as they are loaded and stored at once. UNROLL such items are under way at a time.
+template <class T, int WIDTH>
+struct Item {
+    typedef typename T::Stored Stored;
+    enum { UNROLL = 4 };
+    Words<WIDTH * (int)sizeof(Stored)> words;
+
+    DEVICE void load(const Stored* from) { ::load(from, words); }
+    DEVICE void load_last(const Stored* from) { ::load_last(from, words); }
+    DEVICE void store(Stored* to) const { ::store(to, words); }
+    DEVICE typename T::Value operator[](int i) const { return T::nth(words.word, i); }
+    DEVICE void set(const typename T::Value* value) { T::template pack<WIDTH>(value, words.word); }
+};
+
+template <class T>
+struct Item<T, 1> {
+    typedef typename T::Stored Stored;
+    enum { UNROLL = 8 };
+    Stored stored;
+
+    DEVICE void load(const Stored* from) { stored = *from; }
+    DEVICE void load_last(const Stored* from) { stored = *from; }
+    DEVICE void store(Stored* to) const { *to = stored; }
+    DEVICE typename T::Value operator[](int) const { return T::value(stored); }
+    DEVICE void set(const typename T::Value* value) { stored = T::rounded(*value); }
+};
+
+// ---- Sums over a block, and the last block of several ---------------------------------------------------------------
+
+// Sums s and q over the threads whose numbers are equal modulo `columns`, a power of two; each thread gets the sums of
+// its own column. All threads of the block must be here. `room` has a place for each thread.
+DEVICE void sum_over_block(double& s, double& q, int columns, Pair* room) {
+    const int thread = threadIdx.x, threads = blockDim.x;
+    for (int step = WARP / 2; step >= columns; step /= 2) {
+        s += __shfl_xor_sync(0xffffffffu, s, step);
+        q += __shfl_xor_sync(0xffffffffu, q, step);
+    }
+    // Now a warp has one sum for each column, or it has several columns and no sums yet.
+    const int lane = thread % WARP, rows = columns < WARP ? threads / WARP : threads / columns;
+    if (columns >= WARP || lane < columns) {
+        Pair& place = room[columns < WARP ? thread / WARP * columns + lane : thread];
+        place.first = s;
+        place.second = q;
+    }
+    __syncthreads();
+    s = q = 0;
+    for (int row = 0; row < rows; ++row) {
+        const Pair& place = room[row * columns + thread % columns];
+        s += place.first;
+        q += place.second;
+    }
+    __syncthreads();  // before the room is used again
+}
+
+// Whether this block is the last of `parts` to come here; it then sees what the others wrote before they came, and
+// leaves the counter at zero. All threads of the block must be here.
+DEVICE bool last_to_arrive(uint32* tickets, int64 parts, uint32* room) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *room = atomicAdd(tickets, 1u);
+        if (*room == parts - 1) *tickets = 0;
+    }
+    __syncthreads();
+    const bool last = *room == parts - 1;
+    if (last) __threadfence();
+    return last;
+}
+
+// ---- The formulas of reference.py for one channel -------------------------------------------------------------------
+
+// Sums about a shift become sums about another, delta lower: n values d are d + delta.
+DEVICE void recentre(double n, double delta, double& s, double& q) {
+    const double moved = fma(n, delta, s);
+    q = fma(delta, s + moved, q);
+    s = moved;
+}
+
+// (E1) mean and m2 from the sums of d = x - shift and of its squares.
+DEVICE Pair moments_of(double n, double shift, double s, double q) {
+    const double d = s / n;
+    const bool overflow = !is_finite(q) && q > 0 && is_finite(d);  // the squares alone: m2 is inf, as in NumPy
+    const double m2 = overflow ? q : q - s * d;
+    Pair moments = {shift + d, m2 < 0 ? 0 : m2};
+    return moments;
+}
+
+// (E3)
+DEVICE double rstd_of(double var, double eps) {
+    const double total = var + eps;
+    return total == 0 ? 0 : 1 / sqrt(total);
+}
+
+// (E3) a and c of y = weight * xhat + bias = a * (x - mean) + c
+DEVICE void normalize(const Parameters& p, int64 channel, double& a, double& c) {
+    const double rstd = p.rstd[channel];
+    a = p.weight ? p.weight[channel] * rstd : rstd;
+    c = p.bias ? p.bias[channel] : 0;
+}
+
+// (E5) dweight and dbias from the sums of dy and of dy * (x - mean)
+DEVICE void parameter_gradients(double sum_dy, double sum_dy_x, double rstd, double& dweight, double& dbias) {
+    dweight = rstd * sum_dy_x;
+    dbias = sum_dy;
+}
+
+// (E6) a, b and c of dx = weight * rstd * (dy - dbias/n - xhat * dweight/n) = a * dy + b * (x - mean) + c
+DEVICE void input_gradient(const Parameters& p, int64 channel, double& a, double& b, double& c) {
+    const double rstd = p.rstd[channel], n = (double)p.n;
+    a = p.weight ? p.weight[channel] * rstd : rstd;
+    b = -a * rstd * (p.dweight[channel] / n);
+    c = -a * (p.dbias[channel] / n);
+}
+
+// (E4)
+DEVICE double update_running(double running, double value, double momentum) {
+    return (1 - momentum) * running + momentum * value;
+}
+
+// ---- What a map does to a value -------------------------------------------------------------------------------------
+
+// x - mean, where a mean rounded to float32 would move all values of a channel alike: it has a second part.
+template <class Value> struct Centre;
+template <> struct Centre<float> {
+    float high, low;
+    DEVICE Centre() {}
+    DEVICE explicit Centre(double mean) {
+        high = (float)mean;
+        low = is_finite(high) ? (float)(mean - (double)high) : 0.0f;
+    }
+    DEVICE float from(float x) const { return (x - high) - low; }
+};
+template <> struct Centre<double> {
+    double mean;
+    DEVICE Centre() {}
+    DEVICE explicit Centre(double given) : mean(given) {}
+    DEVICE double from(double x) const { return x - mean; }
+};
+
+// (E3, E7) a * (x - mean) + c
+template <class T>
+struct Affine {
+    typedef typename T::Value Value;
+    enum { INPUTS = 1 };
+    Centre<Value> centre;
+    Value a, c;
+
+    DEVICE Affine() {}
+    DEVICE Affine(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
+        double wide_a, wide_c;
+        if (p.rstd) {
+            normalize(p, channel, wide_a, wide_c);
+        } else {
+            wide_a = p.a[channel];
+            wide_c = p.c[channel];
+        }
+        a = (Value)wide_a;
+        c = (Value)wide_c;
+    }
+    DEVICE Value of(Value x, Value) const { return fused(a, centre.from(x), c); }
+};
+
+// A power of two near the root of |b|; 1 where that has none.
+DEVICE double half_way(double b) {
+    const int exponent = (int)(double_to_bits(b) >> 52 & 0x7ff);
+    if (exponent == 0 || exponent == 0x7ff) return 1;
+    const uint64 half = (uint64)(1023 + (exponent - 1023) / 2) << 52;
+    return words_to_double((uint32)half, (uint32)(half >> 32));
+}
+
+// (E6) a * u + b * (x - mean) + c. b goes as rstd squared, which leaves the range of float32 when rstd does not; so it
+// is two factors, one of them a power of two, which rounds nothing.
+template <class T>
+struct Affine2 {
+    typedef typename T::Value Value;
+    enum { INPUTS = 2 };
+    Centre<Value> centre;
+    Value a, b, scale, c;
+
+    DEVICE Affine2() {}
+    DEVICE Affine2(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
+        double wide_a, wide_b, wide_c;
+        if (p.rstd) {
+            input_gradient(p, channel, wide_a, wide_b, wide_c);
+        } else {
+            wide_a = p.a[channel];
+            wide_b = p.b[channel];
+            wide_c = p.c[channel];
+        }
+        const double power = half_way(wide_b);
+        a = (Value)wide_a;
+        b = (Value)(wide_b / power);
+        scale = (Value)power;
+        c = (Value)wide_c;
+    }
+    DEVICE Value of(Value x, Value u) const { return fused(a, u, fused(b, scale * centre.from(x), c)); }
+};
+
+// ---- What is summed -------------------------------------------------------------------------------------------------
+
+// (E1) Sums of d = x - shift and of its squares. Each thread has a shift of its own, the first value it meets, so that
+// an outlier among the first values costs the few values of its thread some digits, and no others.
+template <class T>
+struct MomentSums {
+    typedef typename T::Summed Summed;
+    enum { INPUTS = 1 };
+    Summed shift, few_s, few_q;
+    double s, q;
+
+    // `first` is some value of the channel; p.shift, where given, replaces it.
+    DEVICE static double shift_of(const Parameters& p, int64 channel, double first) {
+        const double shift = p.shift ? p.shift[channel] : first;
+        return is_finite(shift) ? shift : 0;
+    }
+    DEVICE MomentSums() : shift(0), few_s(0), few_q(0), s(0), q(0) {}
+    DEVICE void start(const Parameters& p, int64 channel, double first) { shift = (Summed)shift_of(p, channel, first); }
+    DEVICE void add(Summed x, Summed) {
+        const Summed d = x - shift;
+        few_s += d;
+        few_q = fused(d, d, few_q);
+    }
+    DEVICE void add_few() {
+        s += (double)few_s;
+        q += (double)few_q;
+        few_s = few_q = 0;
+    }
+    // The sums of this thread's n values about the shift of the block.
+    DEVICE void about(double block_shift, double n) { recentre(n, n > 0 ? (double)shift - block_shift : 0, s, q); }
+
+    // mean and m2 of a part
+    DEVICE static Pair part(double n, double block_shift, double s, double q) { return moments_of(n, block_shift, s, q); }
+    // (E2) for many parts at once: sums about the first one's mean, or about the shift where one is given
+    DEVICE static double origin(const Parameters& p, int64 channel, Pair first) { return shift_of(p, channel, first.first); }
+    DEVICE static void pool(double n, double origin, Pair part, double& s, double& q) {
+        const double delta = part.first - origin;
+        s += n * delta;
+        q += part.second + n * delta * delta;
+    }
+    DEVICE static Pair pooled(double n, double origin, double s, double q) { return moments_of(n, origin, s, q); }
+    // (E3)
+    DEVICE static void finish(const Parameters& p, int64 channel, Pair moments) {
+        p.mean[channel] = moments.first;
+        p.m2[channel] = moments.second;
+        if (p.rstd) p.rstd[channel] = rstd_of(moments.second / (double)p.n, p.eps);
+    }
+};
+
+// (E5) Sums of u and of u * (x - mean).
+template <class T>
+struct DotSums {
+    typedef typename T::Summed Summed;
+    enum { INPUTS = 2 };
+    Centre<Summed> centre;
+    Summed few_s, few_q;
+    double s, q;
+
+    DEVICE static double shift_of(const Parameters&, int64, double) { return 0; }
+    DEVICE DotSums() : centre(0), few_s(0), few_q(0), s(0), q(0) {}
+    DEVICE void start(const Parameters& p, int64 channel, double) { centre = Centre<Summed>(p.mean[channel]); }
+    DEVICE void add(Summed x, Summed u) {
+        few_s += u;
+        few_q = fused(u, centre.from(x), few_q);
+    }
+    DEVICE void add_few() {
+        s += (double)few_s;
+        q += (double)few_q;
+        few_s = few_q = 0;
+    }
+    DEVICE void about(double, double) {}
+
+    DEVICE static Pair part(double, double, double s, double q) {
+        Pair sums = {s, q};
+        return sums;
+    }
+    DEVICE static double origin(const Parameters&, int64, Pair) { return 0; }
+    DEVICE static void pool(double, double, Pair part, double& s, double& q) {
+        s += part.first;
+        q += part.second;
+    }
+    DEVICE static Pair pooled(double, double, double s, double q) { return part(0, 0, s, q); }
+    DEVICE static void finish(const Parameters& p, int64 channel, Pair sums) {
+        if (p.rstd) parameter_gradients(sums.first, sums.second, p.rstd[channel], sums.second, sums.first);
+        p.dweight[channel] = sums.second;
+        p.dbias[channel] = sums.first;
+    }
+};

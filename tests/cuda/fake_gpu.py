@@ -1,0 +1,58 @@
+"""The CUDA kernels on the arrays of the fake CuPy: the package's source, compiled by g++, on its two devices."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import shim
+
+from arraybn.kernels import _cuda_launch
+from arraybn.kernels._cuda_launch import Grid, Kernel
+
+
+class FakeGpu(shim.Shim):
+    """Launches on the CPU, of arrays of the fake CuPy, in whose log they stand."""
+
+    def __init__(self, library: Path, **options: int) -> None:
+        super().__init__(library, **options)
+        self._cupy = importlib.import_module("cupy")
+
+    def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        return array.device
+
+    def current(self) -> tuple[int, int]:
+        return self._cupy.cuda.get_device_id(), self._cupy.cuda.get_current_stream().ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._cupy.ndarray._of(super().empty(shape, dtype), self._cupy.cuda.get_device_id())
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        self._cupy._fake.log.append("memset")
+        array = self.empty(shape, dtype)
+        array._array[...] = 0
+        return array
+
+    def pointer(self, array: Any) -> int:
+        assert array.device.id == self._cupy.cuda.get_device_id(), "an array of another device than the current one"
+        return int(array.data.ptr)
+
+    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
+        log = self._cupy._fake.log
+        log.append(f"launch {self.names[function]}")
+        so_far = len(log)
+        super().start(function, grid, stream, arguments)
+        del log[so_far:]  # what the shim looks at itself
+
+
+@contextlib.contextmanager
+def install(**options: int) -> Iterator[FakeGpu]:
+    """Within it, arraybn.kernels.cuda takes arrays of the fake CuPy."""
+    vectors = [Kernel("vectors", dtype, 1) for dtype in ("float16", "bfloat16", "float32", "float64")]
+    gpu = FakeGpu(shim.build((*shim.all_kernels(), *vectors)), **options)
+    with mock.patch.object(_cuda_launch, "launcher", return_value=gpu):
+        yield gpu

@@ -1,0 +1,328 @@
+// Runs CUDA kernels on a CPU: the kernels' source is included after this file and compiled by g++.
+//
+// Each CUDA thread is a fiber with a stack of its own; one thread of the operating system switches between them where
+// they wait for each other, in a fixed order. Some blocks are alive at a time (`resident`), so that blocks may wait for
+// each other too. What it finds: wrong indices and tails, threads that miss a barrier, misaligned accesses, counters
+// that are not reset, results that depend on the order of blocks. What it cannot find: races, missing fences, errors in
+// PTX, and how fast it is.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#else
+#include <ucontext.h>
+#endif
+
+#define ON_CPU
+
+namespace shim {
+
+struct Index { unsigned x, y, z; };
+struct Barrier { unsigned arrived = 0, passed = 0; };
+
+struct Warp {
+    Barrier barrier;
+    unsigned lanes = 0;
+    uint64_t value[2][32];  // of this shuffle and the next
+};
+
+struct Block {
+    Index index{};
+    unsigned alive = 0;
+    Barrier barrier;
+    std::vector<Warp> warps;
+    std::vector<unsigned char> shared;
+};
+
+struct Fiber {
+    void* place = nullptr;  // its stack pointer, or its context
+    char* stack = nullptr;
+    Block* block = nullptr;
+    Index index{};
+    size_t shared = 0;  // how much of the block's shared memory it has given names to
+    const Barrier* waits = nullptr;
+    unsigned until = 0;  // passed is more than this
+    bool done = false;
+};
+
+const size_t STACK = 1 << 16, SHARED = 1 << 17;
+const unsigned long PATIENCE = 1000000;  // rounds without an end to any wait
+
+inline Fiber* now;
+inline Index grid, block_size;
+inline void (*kernel)(const void*);
+inline const void* parameters;
+inline char failure[200];
+inline bool progress;
+
+// ---- Switching ------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+
+// Keeps the registers that a function must keep, and goes on with another stack.
+extern "C" void shim_switch(void** from, void* to);
+asm(".text\n.globl shim_switch\n.hidden shim_switch\n.type shim_switch, @function\nshim_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+inline void* scheduler;
+inline void leave() { shim_switch(&now->place, scheduler); }
+inline void enter(Fiber* fiber) { now = fiber; shim_switch(&scheduler, fiber->place); }
+inline void prepare(Fiber* fiber, void (*entry)()) {
+    void** top = (void**)(((uintptr_t)fiber->stack + STACK) & ~(uintptr_t)15);
+    *--top = nullptr;  // where a caller's address would be
+    *--top = (void*)entry;
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    fiber->place = top;
+}
+
+#else
+
+inline ucontext_t scheduler;
+inline void leave() { swapcontext((ucontext_t*)now->place, &scheduler); }
+inline void enter(Fiber* fiber) { now = fiber; swapcontext(&scheduler, (ucontext_t*)fiber->place); }
+inline void prepare(Fiber* fiber, void (*entry)()) {
+    ucontext_t* context = fiber->place ? (ucontext_t*)fiber->place : new ucontext_t;
+    getcontext(context);
+    context->uc_stack.ss_sp = fiber->stack;
+    context->uc_stack.ss_size = STACK;
+    context->uc_link = nullptr;
+    makecontext(context, entry, 0);
+    fiber->place = context;
+}
+
+#endif
+
+// Ends the launch: the scheduler does not come back to any fiber.
+inline void fail(const char* what) {
+    snprintf(failure, sizeof failure, "block %u, thread %u: %s", now->block->index.x, now->index.x, what);
+    for (;;) leave();
+}
+
+inline void run_thread() {
+    kernel(parameters);
+    now->done = true;
+    --now->block->alive;
+    progress = true;
+    for (;;) leave();
+}
+
+// ---- Waiting --------------------------------------------------------------------------------------------------------
+
+inline void wait(Barrier& barrier, unsigned threads) {
+    if (++barrier.arrived == threads) {
+        barrier.arrived = 0;
+        ++barrier.passed;
+        progress = true;
+        return;
+    }
+    now->waits = &barrier;
+    now->until = barrier.passed;
+    leave();
+}
+
+inline Warp& warp() { return now->block->warps[now->index.x / 32]; }
+
+template <class T>
+T from_lane(T value, unsigned lane) {
+    static_assert(sizeof(T) <= 8, "shuffles are of 8 bytes at most");
+    Warp& w = warp();
+    uint64_t* values = w.value[w.barrier.passed & 1];  // a lane that is one shuffle ahead writes into the other
+    memcpy(&values[now->index.x % 32], &value, sizeof(T));
+    wait(w.barrier, w.lanes);
+    if (lane >= w.lanes) fail("a shuffle from a lane that is not there");
+    memcpy(&value, &values[lane], sizeof(T));
+    return value;
+}
+
+// The next piece of the block's shared memory: the same for every thread, which all ask for the same pieces in turn.
+inline void* shared(size_t bytes) {
+    void* place = now->block->shared.data() + now->shared;
+    now->shared += (bytes + 15) & ~(size_t)15;
+    if (now->shared > SHARED) fail("too much shared memory");
+    return place;
+}
+
+// ---- A launch -------------------------------------------------------------------------------------------------------
+
+struct Launch {
+    std::vector<Block> blocks;
+    std::vector<Fiber> fibers;
+    std::vector<uint64_t> order;
+
+    Launch(unsigned threads, unsigned resident) : blocks(resident), fibers((size_t)threads * resident) {
+        for (Fiber& fiber : fibers) fiber.stack = (char*)malloc(STACK);
+    }
+    ~Launch() {
+        for (Fiber& fiber : fibers) free(fiber.stack);
+    }
+
+    void begin(unsigned place, uint64_t index) {
+        Block& block = blocks[place];
+        const unsigned threads = block_size.x;
+        block.index = {(unsigned)index, 0, 0};
+        block.alive = threads;
+        block.barrier = Barrier();
+        block.warps.assign((threads + 31) / 32, Warp());
+        for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
+        block.shared.assign(SHARED, 0xff);  // NaN
+        for (unsigned t = 0; t < threads; ++t) {
+            Fiber& fiber = fibers[(size_t)place * threads + t];
+            fiber.block = &block;
+            fiber.index = {t, 0, 0};
+            fiber.shared = 0;
+            fiber.waits = nullptr;
+            fiber.done = false;
+            prepare(&fiber, run_thread);
+        }
+    }
+
+    // One turn of each thread of a block that has something to do.
+    void turn(unsigned place) {
+        const unsigned threads = block_size.x;
+        for (unsigned t = 0; t < threads && !*failure; ++t) {
+            Fiber& fiber = fibers[(size_t)place * threads + t];
+            if (fiber.done || (fiber.waits && fiber.waits->passed == fiber.until)) continue;
+            fiber.waits = nullptr;
+            enter(&fiber);
+        }
+    }
+
+    void run(uint64_t total) {
+        uint64_t next = 0;
+        unsigned long idle = 0;
+        for (unsigned place = 0; place < blocks.size() && next < total; ++place) begin(place, order[next++]);
+        for (bool alive = true; alive && !*failure;) {
+            alive = progress = false;
+            for (unsigned place = 0; place < blocks.size(); ++place) {
+                if (blocks[place].alive) turn(place);
+                if (!blocks[place].alive && next < total) begin(place, order[next++]);
+                alive = alive || blocks[place].alive;
+            }
+            idle = progress ? 0 : idle + 1;
+            if (idle > PATIENCE || (idle > 1 && stuck())) snprintf(failure, sizeof failure, "threads wait for ever");
+        }
+    }
+
+    bool stuck() const {
+        for (const Fiber& fiber : fibers) {
+            if (fiber.block && !fiber.done && !(fiber.waits && fiber.waits->passed == fiber.until)) return false;
+        }
+        return true;
+    }
+};
+
+// The order in which blocks begin: as they are numbered, backwards, or shuffled by a seed.
+inline void put_in_order(std::vector<uint64_t>& order, uint64_t blocks, unsigned seed) {
+    order.resize(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) order[i] = seed == 1 ? blocks - 1 - i : i;
+    if (seed < 2) return;
+    uint64_t state = seed;
+    for (uint64_t i = blocks; i > 1; --i) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        std::swap(order[i - 1], order[(state >> 33) % i]);
+    }
+}
+
+}  // namespace shim
+
+// Runs a kernel; returns null, or what went wrong.
+extern "C" const char* shim_launch(
+    void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, unsigned resident,
+    unsigned seed) {
+    using namespace shim;
+    shim::kernel = kernel;
+    shim::parameters = parameters;
+    grid = {blocks, 1, 1};
+    block_size = {threads, 1, 1};
+    *failure = 0;
+    Launch launch(threads, resident < blocks ? resident : blocks);
+    put_in_order(launch.order, blocks, seed);
+#if defined(__x86_64__)
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);  // subnormal numbers count as 0, as with -ftz=true
+#endif
+    launch.run(blocks);
+#if defined(__x86_64__)
+    _mm_setcsr(mode);
+#endif
+    return *failure ? failure : nullptr;
+}
+
+// ---- The words of CUDA ----------------------------------------------------------------------------------------------
+
+#define __device__ inline
+#define __global__ inline
+#define __forceinline__
+#define __launch_bounds__(...)
+#define threadIdx (shim::now->index)
+#define blockIdx (shim::now->block->index)
+#define blockDim (shim::block_size)
+#define gridDim (shim::grid)
+
+inline void __syncthreads() { shim::wait(shim::now->block->barrier, shim::block_size.x); }
+inline void __syncwarp(unsigned = 0xffffffffu) { shim::wait(shim::warp().barrier, shim::warp().lanes); }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { shim::leave(); }
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return shim::from_lane(value, shim::now->index.x % 32 ^ mask); }
+template <class T> T __shfl_sync(unsigned, T value, int lane) { return shim::from_lane(value, lane); }
+template <class T> T atomicAdd(T* at, T value) {
+    const T before = *at;
+    *at += value;
+    shim::progress = true;
+    return before;
+}
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+
+// ---- What cuda_values.cuh says in PTX -------------------------------------------------------------------------------
+
+template <int BYTES> struct Words;
+struct Pair;
+
+#define SHARED(type, name, count) type* name = (type*)shim::shared(sizeof(type) * (count))
+#define ENTRY(kernel, type, width)                                                                                     \
+    extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
+
+inline void shim_copy(void* to, const void* from, const void* global, size_t bytes) {
+    if ((uintptr_t)global % bytes) shim::fail("a misaligned access");
+    memcpy(to, from, bytes);
+}
+template <int BYTES> void load(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
+template <int BYTES> void load_last(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
+template <int BYTES> void store(void* to, const Words<BYTES>& from) { shim_copy(to, &from, to, BYTES); }
+template <class Pair> Pair load_shared(const Pair* from) {
+    Pair to;
+    shim_copy(&to, from, from, sizeof(Pair));
+    return to;
+}
+
+inline float half_to_float(unsigned short half) {
+    _Float16 value;
+    memcpy(&value, &half, 2);
+    return (float)value;
+}
+inline unsigned short float_to_half(float value) {
+    const _Float16 rounded = (_Float16)value;
+    unsigned short half;
+    memcpy(&half, &rounded, 2);
+    return half;
+}
+inline unsigned short float_to_bfloat(float value) {
+    if (value != value) return 0x7fff;
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline unsigned floats_to_halves(float first, float second) {
+    return float_to_half(first) | (unsigned)float_to_half(second) << 16;
+}
+inline unsigned floats_to_bfloats(float first, float second) {
+    return float_to_bfloat(first) | (unsigned)float_to_bfloat(second) << 16;
+}

@@ -1,0 +1,153 @@
+"""The CUDA kernels on the CPU: the package's source, compiled by g++ behind shim.h, for NumPy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from arraybn.kernels import _cuda_launch, cuda
+from arraybn.kernels._cuda_launch import Grid, Kernel
+
+HERE = Path(__file__).parent
+GUARD = 64  # bytes before and behind an array, which nobody may write to
+PATTERN = 0xA5
+POISON = 0xFF  # what a new array is full of: NaN in every dtype
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def all_kernels() -> list[Kernel]:
+    """Every kernel of the sweeps, for every dtype and width."""
+    sweeps = itertools.product(("moments", "dots", "affine", "affine2"), ("planes", "lines"), _ITEMSIZE)
+    kernels = [
+        Kernel(f"{sweep}_{layout}", dtype, width)
+        for sweep, layout, dtype in sweeps
+        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+    ]
+    return [*kernels, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
+
+
+def compiler() -> str | None:
+    """g++, where there is one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] | None = None) -> Path:
+    """The shared library of these kernels, made once for each source. `changed`: a text in it, and what replaces it."""
+    text = _cuda_launch.source(*kernels)
+    if changed is not None:
+        assert text.count(changed[0]) == 1, f"{changed[0]!r} stands {text.count(changed[0])} times in the source"
+        text = text.replace(*changed)
+    command = [compiler() or "g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", *options]
+    header = (HERE / "shim.h").read_text()
+    name = hashlib.sha256("\n".join([*command, header, text]).encode()).hexdigest()[:20]
+    folder = Path(tempfile.gettempdir()) / f"arraybn-shim-{os.getuid()}"
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source = Path(work) / "kernels.cpp"
+        source.write_text(f'#include "{HERE / "shim.h"}"\n{text}')
+        made = Path(work) / "kernels.so"
+        run = subprocess.run([*command, "-o", made, source], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[:4000]
+        made.replace(library)
+    return library
+
+
+def guarded(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Any:
+    """A poisoned array between guards, `offset` bytes behind a multiple of 64."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    room = np.full(size + 2 * GUARD + 64 + offset, PATTERN, np.uint8)
+    start = GUARD + -(room.ctypes.data + GUARD) % 64 + offset
+    inner = room[start : start + size]
+    inner[:] = POISON
+    return inner.view(dtype).reshape(shape) if offset % dtype.itemsize == 0 else np.ndarray(shape, dtype, inner)
+
+
+def assert_guards(array: Any) -> None:
+    """Assert that nobody wrote before or behind an array of `guarded`."""
+    room = array
+    while room.base is not None:
+        room = room.base
+    start = array.ctypes.data - room.ctypes.data
+    outside = np.concatenate([room[:start], room[start + array.nbytes :]])
+    assert np.all(outside == PATTERN), "a kernel wrote outside its array"
+
+
+class Shim(_cuda_launch.Launcher):
+    """Launches on the CPU, of NumPy arrays."""
+
+    def __init__(self, library: Path, resident: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        self.library = ctypes.CDLL(str(library))
+        self.library.shim_launch.restype = ctypes.c_char_p
+        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 4]
+        self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
+        self.launches: list[tuple[str, Grid]] = []
+        self._turn = threading.Lock()
+        self._arrays: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._made: list[weakref.ref[Any]] = []
+
+    def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def current(self) -> tuple[int, int]:
+        return 0, 1
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        array = guarded(shape, dtype)
+        self._made = [made for made in self._made if made() is not None] + [weakref.ref(array)]
+        return array
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def pointer(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def build(self, kernel: Kernel) -> tuple[int, Any]:
+        function = getattr(self.library, kernel.entry)
+        self.names = {**getattr(self, "names", {}), ctypes.cast(function, ctypes.c_void_p).value: kernel.entry}
+        return ctypes.cast(function, ctypes.c_void_p).value or 0, function
+
+    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
+        packed = ctypes.c_void_p.from_address(arguments).value
+        with self._turn:
+            self.launches.append((self.names[function], grid))
+            said = self.library.shim_launch(function, packed, grid.blocks, grid.threads, self.resident, self.seed)
+            if said:
+                raise RuntimeError(said.decode())
+        for made in self._made:
+            if (array := made()) is not None:
+                assert_guards(array)
+        for room in self._rooms.values():
+            assert not room.arrays[1].any(), "a kernel left its counters behind"
+
+
+@contextlib.contextmanager
+def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
+    """Within it, arraybn.kernels.cuda takes NumPy arrays and runs on the CPU."""
+    shim = Shim(library or build(tuple(all_kernels())), **options)
+    with mock.patch.object(_cuda_launch, "launcher", lambda: shim):
+        yield shim
