@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fake_gpu
+import fake_device
 import ml_dtypes
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ class Direct:
     """Who answers in this process; what is asked and answered goes through JSON, as it would."""
 
     def __init__(self, name: str) -> None:
-        self.limit, self.failed, self.work, self.asked = 0.0, "", Work(f"fake_gpu:{name}"), []
+        self.limit, self.failed, self.work, self.asked = 0.0, "", Work(f"fake_device:{name}"), []
 
     def ask(self, do: str, **question: Any) -> Any:
         self.asked.append((do, question.get("contestant")))
@@ -92,7 +93,9 @@ def made(name: str = "FakeDevice", *arguments: str, make: Any = None, peers: str
     found = parsed("--peers", peers, "--repeats", "3", *(arguments or SMALL))
     plan = command.plan(found)
     plan.ranks = []
-    return command.GpuBench(found, plan, "the command", make=make or (lambda: Direct(name)), build=f"fake_gpu:{name}")
+    return command.GpuBench(
+        found, plan, "the command", make=make or (lambda: Direct(name)), build=f"fake_device:{name}"
+    )
 
 
 def measured(*args: Any, **kwargs: Any) -> command.GpuBench:
@@ -191,7 +194,7 @@ def test_the_process_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str
 
 
 def problem(dtype: str, layout: str = "first", shape: tuple[int, ...] = (6, 5, 4, 3)) -> tuple[GpuCase, Any, Any]:
-    case, fake = GpuCase(shape, layout, dtype), fake_gpu.FakeDevice()
+    case, fake = GpuCase(shape, layout, dtype), fake_device.FakeDevice()
     buffers = contestants.make_buffers(fake, case, 2, seed=1)
     arrays = {"x": buffers.slots[0].x, "dy": buffers.slots[0].dy, **buffers.vectors}
     return case, buffers, check.truths(np, case, arrays, buffers.eps)
@@ -267,7 +270,7 @@ def test_an_element_that_is_not_written_is_found(dtype: str, monkeypatch: pytest
             out[:-1] = reference.affine(x, mean, a, c)[:-1]
         return reference.affine(x, mean, a, c) if out is None else out
 
-    lazy = SimpleNamespace(**{**vars(fake_gpu.scaled(1.0)), "affine": affine})
+    lazy = SimpleNamespace(**{**vars(fake_device.scaled(1.0)), "affine": affine})
     fake.work.device.kernels["split"] = lazy
     fake.ask("open", case=GpuCase((6, 5, 4, 3), dtype=dtype).as_json(), seed=1)
     faults = fake.ask("check", contestant="split")["faults"]
@@ -284,7 +287,7 @@ def test_the_buffers_are_random_of_the_dtype_and_differ_from_set_to_set(
 ) -> None:
     monkeypatch.setattr(contestants, "BLOCK", 1000)  # so that it is repeated
     case = GpuCase((4, 300, 5), "last", dtype)
-    buffers = contestants.make_buffers(fake_gpu.FakeDevice(), case, 2, seed=1)
+    buffers = contestants.make_buffers(fake_device.FakeDevice(), case, 2, seed=1)
     assert [str(slot.x.dtype) for slot in buffers.slots] == [dtype] * 2
     assert {slot.x.shape for slot in buffers.slots} == {case.in_memory}
     arrays = [array.astype("f8") for slot in buffers.slots for array in slot[:2]]
@@ -294,7 +297,7 @@ def test_the_buffers_are_random_of_the_dtype_and_differ_from_set_to_set(
         assert not any((one == other).all() for other in arrays[:i])
     assert arrays[0].mean((0, 1)).std() > 0.5  # each channel has a mean of its own
     assert {str(vector.dtype) for vector in buffers.vectors.values()} == {"float32"}
-    other = contestants.make_buffers(fake_gpu.FakeDevice(), case, 1, seed=2).slots[0].x
+    other = contestants.make_buffers(fake_device.FakeDevice(), case, 1, seed=2).slots[0].x
     assert not (other.astype("f8") == arrays[0]).all()
 
 
@@ -333,9 +336,9 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not found.wrong()
     data = json.loads((tmp_path / "f.json").read_text())
     assert data["device"]["name"] == "a fake"
-    assert math.isclose(data["ceilings"]["copy"]["gb_per_s"], fake_gpu.SPEED / 1e9, rel_tol=0.01)
-    assert math.isclose(data["ceilings"]["l2_copy"]["gb_per_s"], 3 * fake_gpu.SPEED / 1e9, rel_tol=0.01)
-    assert math.isclose(data["ceilings"]["launch"]["queued"], fake_gpu.LAUNCH)
+    assert math.isclose(data["ceilings"]["copy"]["gb_per_s"], fake_device.SPEED / 1e9, rel_tol=0.01)
+    assert math.isclose(data["ceilings"]["l2_copy"]["gb_per_s"], 3 * fake_device.SPEED / 1e9, rel_tol=0.01)
+    assert math.isclose(data["ceilings"]["launch"]["queued"], fake_device.LAUNCH)
     assert [(case["dtype"], case["layout"]) for case in data["table"]] == [
         ("float32", "first"),
         ("float32", "last"),
@@ -380,7 +383,7 @@ def test_a_wrong_contestant_of_ours_is_not_timed_and_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        command.GpuBench.__init__, "__defaults__", (lambda: Direct("WrongDevice"), "fake_gpu:FakeDevice")
+        command.GpuBench.__init__, "__defaults__", (lambda: Direct("WrongDevice"), "fake_device:FakeDevice")
     )
     line = [*SMALL, "--what", "forward", "--peers", "none", "--json", str(tmp_path / "f.json")]
     assert main(["bench", "--device", "cuda", *line]) == 1
@@ -417,7 +420,7 @@ def test_kernels_that_are_not_there_are_said_once_and_are_no_fault(capsys: pytes
 
 
 def test_a_case_that_does_not_fit_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_gpu.FakeDevice, "free", 100_000)
+    monkeypatch.setattr(fake_device.FakeDevice, "free", 100_000)
     found = measured()
     assert re.fullmatch(r"skipped: needs about 0\.0 GB of the GPU, 0\.0 GB are free", found.table[0].skipped)
     assert found.as_json()["table"][0]["rows"] == []
@@ -553,7 +556,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Makes the process of a fake device."""
     path = [str(Path(__file__).parent), str(Path(arraybn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
-    return lambda name: lambda: GpuWorker(f"fake_gpu:{name}")
+    return lambda name: lambda: GpuWorker(f"fake_device:{name}")
 
 
 def test_a_process_that_ends_is_started_again_without_the_contestant(processes: Any) -> None:
@@ -609,7 +612,7 @@ class One:
 
 
 def test_a_wrong_synchronized_layer_is_said_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = fake_gpu.FakeDevice()
+    fake = fake_device.FakeDevice()
     monkeypatch.setattr(ranks, "SyncBatchNorm", lambda c, process_group, eps: arraybn.BatchNorm2d(c, eps=eps))
     assert ranks.check(One(), fake) == ""
     monkeypatch.setattr(ranks, "SyncBatchNorm", lambda c, process_group, eps: arraybn.BatchNorm2d(c, eps=1.01 * eps))
@@ -729,13 +732,103 @@ def test_the_real_device_has_every_method_and_its_kernels_compile(tmp_path: Path
     }
     assert methods
     assert methods <= set(dir(device.CudaDevice))
-    assert methods <= set(dir(fake_gpu.FakeDevice))
+    assert methods <= set(dir(fake_device.FakeDevice))
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc")
     (tmp_path / "k.cu").write_text(device.SOURCE)
     words = [nvcc, "-arch=sm_90", "-cubin", "-o", str(tmp_path / "k.cubin"), str(tmp_path / "k.cu")]
     subprocess.run(words, check=True, timeout=120)
+
+
+class Standin:
+    """As much of CuPy as the device uses; `log` has what was asked of it."""
+
+    def __init__(self, gpus: int = 1) -> None:
+        self.log, self.gpus, self.ms = [], gpus, 3.0
+        self.asarray, self.empty, self.cuda = np.array, self._empty, self
+        self.runtime = self
+        self.CUDARuntimeError, self.memcpyDeviceToDevice = OSError, 3
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: (self.log.append((name, *args)), self)[1]
+
+    def _empty(self, shape: Any, dtype: Any) -> Any:
+        array = np.empty(shape, dtype)
+        return SimpleNamespace(data=SimpleNamespace(ptr=array.ctypes.data), nbytes=array.nbytes)
+
+    ptr, done = 77, True
+
+    def getDeviceCount(self) -> int:  # noqa: N802
+        if self.gpus < 0:
+            raise OSError("no driver")
+        return self.gpus
+
+    def getDeviceProperties(self, index: int) -> Any:  # noqa: N802
+        found = {"name": b"a stand-in", "totalGlobalMem": 2**35, "l2CacheSize": 2**20, "multiProcessorCount": 3}
+        return {**found, "major": 9, "minor": 0}
+
+    def get_function(self, name: str) -> Any:
+        return lambda *args: self.log.append((name, *args))
+
+    def get_elapsed_time(self, start: Any, stop: Any) -> float:
+        return self.ms
+
+    def memGetInfo(self) -> tuple[int, int]:  # noqa: N802
+        return 5, 10
+
+
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> Standin:
+    """In the place of CuPy."""
+    found = Standin(2)
+    monkeypatch.setitem(sys.modules, "cupy", found)  # type: ignore[arg-type]
+    return found
+
+
+def test_the_real_device_holds_the_stream_while_the_host_queues(standin: Standin) -> None:
+    gpu = device.CudaDevice(3)
+    assert ("Device", 1) in standin.log  # of two
+    assert gpu.describe()["name"] == "a stand-in"
+    assert gpu.free_memory() == 5
+    standin.log.clear()
+    seconds, late = gpu.timed(lambda: standin.log.append(("call",)), 3, hold=1.0)
+    assert (seconds, late) == (1e-3, True)
+    names = [entry[0] for entry in standin.log if entry[0] != "Event"]
+    assert names == [
+        "deviceSynchronize",
+        "memsetAsync",
+        "hold",
+        "record",
+        "call",
+        "call",
+        "call",
+        "record",
+        "synchronize",
+    ]
+    (held,) = [entry for entry in standin.log if entry[0] == "hold"]
+    assert held[3][0] == device.LONGEST_HOLD * 1e9
+    standin.log.clear()
+    gpu.timed(gpu.nothing, 1, hold=0.0, flush=False)
+    assert "memsetAsync" not in {entry[0] for entry in standin.log}
+    gpu.copy(gpu.empty((4,), "f4"), source := gpu.empty((4,), "f4"))
+    assert standin.log[-1][3:] == (16, 3, 77)
+    assert standin.log[-1][2] == source.data.ptr
+    torch = Standin()
+    gpu.share_stream(torch)
+    assert torch.log[0] == ("ExternalStream", 77)
+    assert torch.log[1][0] == "set_stream"
+
+
+@pytest.mark.parametrize(("gpus", "message"), [(0, "CUDA finds no GPU"), (-1, "CUDA finds no GPU: no driver")])
+def test_no_gpu_is_said_plainly(standin: Standin, gpus: int, message: str) -> None:
+    standin.gpus = gpus
+    assert Work(CUDA).start() == {"none": message}
+
+
+def test_a_cupy_that_cannot_be_imported_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', Work(CUDA).start()["none"])
 
 
 def test_the_bench_of_the_processor_takes_no_halves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def sets(case: GpuCase, device: Device) -> int:
 
 def memory_needed(case: GpuCase, count: int) -> float:
     """About how many bytes they take, with the results of a library beside ours and the truth in float64."""
-    return count * 6.0 * case.nbytes + 12 * 8.0 * case.elements
+    return count * 6.0 * case.nbytes + 20 * 8.0 * case.elements
 
 
 def make_buffers(device: Device, case: GpuCase, count: int, seed: int) -> Buffers:
@@ -117,7 +117,7 @@ class Contestant:
     def absent(self, device: Device) -> str:
         """Why it cannot take part here; '' if it can."""
         kernels = device.kernels.get(self.name)
-        if isinstance(kernels, str) and kernels not in MODULES:
+        if isinstance(kernels, str) and (kernels not in MODULES or importlib.util.find_spec(MODULES[kernels]) is None):
             return f"this arraybn has no kernels {kernels!r}"
         if device.platform != "gpu" or self.library == "reference":
             return ""
