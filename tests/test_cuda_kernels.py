@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ def library() -> Path:
 @pytest.fixture(autouse=True)
 def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[shim.Shim]:
     """NumPy arrays go through the CUDA kernels unless another module is asked for."""
-    by_default: Callable[..., Any] = lambda x, kernels=None: select(x, cuda if kernels is None else kernels)
+
+    def by_default(x: Any, kernels: Any = None) -> Any:
+        return select(x, cuda if kernels is None else kernels)
+
     monkeypatch.setattr("arraybn.functional.select", by_default)
     monkeypatch.setattr("arraybn.statistics.select", by_default)
     with shim.install(library) as installed:
@@ -673,16 +676,26 @@ def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:
 
 # What is changed in the source, where it shows, and in which sweeps
 PLANTED: dict[str, tuple[str, str, str, str]] = {
-    "the next plane begins a value late": ("offset += next_plane;", "offset += next_plane + 1;", "planes of an odd size", "maps"),
+    "the next plane begins a value late": (
+        "offset += next_plane;",
+        "offset += next_plane + 1;",
+        "planes of an odd size",
+        "maps",
+    ),
     "a row too far": ("row = thread / threads;", "row = thread / threads + 1;", "channels-last, odd", "sums"),
     "the last item is left out": ("int64 left = p.items -", "int64 left = p.items - 1 -", "planes", "sums"),
     "an item too many": ("left : p.part);", "left : p.part + 1);", "channels-last, odd", "maps"),
     "the counter stays": ("if (*room == parts - 1) *tickets = 0;", "", "planes in parts", "sums"),
     "a warp is left out of a sum": ("row < rows; ++row", "row < rows - (rows > 1); ++row", "channels-last", "sums"),
     "a part is left out": ("part = thread / slots;", "part = 1 + thread / slots;", "channels-last in parts", "sums"),
-    "a thread misses the barrier": ("    s = q = 0;\n", "    s = q = 0;\n    if (thread == 7) __syncthreads();\n", "planes", "sums"),
+    "a thread misses the barrier": (
+        "    s = q = 0;\n",
+        "    s = q = 0;\n    if (thread == 7) __syncthreads();\n",
+        "planes",
+        "sums",
+    ),
     "a store off by one value": ("store(out + offset[k])", "store(out + offset[k] + 1)", "planes", "maps"),
-}  # fmt: skip
+}
 CHECKS = {"sums": (assert_sums, ("moments", "dots")), "maps": (assert_maps, ("affine", "affine2"))}
 
 
