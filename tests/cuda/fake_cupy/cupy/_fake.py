@@ -7,15 +7,15 @@ that a copy is still reading may change meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 DEVICES = 2
-log: list[str] = []  # "launch add", "synchronize", "copy to the host", …, in order
 
 
 def count(kind: str) -> int:
@@ -32,11 +32,31 @@ class CUDARuntimeError(RuntimeError):
 
 class _Thread(threading.local):
     def __init__(self) -> None:
+        self.quiet = False
         self.device = 0
         self.streams: dict[int, Stream] = {}  # the current one of each device
 
 
 _thread = _Thread()
+
+
+class _Log(list[str]):
+    def append(self, entry: str) -> None:
+        if not _thread.quiet:
+            super().append(entry)
+
+
+log = _Log()  # "launch add", "synchronize stream", "copy to the host", …, in order
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """For a test's own look at an array."""
+    _thread.quiet = True
+    try:
+        yield
+    finally:
+        _thread.quiet = False
 
 
 class Device:
@@ -203,7 +223,7 @@ SCALARS = (bool, int, float, complex, np.generic)
 
 
 def launch(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Do as NumPy does, as one entry in the log; arrays have to be ours, on the current device, and so is the result."""
+    """Do as NumPy does, as one entry in the log; arrays have to be on the current device, and so is the result."""
     log.append(f"launch {name}")
     options = {key: _inside(value) for key, value in options.items()}
     return _wrapped(function(*map(_inside, arguments), **options))

@@ -1,0 +1,543 @@
+"""The library end to end on CuPy's arrays, on a fake CuPy: what is launched, copied and waited for, and where it lies.
+
+Numbers are compared in tests/test_namespaces.py, which runs on the fake as well; on a real GPU in tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FAKE_CUPY, cupy_here, need
+
+import arraybn
+from arraybn import kernels, reference
+from arraybn.commands import info
+from arraybn.testing import ThreadComm
+
+ROOT = Path(__file__).parents[1]
+RNG = np.random.default_rng(3)
+X = (RNG.standard_normal((6, 3, 4, 5)) + 2).astype("f4")
+DY = RNG.standard_normal(X.shape).astype("f4")
+
+
+@pytest.fixture(params=["reference", "cuda"])
+def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The fake, whose arrays are served by these kernels."""
+    with cupy_here(request.param) as found:
+        if not hasattr(found, "_fake"):
+            pytest.skip("a GPU is here, so that tests/test_gpu.py says more")
+        found.kernels = request.param
+        yield found
+
+
+def logged(cupy: Any, call: Any, *arguments: Any) -> tuple[Any, list[str]]:
+    """What a call returns, and what the GPU was asked for."""
+    cupy._fake.log.clear()
+    result = call(*arguments)
+    return result, list(cupy._fake.log)
+
+
+def launches(log: list[str]) -> int:
+    return sum(entry.startswith(("launch", "memset")) for entry in log)
+
+
+def waits(log: list[str]) -> list[str]:
+    return [entry for entry in log if entry.startswith(("synchronize", "copy"))]
+
+
+def state(model: Any) -> dict[str, Any]:
+    values = {name: arraybn._arrays.as_numpy(name, value).tobytes() for name, value in model.state_dict().items()}
+    grads = {name: None if p.grad is None else p.grad.get().tobytes() for name, p in model.named_parameters()}
+    return {**values, "grads": grads, "remembered": id(model._remembered)}
+
+
+# ---- How much a GPU is asked for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "axis"), [("float32", 1), ("float16", -1)])
+def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: str, axis: int) -> None:
+    """Every launch is some 5 µs of the host's time."""
+    x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
+    layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
+    layer(x), layer.backward(x), layer.zero_grad()  # kernels are built, and room is made, once
+    _, forward = logged(cupy, layer, x)
+    _, backward = logged(cupy, layer.backward, x)
+    _, evaluation = logged(cupy, layer.eval(), x)
+    layer.zero_grad()
+    _, back = logged(cupy, layer.backward, x)
+    for log in (forward, backward, evaluation, back):
+        assert waits(log) == []
+    if cupy.kernels == "cuda":
+        assert [launches(log) for log in (forward, backward, evaluation)] == [5, 4, 2]
+        assert launches(back) <= 7
+    with pytest.raises(AssertionError):
+        assert waits(logged(cupy, lambda: float(x.sum()))[1]) == []  # the control
+
+
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"dtype": "float64"}]
+)
+def test_the_other_layers_wait_for_nothing_either_and_agree_with_numpy(cupy: Any, options: dict[str, Any]) -> None:
+    layer, twin = arraybn.BatchNorm2d(3, xp=cupy, **options), arraybn.BatchNorm2d(3, **options)
+    for step in range(4):
+        if step == 3:
+            layer.eval(), twin.eval()
+        x, dy = cupy.asarray(X + step), cupy.asarray(DY)
+        y, log = logged(cupy, layer, x)
+        dx, back = logged(cupy, layer.backward, dy)
+        assert waits(log) == waits(back) == []
+        np.testing.assert_allclose(y.get(), twin(X + step), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dx.get(), twin.backward(DY), rtol=1e-4, atol=1e-5)
+    for name, value in twin.state_dict().items():
+        np.testing.assert_allclose(layer.state_dict()[name].get(), value, rtol=1e-6)
+    assert repr(layer) == repr(twin)[:-1] + ", xp=cupy)"
+
+
+def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
+    y, saved = arraybn.batch_norm(cupy.asarray(X))
+    assert saved.moments is saved.moments
+    before = [saved.moments.mean.get(), arraybn.batch_norm_backward(y, saved)[0].get()]
+    saved.moments.mean[...] = 100
+    np.testing.assert_array_equal(arraybn.batch_norm_backward(y, saved)[0].get(), before[1])
+    assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
+
+
+# ---- Which kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_chosen_by_stated_conditions(cupy: Any) -> None:
+    from ml_dtypes import bfloat16
+
+    for dtype in ("float16", bfloat16, "float32", "float64"):
+        x = cupy.empty((2, 3), dtype=dtype)
+        assert kernels.select(x).__name__ == ("arraybn.kernels.cuda" if cupy.kernels == "cuda" else "arraybn.reference")
+    assert kernels.select(cupy.empty(3, dtype="int32")) is reference
+    assert kernels.select(x, "reference") is reference
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda", "cuda_fused"]
+    with pytest.raises(TypeError, match=r'kernels: expected a NumPy array for "cpu"; got a cupy array.*cupy.asnumpy'):
+        arraybn.batch_norm(x, kernels="cpu")
+    for name in ("cuda", "cuda_fused"):
+        with pytest.raises(TypeError, match=rf'expected a CuPy array for "{name}"; got a numpy array.*cupy.asarray'):
+            arraybn.moments(X, kernels=name)
+    if cupy.kernels == "reference":  # as with ROCm
+        with pytest.raises(TypeError, match=r'expected a CuPy of CUDA for "cuda"; got one of ROCm'):
+            arraybn.moments(x, kernels="cuda")
+
+
+def test_a_cupy_for_rocm_gets_the_reference(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec("arraybn.kernels")
+    again = importlib.util.module_from_spec(found)  # with a `_has_cuda` that nobody has replaced
+    found.loader.exec_module(again)
+    for is_hip in (True, False):
+        monkeypatch.setattr(cupy.cuda.runtime, "is_hip", is_hip)
+        assert again._has_cuda.__wrapped__() is not is_hip
+
+
+# ---- Two homes -------------------------------------------------------------------------------------------------------
+
+
+def test_numpy_and_cupy_together_are_an_error_that_says_how_to_move_one(cupy: Any) -> None:
+    here, there = cupy.asarray(X), X
+    vector, host = cupy.ones(3, dtype="f4"), np.ones(3, "f4")
+    saved, saved_host = arraybn.batch_norm(here)[1], arraybn.batch_norm(there)[1]
+    fixed = {"mean": vector, "var": host}
+    calls = {
+        "weight": lambda: arraybn.batch_norm(here, host),
+        "bias": lambda: arraybn.batch_norm(there, None, vector),
+        "var": lambda: arraybn.batch_norm(here, **fixed),
+        "mean": lambda: arraybn.batch_norm(there, **fixed),
+        "out": lambda: arraybn.batch_norm(here, out=np.empty_like(X)),
+        "dy": lambda: arraybn.batch_norm_backward(DY, saved),
+        " dy": lambda: arraybn.batch_norm_backward(cupy.asarray(DY), saved_host),
+        " out": lambda: arraybn.batch_norm_backward(cupy.asarray(DY), saved, out=np.empty_like(X)),
+        "x": lambda: arraybn.BatchNorm2d(3)(here),
+        " x": lambda: arraybn.BatchNorm2d(3, xp=cupy)(there),
+        "running_mean": lambda: arraybn.update_running_stats(host, vector, saved.moments, 0.1),
+        r"moments\[1\].mean": lambda: arraybn.pool(saved.moments, saved_host.moments),
+        "grad": lambda: setattr(arraybn.Parameter(vector), "grad", host),
+        "labels": lambda: arraybn.network.cross_entropy(vector[None, :], np.zeros(1, int)),
+    }
+    for name, call in calls.items():
+        move = r"layer.to\(xp=(numpy|cupy)\), an array with cupy.asarray\(…\) or cupy.asnumpy\(…\)"
+        with pytest.raises(TypeError, match=rf"^{name.strip()}: expected a (numpy|cupy) array as .*{move}"):
+            call()
+
+
+def test_a_layer_that_was_refused_is_as_it_was(cupy: Any) -> None:
+    layer = arraybn.BatchNorm2d(3, xp=cupy)
+    layer(cupy.asarray(X))
+    before = state(layer)
+    with pytest.raises(TypeError, match="x: expected a cupy array as this layer is"):
+        layer(X)
+    with pytest.raises(TypeError, match="dy: expected a cupy array as x is"):
+        layer.backward(DY)
+    layer.running_var = np.ones(3, "f4")
+    with pytest.raises(TypeError, match="running_var: expected a cupy array as x is"):
+        layer(cupy.asarray(X))
+    layer.running_var = cupy.ones(3, dtype="f4")
+    layer.to(xp=np)(X)
+    layer.to(xp=cupy)(cupy.asarray(X))
+    assert layer.num_batches_tracked == 3
+    assert before["remembered"] != id(layer._remembered)
+
+
+def unless(name: str, fails: Any, launch: Any, kernel: Any, *rest: Any) -> Any:
+    """Launch a kernel that is not of that name."""
+    return fails() if kernel.name.startswith(name) else launch(kernel, *rest)
+
+
+def test_a_kernel_that_fails_leaves_the_layer_as_it_was(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = arraybn.BatchNorm2d(3, xp=cupy), cupy.asarray(X)
+    layer(x)
+    before = state(layer)
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("the CUDA kernel is gone")
+
+    for name in ("moments", "running"):
+        with monkeypatch.context() as patch:
+            if cupy.kernels == "reference":
+                patch.setattr("arraybn.reference." + {"moments": name, "running": "update_running"}[name], fails)
+            else:
+                from arraybn.kernels import _cuda_launch
+
+                launcher = _cuda_launch.launcher()
+                patch.setattr(launcher, "launch", functools.partial(unless, name, fails, launcher.launch))
+            with pytest.raises(RuntimeError, match="CUDA kernel"):
+                layer(x)
+        assert state(layer) == before
+    layer(x)
+    assert state(layer) != before
+
+
+def test_everything_stays_on_the_device_of_x_whatever_the_current_one_is(cupy: Any) -> None:
+    second = cupy.cuda.Device(1)
+    layer = arraybn.BatchNorm2d(3, xp=cupy, device=second)
+    with second:
+        x, other = cupy.asarray(X), cupy.ones(3)
+    y, dx = layer(x), layer.backward(x)
+    layer.reset_parameters()
+    y, saved = arraybn.batch_norm(x, other)
+    dx, dweight, _ = arraybn.batch_norm_backward(y, saved, out=y)
+    clone = copy.deepcopy(layer)
+    made = [y, dx, dweight, saved.moments.mean, saved.moments.m2, saved.moments.var(1), arraybn.moments(x).var(1000)]
+    made += [*layer.state_dict().values(), *clone.state_dict().values(), layer.weight.grad, layer.running_var]
+    made += arraybn.update_running_stats(other, other, saved.moments, 0.5)
+    made += [arraybn.pool(saved.moments, saved.moments).m2]
+    assert {array.device.id for array in made} == {1}
+    assert cupy.cuda.Device().id == 0
+    moved = layer.to(device=cupy.cuda.Device(0))
+    assert {value.device.id for value in moved.state_dict().values()} == {0}
+    assert moved(cupy.asarray(X)).device.id == 0
+
+
+def test_arrays_of_two_devices_are_an_error_that_names_both(cupy: Any) -> None:
+    with cupy.cuda.Device(1):
+        there = cupy.asarray(X)
+    here = cupy.ones(3)
+    with pytest.raises(ValueError, match=r"weight: expected on <CUDA Device 1> as x is; got one on <CUDA Device 0>"):
+        arraybn.batch_norm(there, here)
+    with pytest.raises(
+        ValueError, match=r"x: .*CUDA Device 0> as this layer is; got one on <CUDA Device 1>.*layer.to\("
+    ):
+        arraybn.BatchNorm2d(3, xp=cupy)(there)
+    with pytest.raises(
+        ValueError, match=r"out: .*<CUDA Device 1>.*<CUDA Device 0>.*with x.device: cupy.asarray\(out\)"
+    ):
+        arraybn.batch_norm(there, out=cupy.empty_like(there))
+
+
+@pytest.mark.parametrize("device", [7, "cuda:0", 1])
+def test_a_device_that_is_none_is_refused(cupy: Any, device: Any) -> None:
+    device = cupy.cuda.Device(device) if device == 7 else device
+    with pytest.raises(ValueError, match=r"device: expected one that cupy has here, a cupy.cuda.Device; got"):
+        arraybn.BatchNorm1d(3, xp=cupy, device=device)
+
+
+# ---- In and out ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_state_goes_to_files_and_comes_back(cupy: Any, tmp_path: Path, suffix: str) -> None:
+    if suffix == "safetensors":
+        need("safetensors")
+    layer, path = arraybn.BatchNorm2d(3, xp=cupy), tmp_path / f"state.{suffix}"
+    layer(cupy.asarray(X))
+    arraybn.save(layer, path)
+    loaded = arraybn.load(path)
+    assert {type(value) for value in loaded.values()} == {np.ndarray}
+    host, twin = arraybn.BatchNorm2d(3), arraybn.BatchNorm2d(3, xp=cupy, device=cupy.cuda.Device(1))
+    host.load_state_dict(loaded), twin.load_state_dict(loaded)
+    pickled = pickle.loads(pickle.dumps(layer))
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(host.state_dict()[name], value.get())
+        for other in (twin, pickled, arraybn.BatchNorm2d(3).to(xp=cupy)):
+            assert type(other.state_dict()[name]) is cupy.ndarray
+        np.testing.assert_array_equal(twin.state_dict()[name].get(), value.get())
+        np.testing.assert_array_equal(pickled.state_dict()[name].get(), value.get())
+    assert twin.running_mean.device.id == 1
+    layer.load_state_dict(host.state_dict())
+    assert type(layer.running_mean) is cupy.ndarray
+    layer.num_batches_tracked = cupy.asarray(5)
+    assert layer.num_batches_tracked == 5
+
+
+def test_out_is_written_and_checked(cupy: Any) -> None:
+    x = cupy.asarray(X)
+    want = arraybn.batch_norm(x)[0].get()
+    out = cupy.empty_like(x)
+    y, saved = arraybn.batch_norm(x, out=out)
+    assert y is out
+    np.testing.assert_array_equal(y.get(), want)
+    dy = cupy.asarray(DY)
+    dx, _, _ = arraybn.batch_norm_backward(dy, saved, out=dy)
+    assert dx is dy
+    room = cupy.empty((7, 3, 4, 5), dtype="f4")
+    room[:6] = x
+    with pytest.raises(ValueError, match="out: expected memory disjoint from x, or x itself; got a partial overlap"):
+        arraybn.batch_norm(room[:6], out=room[1:])
+    arraybn.batch_norm(room[:3], out=room[3:6])
+    lines = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, -1))).transpose(0, 3, 1, 2)
+    y, _ = arraybn.batch_norm(lines, out=cupy.empty(X.shape, dtype="f4"))
+    np.testing.assert_allclose(y.get(), want, rtol=1e-5, atol=1e-6)
+    assert arraybn.batch_norm(lines)[0].strides == lines.strides
+    y, _ = arraybn.batch_norm(x, out=x)
+    assert y is x
+    np.testing.assert_allclose(x.get(), want, rtol=1e-5, atol=1e-6)
+
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+def parts(rank: int, size: int) -> slice:
+    """Uneven, and with three ranks one is empty."""
+    return {2: (slice(0, 4), slice(4, 6)), 3: (slice(0, 5), slice(0, 0), slice(5, 6))}[size][rank]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_agree_with_the_whole_batch_and_wait_once_for_the_gpu(cupy: Any, size: int) -> None:
+    whole = arraybn.BatchNorm2d(3)
+    y, dx = whole(X), whole.backward(DY)
+
+    def work(comm: Any) -> Any:
+        with cupy.cuda.Device(comm.rank % 2):
+            layer = arraybn.SyncBatchNorm(3, process_group=comm, xp=cupy)
+            x, dy = (cupy.asarray(array[parts(comm.rank, size)]) for array in (X, DY))
+            for _ in range(3):  # pinned memory is used again
+                y, dx = layer(x), layer.backward(dy)
+            assert y.device.id == dx.device.id == layer.weight.grad.device.id == comm.rank % 2
+            return y.get(), dx.get(), layer.running_var.get(), layer.bias.grad.get()
+
+    cupy._fake.log.clear()
+    ys, dxs, variances, dbiases = zip(*ThreadComm.run(size, work), strict=True)
+    calls, gets = 2 * 3 * size, 4 * size
+    assert sum(entry == "synchronize stream" for entry in cupy._fake.log) == calls + gets
+    np.testing.assert_allclose(np.concatenate(ys), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(dxs), dx, rtol=1e-4, atol=1e-5)
+    assert len({variance.tobytes() for variance in variances}) == 1
+    np.testing.assert_allclose(sum(dbiases), 3 * whole.bias.grad, rtol=1e-5)
+    for _ in range(2):
+        whole(X)
+    np.testing.assert_allclose(variances[0], whole.running_var, rtol=1e-6)
+
+
+def test_what_runs_short_of_memory_is_found_before_the_exchange(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference makes its results itself, after the exchange")
+    empty, full = cupy.empty, set()
+
+    def scarce(shape: Any, *rest: Any, **options: Any) -> Any:
+        if threading.get_ident() in full and np.size(shape) == 3:  # the room for a result
+            raise MemoryError("the GPU is full")
+        return empty(shape, *rest, **options)
+
+    def work(comm: Any) -> None:
+        layer, x = arraybn.SyncBatchNorm(3, process_group=comm, xp=cupy), cupy.asarray(X)
+        layer(x)
+        before = state(layer)
+        full.update([threading.get_ident()] * (comm.rank == 1))
+        for call in (layer, layer.backward):
+            with pytest.raises(arraybn.SyncError, match=r"^rank 1: MemoryError: the GPU is full"):
+                call(x)
+            assert state(layer) == before
+        full.clear() if comm.rank == 1 else None
+        layer.backward(x), layer(x)
+        assert layer.num_batches_tracked == 2
+
+    monkeypatch.setattr(cupy, "empty", scarce)
+    ThreadComm.run(2, work)
+
+
+def test_parameters_and_gradients_travel_through_the_host(cupy: Any) -> None:
+    def work(comm: Any) -> Any:
+        with cupy.cuda.Device(comm.rank % 2):
+            layer = arraybn.BatchNorm2d(3, xp=cupy)
+            layer.weight.data = cupy.full(3, comm.rank + 1, dtype="f4")
+            arraybn.broadcast_state(layer, comm)
+            layer.bias.grad = cupy.full(3, comm.rank * 4.0, dtype="f4")
+            arraybn.average_gradients(layer, comm, weight=1 + 2 * comm.rank)
+            assert layer.weight.data.device.id == layer.bias.grad.device.id == comm.rank % 2
+            return layer.weight.data.tolist(), layer.bias.grad.tolist(), layer.weight.grad
+
+    assert ThreadComm.run(2, work) == [([1.0] * 3, [3.0] * 3, None)] * 2
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------------
+
+
+def on_fake(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command of arraybn in a process that finds the fake CuPy; the reference serves its arrays."""
+    path = os.pathsep.join([str(ROOT), str(FAKE_CUPY)])
+    env = {**os.environ, "PYTHONPATH": path, "ARRAYBN_FAKE_HIP": "1", **variables}
+    run = [sys.executable, "-m", "arraybn", *command]
+    return subprocess.run(run, capture_output=True, text=True, timeout=120, check=False, env=env, cwd=folder)
+
+
+def test_the_demo_trains_on_a_gpu_and_says_which(tmp_path: Path) -> None:
+    for name in ("sklearn", "tqdm", "threadpoolctl"):
+        need(name)
+    run = on_fake("demo", "--device", "cuda", "--epochs", "1", "--no-plot", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "epochs: 1 on Fake GPU 0, CUDA device 0" in run.stdout
+    assert "gives the same bits" in run.stdout
+    host = subprocess.run(
+        [sys.executable, "-m", "arraybn", "demo", "--epochs", "1", "--no-plot"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=tmp_path,
+    )
+    rows = [
+        [line.split()[:5] for line in text.splitlines() if line.startswith("with")]
+        for text in (run.stdout, host.stdout)
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 8
+
+
+def test_the_demo_refuses_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    none = on_fake("demo", "--device", "cuda", folder=tmp_path, ARRAYBN_FAKE_GPUS="0")
+    assert none.returncode == 1
+    assert none.stderr.startswith("demo: --device cuda: expected a GPU; CuPy finds none: cudaErrorInsufficientDriver")
+    if importlib.util.find_spec("cupy") is None:
+        absent = on_fake("demo", "--device", "cuda", folder=tmp_path, PYTHONPATH=str(ROOT))
+        assert absent.returncode == 1
+        assert re_line(absent.stderr, "demo: --device cuda: expected CuPy", 'pip install "arraybn[cuda12]"')
+    assert not (tmp_path / "arraybn-demo").exists()
+
+
+def re_line(text: str, *pieces: str) -> bool:
+    return any(all(piece in line for piece in pieces) for line in text.splitlines())
+
+
+def probed(**variables: str) -> Any:
+    """What info's question to CuPy is answered, and the rows that it makes of that."""
+    path = os.pathsep.join([str(ROOT), str(FAKE_CUPY)])
+    env = {**os.environ, "PYTHONPATH": path, **variables}
+    probe = info.Probe(sys.executable, "-c", info._CUPY_PROBE, env=env)
+    answer = probe.answer(time.monotonic() + 60)
+    return [row.text for row in info._gpus({"cupy": answer})], info._cuda_kernels(answer).text
+
+
+def test_info_tells_of_gpus_and_kernels(tmp_path: Path) -> None:
+    gpus, kernels = probed(CUPY_CACHE_DIR=str(tmp_path))
+    assert kernels == f"CuPy arrays; compiled when first used, kept in {tmp_path}"
+    assert gpus == [
+        "Fake GPU 0, 16384 MiB, compute capability 9.0",
+        "Fake GPU 1, 16384 MiB, compute capability 9.0",
+        "driver 13.1, runtime 13.0",
+    ]
+    for name, content in {"a": b"..moments_planes_float32_4..", "b": b"cupy_add", "c": b"dots_lines_"}.items():
+        (tmp_path / f"{name}.cubin").write_bytes(content)
+    assert probed(CUPY_CACHE_DIR=str(tmp_path))[1] == f"CuPy arrays; 2 kernels compiled, kept in {tmp_path}"
+    (gpu,), kernels = probed(ARRAYBN_FAKE_GPUS="0")
+    assert re.match(r"failed: .*cudaErrorInsufficientDriver", gpu)
+    assert re.match(r"cannot be used: .*cudaErrorInsufficientDriver", kernels)
+    assert info._cuda_kernels(None).version == "missing"
+
+
+# ---- The fake itself -------------------------------------------------------------------------------------------------
+
+_NAMES = """
+import inspect, json, sys, types
+import cupy, cupyx, cupy.cuda.runtime
+found = {}
+places = {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.runtime": cupy.cuda.runtime, "cupyx": cupyx,
+          "ndarray": cupy.ndarray, "Stream": cupy.cuda.Stream, "Event": cupy.cuda.Event, "Device": cupy.cuda.Device,
+          "MemoryPointer": cupy.cuda.MemoryPointer, "cupy.linalg": cupy.linalg, "cupy.fft": cupy.fft}
+for place, thing in places.items():
+    for name in dir(thing):
+        if name.startswith("_") and place in ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupyx", "cupy.linalg"):
+            continue
+        value = getattr(thing, name)
+        try:
+            parameters = list(inspect.signature(value).parameters) if callable(value) else None
+        except (TypeError, ValueError):
+            parameters = None
+        found[f"{place}.{name}"] = parameters
+found["hash"] = [cupy.cuda.Device.__hash__ is None, cupy.ndarray.__hash__ is None]
+print(json.dumps(found))
+"""
+
+
+def names(**env: str) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-c", _NAMES]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env={**os.environ, **env})
+    return dict(json.loads(run.stdout))
+
+
+def test_the_fake_has_no_name_and_no_argument_that_cupy_has_not() -> None:
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("CuPy is not installed")
+    ours, theirs = names(PYTHONPATH=str(FAKE_CUPY)), names()
+    own = {"annotations", "Any", "DEVICES", "default_stream", "os", "sys", "np", "operator"}
+    missing = [name for name in ours if name not in theirs and name.rpartition(".")[2] not in own]
+    assert missing == []
+    assert ours["hash"] == theirs["hash"]
+    both = {name for name in ours if ours[name] and theirs.get(name)} - {"hash"}
+    assert len(both) > 20
+    generic = ["arguments", "options"]
+    wrong = {name: (ours[name], theirs[name]) for name in both if ours[name] != generic and ours[name] != theirs[name]}
+    assert wrong == {}
+
+
+def test_the_fake_refuses_what_cupy_refuses(cupy: Any) -> None:
+    array = cupy.asarray(X)
+    with pytest.raises(TypeError, match="Implicit conversion to a NumPy array is not allowed"):
+        np.asarray(array)
+    with pytest.raises(TypeError, match="Unsupported type"):
+        array + X
+    with pytest.raises(TypeError):
+        X + array
+    with pytest.raises(TypeError, match="Unsupported type"):
+        array[...] = X
+    with cupy.cuda.Device(1), pytest.raises(ValueError, match="Array device must be same as the current device"):
+        array + 1
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(cupy.cuda.Device(0))
+    assert (np.float64(2) * array).dtype == np.float64
+    stream, out = cupy.cuda.get_current_stream(), np.zeros(X.shape, "f4")
+    array.get(out=out, blocking=False)
+    assert not np.array_equal(out, X)
+    stream.synchronize()
+    np.testing.assert_array_equal(out, X)
+    array.set(out, stream)
+    out[...] = 0
+    with pytest.raises(AssertionError, match="host memory was written to while"):
+        stream.synchronize()
+    assert inspect.isclass(cupy.ndarray)
