@@ -23,7 +23,7 @@ import fake_device
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import need
+from conftest import cupy_here, need
 
 import arraybn
 from arraybn import reference
@@ -276,6 +276,28 @@ def test_an_element_that_is_not_written_is_found(dtype: str, monkeypatch: pytest
     faults = fake.ask("check", contestant="split")["faults"]
     assert faults["forward"].startswith("wrong: y is off by inf ulp")
     assert faults["backward"] == ""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_cuda_source_passes_the_check(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays are those of a CuPy, the real one or a fake, which has no name that CuPy has not."""
+    with cupy_here("cuda") as cupy:
+
+        class Device(fake_device.FakeDevice):
+            xp, array, empty = cupy, staticmethod(cupy.asarray), staticmethod(cupy.empty)
+
+        monkeypatch.setattr(fake_device, "OnCuPy", Device, raising=False)
+        found = Direct("OnCuPy")
+        found.ask("start")
+        found.work.device.kernels = device.CudaDevice.kernels
+        for layout in ("first", "last"):
+            found.ask("open", case=GpuCase((4, 6, 7, 5), layout, dtype).as_json(), seed=1)
+            for name in ("split", "reference"):
+                assert set(found.ask("check", contestant=name)["faults"].values()) == {""}, (layout, name)
+                assert found.ask("time", contestant=name, what="backward", calls=2, hold=0.0)["seconds"] > 0
+        found.ask("close")
+        found.ask("layer", row="arraybn", case=GpuCase((4, 6), whats=("layer", "step")).as_json())
+        assert found.ask("host", row="arraybn", what="step")["done"] > 0
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ SLOPE = 5e-4  # halves, whose ulp is 0.1 % or more: how far the best factor betw
 def widened(xp: Any, array: Array, dtype: str) -> Array:
     """An array in float64; a bfloat16 one by its bits, because not every operation knows the type."""
     if dtype == "bfloat16":
-        return (array.view(xp.uint16).astype(xp.uint32) << 16).view(xp.float32).astype(xp.float64)
+        return xp.left_shift(array.view(xp.uint16).astype(xp.uint32), 16).view(xp.float32).astype(xp.float64)
     return array.astype(xp.float64)
 
 
@@ -35,10 +35,11 @@ def narrowed(xp: Any, array: Array, dtype: str) -> Array:
     """A finite float32 array in `dtype`, rounded to nearest, ties to even."""
     if dtype != "bfloat16":
         return array.astype(dtype)
-    bits = array.view(xp.uint32)
     import ml_dtypes
 
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(xp.uint16).view(ml_dtypes.bfloat16)
+    bits = array.view(xp.uint32)
+    odd = xp.bitwise_and(xp.right_shift(bits, 16), 1)
+    return xp.right_shift(bits + 0x7FFF + odd, 16).astype(xp.uint16).view(ml_dtypes.bfloat16)
 
 
 def truths(xp: Any, case: GpuCase, arrays: dict[str, Array], eps: float) -> Truth:
