@@ -718,6 +718,19 @@ def test_without_ceilings_nothing_is_said_of_floors(made_up: list[Result]) -> No
     )
 
 
+def test_the_floors_of_the_page_are_what_its_code_prints_and_what_the_bench_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(arraybn.__file__).parents[1] / "docs" / "gpu.md").read_text()
+    ((code, shown),) = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == shown
+    rows = [re.split(r" +", line) for line in shown.splitlines()[2:]]
+    for row, (shape, what) in zip(rows, ((s, w) for s in cases.RESNET for w in ("forward", "backward")), strict=True):
+        single, half = (report.floors(GpuCase(shape, dtype=d), what, 4.3e12) for d in ("float32", "bfloat16"))
+        assert [f"{1e6 * value:.1f}" for value in (*single, *half)] == row[-4:]  # type: ignore[operator]
+
+
 def test_floors_follow_from_the_speed_of_the_copy() -> None:
     case = GpuCase((32, 64, 112, 112))
     one, two = report.floors(case, "forward", 4.3e12)
