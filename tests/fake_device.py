@@ -16,7 +16,7 @@ import numpy as np
 from arraybn import reference
 from arraybn.commands._bench_cuda_device import NoDeviceError
 
-SPEED, L2, LAUNCH = 2e7, 2**12, 2e-6  # bytes a second; bytes; seconds
+SPEED, L2, LAUNCH, TICK = 2e7, 2**10, 2e-6, 0.01  # bytes a second; bytes; seconds
 OF_FLOOR = {"fused": 0.9, "split": 0.6, "reference": 0.05, "torch": 0.4, "native": 0.2}
 
 
@@ -48,7 +48,7 @@ class FakeDevice:
     """As `Device`: what is queued is done at once, and takes as long as its bytes say."""
 
     platform, xp = "cpu", np
-    together, free = 2e4, 10**7  # bytes
+    together, free = 6e3, 10**7  # bytes
 
     def __init__(self, index: int = 0) -> None:
         self.now, self.index = 0.0, index
@@ -71,7 +71,7 @@ class FakeDevice:
         return self.free
 
     def clock(self) -> float:
-        self.now += 1e-6
+        self.now += TICK
         return self.now
 
     def synchronize(self) -> None:
@@ -79,7 +79,7 @@ class FakeDevice:
 
     def copy(self, target: Any, source: Any) -> None:
         np.copyto(target, source)
-        self.now += 2 * source.nbytes / (SPEED if source.nbytes > L2 else 3 * SPEED)
+        self.now += 2 * source.nbytes / (SPEED if source.nbytes > 4 * L2 else 3 * SPEED)
 
     def nothing(self) -> None:
         self.now += LAUNCH
