@@ -112,9 +112,12 @@ def widened(array: Array) -> Array:
 
 def added(total: Array | None, array: Array, dtype: Any) -> Array:
     """A new array with the values of `array` in `dtype`, added to `total` if there is one."""
+    if isinstance(array, np.ndarray):
+        array = array.astype(dtype)
+        return array if total is None else total + array
     with at(array):
-        new = array.astype(dtype) if isinstance(array, np.ndarray) else array_namespace(array).astype(array, dtype)
-        return new if total is None else total + new
+        array = array_namespace(array).astype(array, dtype)
+        return array if total is None else total + array
 
 
 def filled(array: Array, value: float) -> Array:

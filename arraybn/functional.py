@@ -204,9 +204,7 @@ def forward_in(
 def _widened(ops: Kernels, *vectors: Array | None) -> Iterable[Any]:
     """Copies of the vectors in the dtype of statistics, in one launch where the module offers that; None for None."""
     together: Callable[..., Iterable[Any]] | None = getattr(ops, "widened", None)
-    if together is not None:
-        return together(*vectors)
-    return [None if vector is None else widened(vector) for vector in vectors]
+    return [v if v is None else widened(v) for v in vectors] if together is None else together(*vectors)
 
 
 def _normalized(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -151,13 +151,8 @@ class _NormBase(Module):
         )
 
 
-class _Tracking(NamedTuple):
-    """The running statistics before a batch, the weight it will have in them, and how many there will have been."""
-
-    mean: Array | None
-    var: Array | None
-    momentum: float
-    batches: int | None
+# Mean and var before a batch, the weight that it will have in them, and how many batches there will have been.
+_Tracking: TypeAlias = tuple[Array | None, Array | None, float, int | None]
 
 
 class _BatchNorm(_NormBase):
@@ -176,6 +171,8 @@ class _BatchNorm(_NormBase):
             The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
             statistic.
         """
+        if type(x) is np.ndarray:  # without the detour
+            return self._forward(x, None)
         with at(x):
             return self._forward(x, None)
 
@@ -207,6 +204,8 @@ class _BatchNorm(_NormBase):
         TypeError, ValueError
             dy is not like y.
         """
+        if type(dy) is np.ndarray:
+            return self._backward(dy, None)
         with at(dy):
             return self._backward(dy, None)
 
@@ -254,12 +253,12 @@ class _BatchNorm(_NormBase):
         if count is not None:
             count = as_integer("num_batches_tracked", count, 0) + 1
         if mean is None:
-            return _Tracking(None, None, 0.0, count)
+            return None, None, 0.0, count
         if momentum is None:  # the average of all batches so far
             momentum = 1 / count if count else 0.0
         mean = as_channel_vector("running_mean", mean, x, self.num_features)
         var = as_channel_vector("running_var", var, x, self.num_features)
-        return _Tracking(mean, var, as_number("momentum", momentum), count)
+        return mean, var, as_number("momentum", momentum), count
 
     def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
         """The buffers after this batch, by name: nothing where they stay as they are."""
@@ -271,10 +270,11 @@ class _BatchNorm(_NormBase):
             )
         if tracking is None or moments.n == 0:
             return {}
-        if tracking.mean is None:
-            return {"num_batches_tracked": tracking.batches}
-        mean, var = updated(tracking.mean, tracking.var, moments, tracking.momentum)
-        return {"running_mean": mean, "running_var": var, "num_batches_tracked": tracking.batches}
+        mean, var, momentum, count = tracking
+        if mean is None:
+            return {"num_batches_tracked": count}
+        mean, var = updated(mean, var, moments, momentum)
+        return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
 
 class BatchNorm1d(_BatchNorm):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import unittest.mock
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def _real_cupy() -> Any:
     code = "import cupy; cupy.cuda.runtime.getDeviceCount(); cupy.zeros(1)"
     if subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False).returncode:
         return None
-    return importlib.import_module("cupy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of where it finds CUDA, or not
+        return importlib.import_module("cupy")
 
 
 _fake_modules: dict[str, Any] = {}

@@ -75,13 +75,19 @@ _NAMESPACES = (  # label, module, extra (x64 of JAX, device of array-api-strict)
     ("array-api-strict", "array_api_strict", None, "array-api-strict", _CPU),
     ("array-api-strict without float64", "array_api_strict", "no_float64", "array-api-strict", _SINGLE),
 )
-_KERNELS = {"cpu": ("NumPy", "numba"), "cuda": ("CuPy", "cupy")}  # its arrays, and what it needs; others take NumPy's
+_KERNELS = {  # its arrays, and what it needs; others take NumPy's
+    "cpu": ("NumPy", "numba"),
+    "cuda": ("CuPy", "cupy"),
+    "cuda_fused": ("CuPy", "cupy"),
+}
 
 
 def _ours() -> list[Contestant]:
     """Every kernel module with every namespace that it takes."""
     found = []
-    for kernel in kernels.MODULES:
+    for kernel, path in kernels.MODULES.items():
+        if importlib.util.find_spec(path) is None:
+            continue
         takes, needs = _KERNELS.get(kernel, ("NumPy", "numpy"))
         for label, module, extra, pip, promise in _NAMESPACES:
             if kernel in ("reference", *_KERNELS) and (kernel == "reference" or label == takes):

@@ -21,7 +21,7 @@ class Kernels(Protocol):
     """The four sweeps. u and x are (N, C, S); mean, a, b, c and the sums are (C,), in `arraybn._arrays.wide_dtype`.
 
     `out`, where given, is an array like x that the module may write into; the result is what is returned. A module may
-    offer more, and then it is used where no rank is waited for:
+    offer more, which is used where no rank is waited for (or have None under these names):
 
     - `forward`, `backward`, as in ``kernels/cpu.py``: two sweeps with the formulas of ``reference.py`` between, so that
       it can take a few channels through both before the next;

@@ -24,6 +24,8 @@ DEVICE Task task_of(const Parameters& p, int64 block) {
     return task;
 }
 
+enum { AT_ONCE = 4 };  // loads of sums under way
+
 // Pools the parts of a group once all are there. Each of the first `slots` threads has a channel and, in `sums`, what
 // its block found for it; `width` is how many values of a channel are in an item.
 template <class Sums>
@@ -35,11 +37,22 @@ DEVICE void finish(const Parameters& p, const Task& task, int slots, int width, 
         if (thread < slots) partials[task.part * slots + slot] = sums;
         if (!last_to_arrive(p.tickets + task.group, p.parts, ticket)) return;
         // Threads with the same slot share its parts; all of them know the channel's origin.
+        const int64 known = channel < p.channels ? channel : 0;
+        const double origin = Sums::origin(p, known, load_shared(partials + slot));
+        const int rows = blockDim.x / slots;
         double s = 0, q = 0;
-        const int64 shared = channel < p.channels ? channel : 0;
-        const double origin = Sums::origin(p, shared, load_shared(partials + slot));
-        for (int64 part = thread / slots; part < p.parts; part += blockDim.x / slots) {
-            Sums::pool((double)items_in(p, part) * width, origin, load_shared(partials + part * slots + slot), s, q);
+        for (int64 first = thread / slots; first < p.parts; first += AT_ONCE * rows) {
+            Pair found[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int64 part = first + k * rows;
+                if (part < p.parts) found[k] = load_shared(partials + part * slots + slot);
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int64 part = first + k * rows;
+                if (part < p.parts) Sums::pool((double)items_in(p, part) * width, origin, found[k], s, q);
+            }
         }
         sum_over_block(s, q, slots, room);
         sums = Sums::pooled((double)p.n, origin, s, q);
@@ -106,6 +119,7 @@ DEVICE void sums_of_planes(const Parameters& p) {
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) sums.add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : 0);
                 taken += WIDTH;
+                if (sizeof(typename Sums::Summed) == 4 && WIDTH > 1) sums.add_few();  // before float32 is too narrow
             }
         }
         sums.add_few();
@@ -298,8 +312,8 @@ DEVICE void running(const Parameters& p) {
     out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
 }
 
-// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then rstd,
-// where it is asked for, of the second.
+// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then
+// rstd, where it is asked for, of the second.
 template <class T, int WIDTH>
 DEVICE void vectors(const Parameters& p) {
     const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;

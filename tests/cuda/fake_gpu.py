@@ -12,7 +12,7 @@ from unittest import mock
 import shim
 
 from arraybn.kernels import _cuda_launch
-from arraybn.kernels._cuda_launch import Grid, Kernel
+from arraybn.kernels._cuda_launch import Grid
 
 
 class FakeGpu(shim.Shim):
@@ -43,14 +43,13 @@ class FakeGpu(shim.Shim):
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         self._cupy._fake.log.append(f"launch {self.names[function]}")
-        with self._cupy._fake.unlogged():  # the shim looks at arrays itself
+        with self._lock, self._cupy._fake.unlogged():  # the shim looks at arrays itself, and at all streams' room
             super().start(function, grid, stream, arguments)
 
 
 @contextlib.contextmanager
 def install(**options: int) -> Iterator[FakeGpu]:
     """Within it, arraybn.kernels.cuda takes arrays of the fake CuPy."""
-    vectors = [Kernel("vectors", dtype, 1) for dtype in ("float16", "bfloat16", "float32", "float64")]
-    gpu = FakeGpu(shim.build((*shim.all_kernels(), *vectors)), **options)
+    gpu = FakeGpu(shim.build(tuple(shim.all_kernels())), **options)
     with mock.patch.object(_cuda_launch, "launcher", return_value=gpu):
         yield gpu

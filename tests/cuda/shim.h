@@ -12,8 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(UCONTEXT)
 #include <xmmintrin.h>
+#define SWITCH_BY_HAND
 #else
 #include <ucontext.h>
 #endif
@@ -38,6 +39,7 @@ struct Block {
     std::vector<Warp> warps;
     size_t used = 0;  // of the shared memory
     std::vector<unsigned char> shared;
+    std::vector<unsigned char> dynamic;  // shared memory whose size the launch says
 };
 
 struct Fiber {
@@ -63,7 +65,7 @@ inline bool progress;
 
 // ---- Switching ------------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
 
 // Keeps the registers that a function must keep, and goes on with another stack.
 extern "C" void shim_switch(void** from, void* to);
@@ -157,9 +159,13 @@ struct Launch {
     std::vector<Fiber> fibers;
     std::vector<uint64_t> order;
 
-    Launch(unsigned threads, unsigned resident) : blocks(resident), fibers((size_t)threads * resident) {
+    Launch(unsigned threads, unsigned resident, size_t dynamic)
+        : blocks(resident), fibers((size_t)threads * resident) {
         for (size_t i = 0; i < fibers.size(); ++i) fibers[i].stack = stack(i);
-        for (Block& block : blocks) block.shared.assign(SHARED, 0xff);  // NaN
+        for (Block& block : blocks) {
+            block.shared.assign(SHARED, 0xff);  // NaN
+            block.dynamic.assign(dynamic, 0xff);
+        }
     }
 
     // The i-th stack; they are kept from launch to launch.
@@ -178,6 +184,7 @@ struct Launch {
         block.warps.assign((threads + 31) / 32, Warp());
         for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
         memset(block.shared.data(), 0xff, block.used);
+        block.dynamic.assign(block.dynamic.size(), 0xff);
         for (unsigned t = 0; t < threads; ++t) {
             Fiber& fiber = fibers[(size_t)place * threads + t];
             fiber.block = &block;
@@ -240,22 +247,22 @@ inline void put_in_order(std::vector<uint64_t>& order, uint64_t blocks, unsigned
 
 // Runs a kernel; returns null, or what went wrong.
 extern "C" const char* shim_launch(
-    void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, unsigned resident,
-    unsigned seed) {
+    void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, unsigned dynamic,
+    unsigned resident, unsigned seed) {
     using namespace shim;
     shim::kernel = kernel;
     shim::parameters = parameters;
     grid = {blocks, 1, 1};
     block_size = {threads, 1, 1};
     *failure = 0;
-    Launch launch(threads, resident < blocks ? resident : blocks);
+    Launch launch(threads, resident < blocks ? resident : blocks, dynamic);
     put_in_order(launch.order, blocks, seed);
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);  // subnormal numbers count as 0, as with -ftz=true
 #endif
     launch.run(blocks);
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
     _mm_setcsr(mode);
 #endif
     return *failure ? failure : nullptr;
@@ -301,6 +308,7 @@ template <int BYTES> struct Words;
 struct Pair;
 
 #define SHARED(type, name, count) type* name = (type*)shim::shared(sizeof(type) * (count))
+#define DYNAMIC_SHARED(name) unsigned char* name = shim::now->block->dynamic.data()
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
 

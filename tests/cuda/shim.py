@@ -38,7 +38,8 @@ def all_kernels() -> list[Kernel]:
         for sweep, layout, dtype in sweeps
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
-    return [*kernels, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
+    vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
+    return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
 
 
 def compiler() -> str | None:
@@ -100,7 +101,7 @@ class Shim(_cuda_launch.Launcher):
         super().__init__()
         self.library = ctypes.CDLL(str(library))
         self.library.shim_launch.restype = ctypes.c_char_p
-        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 4]
+        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -135,7 +136,8 @@ class Shim(_cuda_launch.Launcher):
         packed = ctypes.c_void_p.from_address(arguments).value
         with self._turn:
             self.launches.append((self.names[function], grid))
-            said = self.library.shim_launch(function, packed, grid.blocks, grid.threads, self.resident, self.seed)
+            size = grid.blocks, grid.threads, grid.shared
+            said = self.library.shim_launch(function, packed, *size, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
         for made in self._made:
@@ -149,5 +151,5 @@ class Shim(_cuda_launch.Launcher):
 def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
     """Within it, arraybn.kernels.cuda takes NumPy arrays and runs on the CPU."""
     shim = Shim(library or build(tuple(all_kernels())), **options)
-    with mock.patch.object(_cuda_launch, "launcher", return_value=shim):
+    with mock.patch.object(_cuda_launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
         yield shim

@@ -117,8 +117,8 @@ def ones(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
     return full(shape, 1, dtype or float, order)
 
 
-def empty_like(a: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
-    like = _np.empty_like(a._array, dtype, order, shape=shape)
+def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
+    like = _np.empty_like(prototype._array, dtype, order, shape=shape)
     return ndarray._of(like, _fake.current_device())
 
 
@@ -141,8 +141,8 @@ def ones_like(a: Any, dtype: Any = None, order: str = "K", subok: Any = None, sh
     return full_like(a, 1, dtype, order, subok, shape)
 
 
-def reshape(a: ndarray, /, shape: Any, order: str = "C", *, copy: Any = None) -> ndarray:
-    return a.reshape(shape, order=order)
+def reshape(a: ndarray, newshape: Any, order: str = "C", *, copy: Any = None) -> ndarray:
+    return a.reshape(newshape, order=order)
 
 
 def transpose(a: ndarray, axes: Any = None) -> ndarray:
