@@ -49,6 +49,7 @@ Ctrl-C prints what has been measured so far.
 
 exit status: 0; 1 if arraybn is wrong; 2 if what was asked cannot be done; 130 after Ctrl-C."""
 
+HELP_DEVICE = "cuda: on the GPU, with CuPy; ceilings, table, host time, two MPI ranks: under 9 minutes (cpu)"
 HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16)"
 ROUNDS, QUICK_ROUNDS, LIMIT_ROUNDS = 15, 5, 9
 QUICK_BUDGET = 0.4  # seconds
@@ -62,12 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "instead: what synchronizing over MPI ranks costs; starts mpirun, or measures on the ranks it is run on"
     parser.add_argument("subject", nargs="?", choices=["sync"], help=help_)
     what = parser.add_argument_group("what is timed")
-    help_ = "cuda: on the GPU, with CuPy; ceilings, table, host time and two MPI ranks in under 9 minutes (cpu)"
-    what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=help_)
+    what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=HELP_DEVICE)
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
-    what.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="N,C,…", help="these shapes instead of those of ResNet-50"
-    )
+    help_ = "these shapes instead of those of ResNet-50"
+    what.add_argument("--shapes", nargs="+", type=_shape, metavar="N,C,…", help=help_)
     what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="where the channels are (both; --shapes: first)")
     what.add_argument("--dtype", nargs="+", choices=[*DTYPES, *HALVES], help=HELP_DTYPE)
     what.add_argument("--what", nargs="+", choices=WHATS, help="(forward backward eval; small inputs: layer step)")
