@@ -427,6 +427,13 @@ def test_a_wrong_peer_is_shown_as_wrong_and_is_none_of_ours(monkeypatch: pytest.
     assert not found.wrong()
 
 
+def test_a_pytorch_that_does_not_tell_its_backend_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(need("torch")._C, "_select_batch_norm_backend")
+    found = measured("FakeDevice", *SMALL, "--what", "eval", peers="torch")
+    cells = {cell.row: cell for cell in found.table[0].cells}
+    assert (cells["PyTorch"].backend, len(cells["PyTorch"].seconds)) == ("backend unknown", 3)
+
+
 def test_kernels_that_are_not_there_are_said_once_and_are_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
     class Without(Direct):
         def answer(self) -> Any:

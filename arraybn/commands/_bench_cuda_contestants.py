@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from ..functional import batch_norm, batch_norm_backward
 from ..kernels import MODULES
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ._bench_cases import EPS
-from ._bench_cuda_cases import GpuCase
+from ._bench_cuda_cases import TWO_READS, GpuCase
 from ._bench_cuda_check import narrowed
 from ._bench_cuda_device import Array, Device
 
@@ -175,6 +175,17 @@ def _torch_reader(torch: Any, device: Device, case: GpuCase) -> Callable[[Any], 
     return read
 
 
+def _torch_backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, native: bool) -> str:
+    """Which of its backends PyTorch chooses for x, weight, bias, mean and var."""
+    if native:
+        return "Native"
+    choose = getattr(torch._C, "_select_batch_norm_backend", None)  # nobody has promised it
+    if choose is None:
+        return "backend unknown"
+    with torch.backends.cudnn.flags(enabled=True):
+        return str(choose(*tensors, training, eps).name)
+
+
 def torch_calls(device: Device, buffers: Buffers, *, native: bool = False) -> Calls:
     """The function of PyTorch, and its backward by autograd; `native`: without cuDNN."""
     torch = importlib.import_module("torch")
@@ -206,65 +217,73 @@ def torch_calls(device: Device, buffers: Buffers, *, native: bool = False) -> Ca
         kept = [torch.full_like(xs[0], float("nan")) for _ in range(3)]
         kept.clear()  # the allocator hands these blocks out next
 
-    def chosen(training: bool) -> str:
-        if native:
-            return "Native"
-        with torch.backends.cudnn.flags(enabled=True):
-            found = torch._C._select_batch_norm_backend(xs[0], weight, bias, mean, var, training, eps)
-        return str(getattr(found, "name", found))
-
-    backend = {"forward": chosen(True), "backward": chosen(True), "eval": chosen(False)}
+    arrays = xs[0], weight, bias, mean, var
+    backend = {what: _torch_backend(torch, arrays, what != "eval", eps, native) for what in TWO_READS}
     calls = {"forward": forward, "backward": backward, "eval": evaluate}
     return Calls(calls, poison, _torch_reader(torch, device, case), backend)
 
 
-def jax_calls(device: Device, buffers: Buffers) -> Calls:
-    """Formulas of jax.numpy in float32, compiled; the backward of what the forward kept."""
-    jax = importlib.import_module("jax")
-    jnp = jax.numpy
-    jax.config.update("jax_enable_x64", buffers.case.dtype == "float64")
-    case, slots, vectors, eps = buffers
+def _jax_formulas(jax: Any, buffers: Buffers) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A forward and an evaluation in float32, or float64 with x."""
+    case, jnp = buffers.case, jax.numpy
     axis = tuple(i for i in range(len(case.shape)) if i != case.channel_axis % len(case.shape))
     line = (-1, *[1] * (len(case.shape) - 2)) if case.channel_axis == 1 else (-1,)
     wide = jnp.float64 if case.dtype == "float64" else jnp.float32
 
-    def shared(array: Array) -> Any:
-        if case.dtype != "bfloat16" or array.ndim == 1:
-            return jax.dlpack.from_dlpack(array)
-        return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.int16)), jnp.bfloat16)  # a copy
-
     def evaluate(x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
-        mean, scale, bias = (v.reshape(line) for v in (mean, weight * jax.lax.rsqrt(var + eps), bias))
+        scale = weight * jax.lax.rsqrt(var + buffers.eps)
+        mean, scale, bias = (vector.reshape(line) for vector in (mean, scale, bias))
         return ((x.astype(wide) - mean) * scale + bias).astype(x.dtype)
 
     def forward(x: Any, weight: Any, bias: Any) -> Any:
         w = x.astype(wide)
         return evaluate(x, weight, bias, w.mean(axis), w.var(axis))
 
+    return forward, evaluate
+
+
+def _jax_reader(jax: Any, device: Device) -> Callable[[Any], Array]:
+    """How to see a result as an array of the device."""
+
+    def read(array: Any) -> Array:
+        if array.dtype != jax.numpy.bfloat16:
+            return device.xp.from_dlpack(array)
+        import ml_dtypes
+
+        bits = jax.block_until_ready(jax.lax.bitcast_convert_type(array, jax.numpy.int16))
+        return device.xp.from_dlpack(bits).view(ml_dtypes.bfloat16)
+
+    return read
+
+
+def jax_calls(device: Device, buffers: Buffers) -> Calls:
+    """Formulas of jax.numpy, compiled; the backward of what the forward kept."""
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", buffers.case.dtype == "float64")
+    case, slots = buffers.case, buffers.slots
+
+    def shared(array: Array) -> Any:
+        if case.dtype != "bfloat16" or array.ndim == 1:
+            return jax.dlpack.from_dlpack(array)
+        bits = jax.dlpack.from_dlpack(array.view(np.int16))
+        return jax.lax.bitcast_convert_type(bits, jax.numpy.bfloat16)  # a copy
+
     xs, dys = ([shared(slot[k]) for slot in slots] for k in range(2))
-    weight, bias, mean, var = map(shared, vectors.values())
-    run, evaluated = jax.jit(forward), jax.jit(evaluate)
+    weight, bias, mean, var = map(shared, buffers.vectors.values())
+    forward, evaluate = map(jax.jit, _jax_formulas(jax, buffers))
     pulled = jax.jit(lambda *arrays: jax.vjp(forward, *arrays)[1])
     pull = jax.jit(lambda kept, dy: kept(dy))
     kept = [pulled(x, weight, bias) for x in xs]
     calls = {
-        "forward": lambda i: run(xs[i], weight, bias),
+        "forward": lambda i: forward(xs[i], weight, bias),
         "backward": lambda i: pull(kept[i], dys[i]),
-        "eval": lambda i: evaluated(xs[i], weight, bias, mean, var),
+        "eval": lambda i: evaluate(xs[i], weight, bias, mean, var),
     }
 
-    def read(array: Any) -> Array:
-        if array.dtype == jnp.bfloat16:
-            import ml_dtypes
-
-            bits = jax.lax.bitcast_convert_type(array, jnp.int16)
-            return device.xp.from_dlpack(jax.block_until_ready(bits)).view(ml_dtypes.bfloat16)
-        return device.xp.from_dlpack(array)
-
     def poison() -> None:
-        jax.block_until_ready([jnp.full_like(xs[0], jnp.nan) for _ in range(3)])
+        jax.block_until_ready([jax.numpy.full_like(xs[0], np.nan) for _ in range(3)])
 
-    return Calls(calls, poison, read, dict.fromkeys(calls, "XLA"), jax.block_until_ready)
+    return Calls(calls, poison, _jax_reader(jax, device), dict.fromkeys(calls, "XLA"), jax.block_until_ready)
 
 
 CONTESTANTS = (
