@@ -140,7 +140,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (["--growth", "10"], "argument --growth: expected a number of elements from 1e3 to 1e10; got '10'"),
         (["--growth", "much"], "got 'much'"),
         (["--layout", "middle"], "argument --layout: invalid choice: 'middle'"),
-        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--dtype", "complex64"], "argument --dtype: invalid choice: 'complex64'"),
         (["--what", "forwards"], "argument --what: invalid choice: 'forwards'"),
     ],
 )
@@ -166,6 +166,7 @@ def test_a_bad_option_is_named_with_what_was_expected(
             "--peers belongs to the table and to --growth; the ladder is arraybn's alone",
         ),
         (["--peers", "none", "numpy"], "--peers: expected none alone, or names without it; got none numpy"),
+        (["--dtype", "float16"], "--dtype: expected some of float32, float64, or --device cuda; got float16"),
         (["--json", "."], "--json .: expected a file in a folder that is there"),
         (["--json", "nowhere/found.json"], "--json nowhere/found.json: expected a file in a folder that is there"),
     ],
@@ -211,6 +212,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(
         "--quick --peers torch jax --plot a.png",
         "--shapes 32,64,112,112 64,128 --layout first last --dtype float32 float64 --what forward step --repeats 4",
         "--growth 2000000 --ladder --json 'a file.json'",
+        "--device cuda --dtype bfloat16 --json gpu.json",
     ],
 )
 def test_the_command_that_is_printed_asks_for_the_same(line: str) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,19 +35,25 @@ class PeerError(Exception):
 class Worker:
     """The process of a library, as `_bench_worker` runs it."""
 
+    module = "_bench_worker"
+    environment: ClassVar[dict[str, str]] = {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
     def __init__(self, library: Library, limit: float = TIME_LIMIT) -> None:
         self.library, self.limit, self.failed = library, limit, ""
         home = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-        cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, "-m", f"{__package__}._bench_worker", library.build, *library.needs]
+        command = [sys.executable, "-m", f"{__package__}.{self.module}", library.build, *library.needs]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, `stop` closes it
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **cpu},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **self.environment},
             encoding="utf-8",
             start_new_session=os.name == "posix",  # Ctrl-C is for us
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -133,6 +135,22 @@ def head(machine: Mapping[str, Any], versions: Mapping[str, str], limit: Cell | 
         by = f"{_threads(machine['threads'])}, {nbytes / 1e6:.1f} MB: {_ms(median)} ms ({_spread(limit)})"
         lines.append(f"copy limit: {2 * nbytes / median / 1e9:.1f} GB/s ({COPYTO} by {by})")
     return "\n".join([*lines, f"again: {command}"])
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command line that asks for the same."""
+    words = ["python", "-m", "arraybn", "bench"] + (["--device", "cuda"] if arguments.device == "cuda" else [])
+    for name in ("quick", "ladder"):
+        words += [f"--{name}"] if getattr(arguments, name) else []
+    if arguments.shapes is not None:
+        words += ["--shapes", *(",".join(map(str, shape)) for shape in arguments.shapes)]
+    for name in ("layout", "dtype", "what", "peers"):
+        if (values := getattr(arguments, name)) is not None:
+            words += [f"--{name}", *values]
+    for name in ("repeats", "growth", "json", "plot"):
+        if (value := getattr(arguments, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def notes(small: bool, dtypes: Sequence[str], checked: int) -> str:

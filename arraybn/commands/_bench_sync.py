@@ -31,6 +31,7 @@ from ._check_target import RefusedError
 RANKS = (1, 2, 4, 8)
 TURNS, QUICK_TURNS = 9, 3
 TIME_LIMIT = 600.0  # seconds for each number of ranks
+MODULE = "_bench_sync_ranks"
 PREDICTED = (256, 2048)  # channels
 ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth")  # options that are not for this
 
@@ -92,25 +93,28 @@ def _launched(turns: int) -> Iterator[Measured]:
                 bar.update()
 
 
-def _job(launcher: str, ranks: int, turns: int) -> Measured:
+def _job(
+    launcher: str, ranks: int, turns: int, *words: str, module: str = MODULE, limit: float | None = None
+) -> Measured:
     """What so many ranks have found; an error with the last words of those that have not."""
+    limit = TIME_LIMIT if limit is None else limit
     home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     env = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ, "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         file = Path(folder) / "found.json"
-        words = ["-m", "mpi4py", "-m", "arraybn.commands._bench_sync_ranks", str(file), str(turns)]
-        command = [launcher, "-n", str(ranks), sys.executable, *words]
+        script = [sys.executable, "-m", "mpi4py", "-m", f"{__package__}.{module}", str(file), str(turns), *words]
+        command = [launcher, "-n", str(ranks), *script]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
         try:
-            status = process.wait(TIME_LIMIT)
+            status = process.wait(limit)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            raise RefusedError(f"mpirun -n {ranks} has not ended within {TIME_LIMIT:g} s") from error
+            raise RefusedError(f"mpirun -n {ranks} has not ended within {limit:g} s") from error
         if status or not file.exists():
             output.seek(0)
             text = output.read().decode(errors="replace").replace("\0", "").strip()

@@ -147,14 +147,18 @@ def _text(error: Exception) -> str:
 
 def main(build: str, packages: list[str]) -> None:
     """Answer until nobody asks any more."""
+    serve(Work(build, packages), Case)
+
+
+def serve(work: Any, kind: type[Case]) -> None:
+    """Answer each question by the method of `work` that it names; a case in it is of that kind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")  # for the answers alone
     os.dup2(2, 1)
-    work = Work(build, packages)
     for line in sys.stdin:
         question = json.loads(line)
         if "case" in question:
-            question["case"] = Case.of(question["case"])
+            question["case"] = kind.of(question["case"])
         try:
             answer = getattr(work, question.pop("do"))(**question)
         except Exception as error:

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,8 @@ from . import _bench_report as report
 from ._bench_cases import DTYPES, LAYOUTS, PASSES, RESNET, SMALL_WHATS, WHATS, Case, choose
 from ._bench_clock import BUDGET, COPYTO, Cell, Result, Session, Settings, memory_needed
 from ._bench_contestants import ARRAYBN, PEERS, Library, has_numba
+from ._bench_cuda_cases import HALVES
+from ._bench_report import command
 from ._check_target import RefusedError
 
 HELP = "how fast every batch norm installed here is, on this machine"
@@ -40,6 +41,7 @@ EPILOG = """examples
   python -m arraybn bench --growth --plot growth.png
   python -m arraybn bench --ladder
   python -m arraybn bench sync --plot sync.png
+  python -m arraybn bench --device cuda --json gpu.json --plot gpu.png
 
 A shape is N,C,… whatever the layout; channels-last has the array (N, …, C). layer: the call of a layer in training;
 step: that, and its backward; both are what is timed up to 65,536 elements, unless --what says otherwise.
@@ -47,6 +49,8 @@ Ctrl-C prints what has been measured so far.
 
 exit status: 0; 1 if arraybn is wrong; 2 if what was asked cannot be done; 130 after Ctrl-C."""
 
+HELP_DEVICE = "cuda: on the GPU, with CuPy; ceilings, table, host time, two MPI ranks: under 9 minutes (cpu)"
+HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16)"
 ROUNDS, QUICK_ROUNDS, LIMIT_ROUNDS = 15, 5, 9
 QUICK_BUDGET = 0.4  # seconds
 PEER_NAMES = [peer.name for peer in PEERS]
@@ -59,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "instead: what synchronizing over MPI ranks costs; starts mpirun, or measures on the ranks it is run on"
     parser.add_argument("subject", nargs="?", choices=["sync"], help=help_)
     what = parser.add_argument_group("what is timed")
+    what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=HELP_DEVICE)
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
-    what.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="N,C,…", help="these shapes instead of those of ResNet-50"
-    )
+    help_ = "these shapes instead of those of ResNet-50"
+    what.add_argument("--shapes", nargs="+", type=_shape, metavar="N,C,…", help=help_)
     what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="where the channels are (both; --shapes: first)")
-    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="(float32, and float64 for some shapes)")
+    what.add_argument("--dtype", nargs="+", choices=[*DTYPES, *HALVES], help=HELP_DTYPE)
     what.add_argument("--what", nargs="+", choices=WHATS, help="(forward backward eval; small inputs: layer step)")
     what.add_argument(
         "--peers",
@@ -143,6 +147,8 @@ class Section:
 
 def plan(arguments: argparse.Namespace) -> list[Section]:
     """What is to be done; a `RefusedError` says why it cannot be."""
+    if half := [dtype for dtype in arguments.dtype or () if dtype in HALVES]:
+        raise RefusedError(f"--dtype: expected some of {', '.join(DTYPES)}, or --device cuda; got {' '.join(half)}")
     instead = arguments.growth is not None or arguments.ladder
     for option in ("shapes", "layout", "dtype", "what"):
         if instead and getattr(arguments, option) is not None:
@@ -182,22 +188,6 @@ def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
     return chosen
 
 
-def command(arguments: argparse.Namespace) -> str:
-    """The command line that asks for the same."""
-    words = ["python", "-m", "arraybn", "bench"]
-    for name in ("quick", "ladder"):
-        words += [f"--{name}"] if getattr(arguments, name) else []
-    if arguments.shapes is not None:
-        words += ["--shapes", *(",".join(map(str, shape)) for shape in arguments.shapes)]
-    for name in ("layout", "dtype", "what", "peers"):
-        if (values := getattr(arguments, name)) is not None:
-            words += [f"--{name}", *values]
-    for name in ("repeats", "growth", "json", "plot"):
-        if (value := getattr(arguments, name)) is not None:
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
 def check_files(arguments: argparse.Namespace) -> None:
     """Refuse, before any work, what could not be drawn or written after it."""
     if arguments.plot is not None:
@@ -219,6 +209,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write what was asked for; 1 if arraybn is wrong, 130 after Ctrl-C."""
     try:
         check_files(arguments)
+        if arguments.device == "cuda":
+            from . import _bench_cuda
+
+            return _bench_cuda.run(arguments, command(arguments))
         if arguments.subject == "sync":
             from . import _bench_sync
 

@@ -30,7 +30,7 @@ divide einsum equal exp expand_dims expm1 flip floor greater greater_equal inver
 less less_equal linspace log log1p logical_and logical_not logical_or matmul max maximum mean meshgrid min minimum
 moveaxis multiply negative nonzero not_equal outer power prod repeat right_shift roll round searchsorted sign
 sin sort sqrt square stack std subtract sum swapaxes take take_along_axis tan tanh tensordot tile trunc unique var
-where broadcast_to arange eye
+where broadcast_to arange eye frexp ldexp
 """
 _VIEWS = {"moveaxis", "swapaxes", "expand_dims", "broadcast_to", "broadcast_arrays", "flip"}
 

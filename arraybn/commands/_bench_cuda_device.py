@@ -1,0 +1,179 @@
+"""The one object through which ``bench --device cuda`` touches the GPU: its arrays, its stream and its clock.
+
+`CudaDevice` is the real one, by CuPy. A test has another with the same methods, on NumPy arrays and a clock of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+Array = Any
+LONGEST_HOLD = 0.05  # seconds
+SOURCE = r"""
+extern "C" __global__ void nothing() {}
+
+static __device__ unsigned long long nanoseconds() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
+
+// Keeps the stream busy, so that the host can queue the work that is to be timed before any of it begins.
+extern "C" __global__ void hold(unsigned long long length) {
+    const unsigned long long start = nanoseconds();
+    while (nanoseconds() - start < length) {}
+}
+"""
+
+
+class NoDeviceError(Exception):
+    """There is no GPU to work with; the text says why, and what brings one."""
+
+
+class Device(Protocol):
+    """What the bench asks of a device. All of its work is queued on one stream, which every library is told to use."""
+
+    platform: str  # as JAX calls it: gpu, cpu
+    xp: Any  # the namespace of its arrays
+    together: float  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
+    kernels: Mapping[str, Any]  # for each row of arraybn, what batch_norm takes as kernels
+
+    def describe(self) -> dict[str, Any]:
+        """Name, memory, l2 (bytes) and what else the report says of it."""
+
+    def array(self, host: np.ndarray[Any, Any]) -> Array:
+        """A copy of a NumPy array."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of any values."""
+
+    def share_stream(self, library: Any) -> None:
+        """Let PyTorch queue its work on our stream."""
+
+    def free_memory(self) -> int:
+        """Bytes that can still be had."""
+
+    def clock(self) -> float:
+        """Seconds on the host."""
+
+    def synchronize(self) -> None:
+        """Wait for everything that is queued."""
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Queue a copy of all bytes of a contiguous array."""
+
+    def nothing(self) -> None:
+        """Queue an empty kernel."""
+
+    def timed(self, call: Callable[[], object], calls: int, hold: float, flush: bool = True) -> tuple[float, bool]:
+        """Seconds of one of `calls` calls on the device, and whether the device had to wait for the host."""
+
+
+class CudaDevice:
+    """A GPU by CuPy; its methods are for the thread that made it. `index` may be larger than there are GPUs."""
+
+    platform, together = "gpu", 200e6
+    kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda_fused", "split": "cuda", "reference": "reference"}
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            self.xp: Any = importlib.import_module("cupy")
+        except ImportError as error:
+            raise NoDeviceError(
+                f'cupy cannot be imported ({error}):  pip install "arraybn[cuda13]", or cuda12'
+            ) from error
+        self._runtime = self.xp.cuda.runtime
+        try:
+            count = self._runtime.getDeviceCount()
+        except self._runtime.CUDARuntimeError as error:
+            raise NoDeviceError(f"CUDA finds no GPU: {error}") from error
+        if count < 1:
+            raise NoDeviceError("CUDA finds no GPU")
+        self.xp.cuda.Device(index % count).use()
+        self.stream = self.xp.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        module = self.xp.RawModule(code=SOURCE)
+        self._nothing, self._hold = (module.get_function(name) for name in ("nothing", "hold"))
+        self._properties = self._runtime.getDeviceProperties(index % count)
+        self._scratch = self.xp.empty(2 * max(self._properties["l2CacheSize"], 2**20), np.uint8)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, memory, L2, multiprocessors, compute capability and the versions of CUDA."""
+        found = self._properties
+        return {
+            "name": found["name"].decode(),
+            "memory": found["totalGlobalMem"],
+            "l2": found["l2CacheSize"],
+            "multiprocessors": found["multiProcessorCount"],
+            "capability": f"{found['major']}.{found['minor']}",
+            "driver": self._runtime.driverGetVersion(),
+            "runtime": self._runtime.runtimeGetVersion(),
+        }
+
+    def array(self, host: np.ndarray[Any, Any]) -> Array:
+        """A copy of a NumPy array."""
+        return self.xp.asarray(host)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of any values."""
+        return self.xp.empty(shape, dtype)
+
+    def share_stream(self, library: Any) -> None:
+        """Let PyTorch queue its work on our stream."""
+        library.cuda.set_stream(library.cuda.ExternalStream(self.stream.ptr))
+
+    def free_memory(self) -> int:
+        """Bytes that can still be had, once CuPy and PyTorch have given back what they had put by."""
+        self.xp.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+        free: int = self._runtime.memGetInfo()[0]
+        return free
+
+    def clock(self) -> float:
+        """Seconds on the host."""
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait for everything on the device, other libraries' streams included."""
+        self._runtime.deviceSynchronize()
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Queue a copy of all bytes of a contiguous array."""
+        kind = self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
+
+    def nothing(self) -> None:
+        """Queue an empty kernel."""
+        self._nothing((1,), (1,), ())
+
+    def timed(self, call: Callable[[], object], calls: int, hold: float, flush: bool = True) -> tuple[float, bool]:
+        """Seconds of one of `calls` calls on the device, and whether the device had to wait for the host.
+
+        The stream is held until the host has queued them all; with `flush`, nothing of before is left in L2.
+        """
+        start, stop = (self.xp.cuda.Event() for _ in range(2))
+        self.synchronize()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            if flush:
+                self._runtime.memsetAsync(self._scratch.data.ptr, 1, self._scratch.nbytes, self.stream.ptr)
+            self._hold((1,), (1,), (np.uint64(min(hold, LONGEST_HOLD) * 1e9),))
+            start.record(self.stream)
+            for _ in range(calls):
+                call()
+            late = bool(start.done)  # the hold is over, and not all was queued
+            stop.record(self.stream)
+            stop.synchronize()
+        finally:
+            if collecting:
+                gc.enable()
+        return self.xp.cuda.get_elapsed_time(start, stop) / 1e3 / calls, late
