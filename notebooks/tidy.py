@@ -23,6 +23,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 TIME_LIMIT = 120  # seconds for one cell
+COLOURS = r"\x1b\[[0-9;]*m"  # of IPython's tracebacks
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.no_run:
                 run(notebook, path.parent)
         except Exception as error:
-            print(f"{path.name}: {error}", file=sys.stderr)
+            print(f"{path.name}: {re.sub(COLOURS, '', str(error))}", file=sys.stderr)
             failed = 1
             continue
         tidy(notebook, f"l{path.name.split('-')[0]}")
