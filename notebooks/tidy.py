@@ -22,7 +22,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TIME_LIMIT = 120  # seconds for one cell
+TIME_LIMIT = 300  # seconds for one cell; the first of all may have much to compile
 COLOURS = r"\x1b\[[0-9;]*m"  # of IPython's tracebacks
 
 
