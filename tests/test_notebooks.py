@@ -31,6 +31,7 @@ MIMES = {"text/plain", "image/png"}  # what is shown alike by Jupyter, VS Code, 
 FOREIGN = r"(?<![\w.])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/|site-packages|[A-Z]:\\\\?Users"
 STAMP = r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d"
 ADDRESS = r"\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"
+NEEDED = ("nbclient", "ipykernel", "ipyparallel", "matplotlib", "numba", "sklearn")  # beside the library's own needs
 TIME_LIMIT = 600  # seconds for a lesson, on a machine that does other things as well
 Notebook = dict[str, Any]
 Cell = dict[str, Any]
@@ -356,7 +357,7 @@ def with_answers(notebook: Notebook) -> Notebook:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Any]]:
     """Every lesson that is asked for, run with its answers, two at a time."""
-    for name in ("nbclient", "ipykernel", "matplotlib", "sklearn", "ipyparallel"):
+    for name in NEEDED:
         need(name)
     folder = tmp_path_factory.mktemp("lessons")
     wanted = [
@@ -414,8 +415,8 @@ def up_to_a_claim(path: Path) -> tuple[str, str]:
 
 @each_lesson
 def test_a_falsified_claim_fails_where_the_lesson_runs(path: Path) -> None:
-    need("matplotlib")
-    need("sklearn")
+    for name in NEEDED:
+        need(name)
     for program, status in zip(up_to_a_claim(path), (0, 1), strict=True):
         done = python(
             "-c", "import matplotlib; matplotlib.use('agg'); exec(open(0, encoding='utf-8').read())", stdin=program
