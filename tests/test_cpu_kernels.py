@@ -726,6 +726,29 @@ def test_two_dtypes_that_are_kept_at_once_do_not_take_each_others_files(tmp_path
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_what_different_processes_have_compiled_is_right_together(tmp_path: Path) -> None:
+    code = """
+        import sys
+        import numpy as np
+        from arraybn import reference
+        from arraybn.kernels import cpu
+        for plane in (40, 3):
+            u, x = np.random.default_rng(0).standard_normal((2, 5, 4, plane))
+            mean, a, b, c = np.random.default_rng(1).standard_normal((4, 4))
+            for name in sys.argv[1:]:
+                arguments = {"affine": (x, mean, a, c), "affine2": (u, x, mean, a, b, c)}[name]
+                print(np.allclose(getattr(cpu, name)(*arguments), getattr(reference, name)(*arguments)))
+    """
+    for names in (["affine"], ["affine2"], ["affine", "affine2"]):
+        assert set(python(code, *names, NUMBA_CACHE_DIR=str(tmp_path)).split()) == {"True"}, names
+
+
+def test_loops_have_names_of_their_own() -> None:
+    loops = [getattr(_cpu_tiles, name) for name in dir(_cpu_tiles) if name.endswith(("_of_planes", "_of_lines"))]
+    assert len({getattr(loop, "py_func", loop).__qualname__ for loop in loops}) == len(loops) == 8
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
 def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
     code = """
         import resource, warnings

@@ -177,10 +177,24 @@ def _add_up(line: Any, plane: int, sums: Any) -> None:
         sums[j] += total
 
 
+def _loops_of(run: Any) -> Any:
+    """Compiles the loops made for `run`, under a name of their own.
+
+    The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
+    Of two of one name, kept on disk by two processes, a third would take one for the other.
+    """
+
+    def compile_(loops: Any) -> Any:
+        loops.__qualname__ += f".{run.__name__}"
+        return plain(loops)
+
+    return compile_
+
+
 def _sums_along(run: Any) -> Any:
     """The loops of a reduction where planes are long; `run` returns the two sums of a run."""
 
-    @plain
+    @_loops_of(run)
     def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
         s_block, q_block = np.empty(mean.size), np.empty(mean.size)
         s[:] = 0.0
@@ -209,7 +223,7 @@ def _sums_along(run: Any) -> Any:
 def _sums_across(run: Any) -> Any:
     """The loops of a reduction where planes are short; `run` adds to two lines of sums."""
 
-    @plain
+    @_loops_of(run)
     def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
         together, times = _together(mean.size, sample, plane)
         lines = _lines(3, together * times * plane)
@@ -239,7 +253,7 @@ def _sums_across(run: Any) -> Any:
 def _map_along(run: Any) -> Any:
     """The loops of a map where planes are long; `run` writes a run of `out`, from place o on."""
 
-    @plain
+    @_loops_of(run)
     def map_(
         u: Any,
         x: Any,
@@ -272,7 +286,7 @@ def _map_along(run: Any) -> Any:
 def _map_across(run: Any) -> Any:
     """The loops of a map where planes are short; `run` writes a run of `out`, from place o on."""
 
-    @plain
+    @_loops_of(run)
     def map_(
         u: Any,
         x: Any,

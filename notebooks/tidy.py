@@ -1,0 +1,109 @@
+"""Run lessons from a fresh kernel and keep them tidy, so that a changed lesson is a small difference.
+
+    python notebooks/tidy.py notebooks/1-*.ipynb            # run, strip and write in place
+    python notebooks/tidy.py --no-run notebooks/1-*.ipynb   # only strip and write
+
+The kernel is that of the running Python, whatever else the user has installed. The first cell that raises is shown, and
+nothing is written. What is stripped: execution times, the editor's settings, and what tells one machine from another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+TIME_LIMIT = 300  # seconds for one cell; the first of all may have much to compile
+COLOURS = r"\x1b\[[0-9;]*m"  # of IPython's tracebacks
+
+
+def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Execute the cells in a fresh kernel of this Python that works in `folder`; raise at the first that fails."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    os.environ.pop("MPLBACKEND", None)  # otherwise there would be no pictures
+    with tempfile.TemporaryDirectory() as profile:
+        os.environ["IPYTHONDIR"] = profile  # without what the user has set for every notebook
+        manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        where = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, km=manager, timeout=TIME_LIMIT, resources=where, record_timing=False).execute()
+
+
+def tidy(notebook: nbformat.NotebookNode, prefix: str) -> None:
+    """Strip what says nothing to a reader, and give cells that have none an id to be read, such as l3-momentum."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    taken: set[str] = set()
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({})
+        cell.source = "\n".join(line.rstrip() for line in cell.source.strip("\n").split("\n"))
+        cell.pop("attachments", None)
+        old = cell.get("id", "")
+        cell["id"] = unique(old if old.startswith(f"{prefix}-") else f"{prefix}-{slug(cell.source)}", taken)
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs without metadata; what was printed in parts is one, because the parts differ from run to run."""
+    result: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if "metadata" in output:
+            output.metadata = nbformat.from_dict({})
+        last = result[-1] if result else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            result.append(output)
+    return result
+
+
+def slug(source: str) -> str:
+    """The first words of a cell that an id may have."""
+    return "-".join(re.findall(r"[a-z][a-z0-9]+", source.lower())[:3])[:24].strip("-") or "cell"
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken."""
+    number, result = 1, name
+    while result in taken:
+        number += 1
+        result = f"{name}-{number}"
+    taken.add(result)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--no-run", action="store_true", help="keep the outputs as they are")
+    options = parser.parse_args(arguments)
+    failed = 0
+    for path in options.notebooks:
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            if not options.no_run:
+                run(notebook, path.parent)
+        except Exception as error:
+            print(f"{path.name}: {re.sub(COLOURS, '', str(error))}", file=sys.stderr)
+            failed = 1
+            continue
+        tidy(notebook, f"l{path.name.split('-')[0]}")
+        nbformat.validate(notebook)
+        nbformat.write(notebook, path)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
