@@ -36,6 +36,7 @@ struct Block {
     unsigned alive = 0;
     Barrier barrier;
     std::vector<Warp> warps;
+    size_t used = 0;  // of the shared memory
     std::vector<unsigned char> shared;
 };
 
@@ -50,7 +51,7 @@ struct Fiber {
     bool done = false;
 };
 
-const size_t STACK = 1 << 16, SHARED = 1 << 17;
+const size_t STACK = 1 << 16, SHARED = 1 << 16;
 const unsigned long PATIENCE = 1000000;  // rounds without an end to any wait
 
 inline Fiber* now;
@@ -145,6 +146,7 @@ inline void* shared(size_t bytes) {
     void* place = now->block->shared.data() + now->shared;
     now->shared += (bytes + 15) & ~(size_t)15;
     if (now->shared > SHARED) fail("too much shared memory");
+    if (now->shared > now->block->used) now->block->used = now->shared;
     return place;
 }
 
@@ -156,10 +158,15 @@ struct Launch {
     std::vector<uint64_t> order;
 
     Launch(unsigned threads, unsigned resident) : blocks(resident), fibers((size_t)threads * resident) {
-        for (Fiber& fiber : fibers) fiber.stack = (char*)malloc(STACK);
+        for (size_t i = 0; i < fibers.size(); ++i) fibers[i].stack = stack(i);
+        for (Block& block : blocks) block.shared.assign(SHARED, 0xff);  // NaN
     }
-    ~Launch() {
-        for (Fiber& fiber : fibers) free(fiber.stack);
+
+    // The i-th stack; they are kept from launch to launch.
+    static char* stack(size_t i) {
+        static std::vector<char*> stacks;
+        while (stacks.size() <= i) stacks.push_back((char*)malloc(STACK));
+        return stacks[i];
     }
 
     void begin(unsigned place, uint64_t index) {
@@ -170,7 +177,7 @@ struct Launch {
         block.barrier = Barrier();
         block.warps.assign((threads + 31) / 32, Warp());
         for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
-        block.shared.assign(SHARED, 0xff);  // NaN
+        memset(block.shared.data(), 0xff, block.used);
         for (unsigned t = 0; t < threads; ++t) {
             Fiber& fiber = fibers[(size_t)place * threads + t];
             fiber.block = &block;
