@@ -90,7 +90,7 @@ def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
 
 
 def _numbers(n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return n, channels, groups, parts, *shape, *divisor(groups), *divisor(shape[2])
+    return n, channels, groups, parts, *shape, 0, *divisor(groups), *divisor(shape[2])
 
 
 def _power_of_two(number: int) -> int:

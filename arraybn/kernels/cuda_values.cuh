@@ -55,6 +55,7 @@ struct Parameters {
     int64 plane;     // items in a plane
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
+    int64 ahead;     // tasks that are summed before the first is mapped (cuda_fused.cu)
     Divisor by_groups;
     Divisor by_plane;
 };
@@ -74,9 +75,12 @@ struct alignas(BYTES) Words {
 #ifndef ON_CPU
 
 #define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC(type, name)                                                                                            \
+    extern __shared__ __align__(16) unsigned char shared_memory[];                                                     \
+    type* name = (type*)shared_memory
+#define BOUNDS __launch_bounds__(MOST_THREADS)
 #define ENTRY(kernel, type, width)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) kernel##_##type##_##width(                              \
-        const __grid_constant__ Parameters p) {                                                                        \
+    extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
         kernel<type, width>(p);                                                                                        \
     }
 
@@ -114,6 +118,39 @@ DEVICE Pair load_shared(const Pair* from) {
     Pair to;
     asm volatile("ld.global.cg.v2.f64 {%0, %1}, [%2];" : "=d"(to.first), "=d"(to.second) : "l"(from) : "memory");
     return to;
+}
+
+// Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once.
+template <int BYTES>
+DEVICE void copy_later(void* to, const void* from) {
+    if constexpr (BYTES == 2) {
+        *(uint16*)to = *(const uint16*)from;
+    } else {
+        uint64 address;
+        asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(to));
+        if constexpr (BYTES == 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32)address), "l"(from) : "memory");
+        } else {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((uint32)address), "l"(from), "n"(BYTES)
+                         : "memory");
+        }
+    }
+}
+DEVICE void end_round() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all of this thread's rounds have arrived, but for the last ROUNDS.
+template <int ROUNDS>
+DEVICE void wait_for_rounds() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(ROUNDS) : "memory");
+}
+
+// A flag between blocks: who sees it set sees what was written before.
+DEVICE void store_release(uint32* to, uint32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+DEVICE uint32 load_acquire(const uint32* from) {
+    uint32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
 }
 
 DEVICE float half_to_float(uint16 half) {

@@ -21,12 +21,13 @@ from unittest import mock
 import numpy as np
 
 from arraybn.kernels import _cuda_launch, cuda
-from arraybn.kernels._cuda_launch import Grid, Kernel
+from arraybn.kernels._cuda_launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
 GUARD = 64  # bytes before and behind an array, which nobody may write to
 PATTERN = 0xA5
 POISON = 0xFF  # what a new array is full of: NaN in every dtype
+H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -100,7 +101,7 @@ class Shim(_cuda_launch.Launcher):
         super().__init__()
         self.library = ctypes.CDLL(str(library))
         self.library.shim_launch.restype = ctypes.c_char_p
-        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 4]
+        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -112,6 +113,9 @@ class Shim(_cuda_launch.Launcher):
 
     def current(self) -> tuple[int, int]:
         return 0, 1
+
+    def device(self) -> Device:
+        return H200
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = guarded(shape, dtype)
@@ -135,7 +139,7 @@ class Shim(_cuda_launch.Launcher):
         packed = ctypes.c_void_p.from_address(arguments).value
         with self._turn:
             self.launches.append((self.names[function], grid))
-            said = self.library.shim_launch(function, packed, grid.blocks, grid.threads, self.resident, self.seed)
+            said = self.library.shim_launch(function, packed, *grid[:2], grid.shared, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
         for made in self._made:
