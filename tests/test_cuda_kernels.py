@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,26 +63,34 @@ def library() -> Path:
 @pytest.fixture(autouse=True)
 def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[shim.Shim]:
     """NumPy arrays go through the CUDA kernels unless another module is asked for."""
-    by_default: Callable[..., Any] = lambda x, kernels=None: select(x, cuda if kernels is None else kernels)
+
+    def by_default(x: Any, kernels: Any = None) -> Any:
+        return select(x, cuda if kernels is None else kernels)
+
     monkeypatch.setattr("arraybn.functional.select", by_default)
     monkeypatch.setattr("arraybn.statistics.select", by_default)
     with shim.install(library) as installed:
         yield installed
+    forget_cuts()
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> None:
     for name, value in sizes.items():
         monkeypatch.setattr(cuda, name, value)
+    forget_cuts()
+
+
+def forget_cuts() -> None:
     cuda.cut.cache_clear()
+    cuda._plan.cache_clear()
 
 
 @pytest.fixture(params=CUTS)
-def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gpu: shim.Shim) -> Any:
     """(N, C, S), cut as the name says."""
     shape, sizes = CUTS[request.param]
     set_sizes(monkeypatch, sizes)
-    yield shape
-    cuda.cut.cache_clear()
+    return shape
 
 
 def data(shape: tuple[int, ...], dtype: str, seed: int = 0, offset: float = 3.0) -> Any:
@@ -513,7 +521,6 @@ def test_the_table_has_every_way_of_cutting(name: str, monkeypatch: pytest.Monke
     under_way = cut.grid.threads * (4 if cut.width > 1 else 8) // numbers["columns"]
     assert (numbers["part"] > 2 * under_way) == ("rounds" in name or name == "a long plane in parts") or "parts" in name
     assert (cut.width == 1) == bool(re.search("odd|short|one|two|planes in rounds", name))
-    cuda.cut.cache_clear()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -610,7 +617,6 @@ def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_a
     monkeypatch.setattr(gpu, "build", fail)
     with pytest.raises(RuntimeError, match="the CUDA kernel moments_planes_float32_1 could not"):
         layer(x)
-    cuda.cut.cache_clear()
 
 
 def test_a_kernel_is_built_once_for_a_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +640,6 @@ def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monke
         pool.submit(cuda.moments, data((6, 4, 7), "float32")).result()
     assert sorted(key[:2] for key in gpu._rooms) == sorted([*places, (0, 2)])
     assert len({gpu.pointer(room.arrays[1]) for room in gpu._rooms.values()}) == 5
-    cuda.cut.cache_clear()
 
 
 def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
@@ -649,7 +654,6 @@ def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
     assert second.tickets >= 1500 > first.tickets
     assert any(room is first for room in gpu._outgrown)
     np.testing.assert_allclose(mean, x.astype("f8").mean(axis=(0, 2)), rtol=1e-14)
-    cuda.cut.cache_clear()
 
 
 def test_several_callers_at_once_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,7 +664,6 @@ def test_several_callers_at_once_get_the_bits_of_one(monkeypatch: pytest.MonkeyP
         together = list(pool.map(lambda x: arraybn.batch_norm(x)[0], batches))
     for y, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(y, expected)
-    cuda.cut.cache_clear()
 
 
 def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:
@@ -673,16 +676,26 @@ def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:
 
 # What is changed in the source, where it shows, and in which sweeps
 PLANTED: dict[str, tuple[str, str, str, str]] = {
-    "the next plane begins a value late": ("offset += next_plane;", "offset += next_plane + 1;", "planes of an odd size", "maps"),
+    "the next plane begins a value late": (
+        "offset += next_plane;",
+        "offset += next_plane + 1;",
+        "planes of an odd size",
+        "maps",
+    ),
     "a row too far": ("row = thread / threads;", "row = thread / threads + 1;", "channels-last, odd", "sums"),
     "the last item is left out": ("int64 left = p.items -", "int64 left = p.items - 1 -", "planes", "sums"),
     "an item too many": ("left : p.part);", "left : p.part + 1);", "channels-last, odd", "maps"),
     "the counter stays": ("if (*room == parts - 1) *tickets = 0;", "", "planes in parts", "sums"),
     "a warp is left out of a sum": ("row < rows; ++row", "row < rows - (rows > 1); ++row", "channels-last", "sums"),
     "a part is left out": ("part = thread / slots;", "part = 1 + thread / slots;", "channels-last in parts", "sums"),
-    "a thread misses the barrier": ("    s = q = 0;\n", "    s = q = 0;\n    if (thread == 7) __syncthreads();\n", "planes", "sums"),
+    "a thread misses the barrier": (
+        "    s = q = 0;\n",
+        "    s = q = 0;\n    if (thread == 7) __syncthreads();\n",
+        "planes",
+        "sums",
+    ),
     "a store off by one value": ("store(out + offset[k])", "store(out + offset[k] + 1)", "planes", "maps"),
-}  # fmt: skip
+}
 CHECKS = {"sums": (assert_sums, ("moments", "dots")), "maps": (assert_maps, ("affine", "affine2"))}
 
 
@@ -703,7 +716,6 @@ def test_a_planted_error_is_found(planted: str, monkeypatch: pytest.MonkeyPatch)
     check(shape, "float32")  # right without it
     with shim.install(library), pytest.raises((AssertionError, RuntimeError)):
         check(shape, "float32")
-    cuda.cut.cache_clear()
 
 
 SANITIZED = """

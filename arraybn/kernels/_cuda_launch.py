@@ -21,7 +21,7 @@ from .._arrays import Array
 # CuPy adds -ftz=true, so float32 numbers below 2⁻¹²⁶ count as 0. Without -fmad=false each compiler would choose which
 # products and sums it fuses; where it matters the source says so.
 OPTIONS = ("-std=c++17", "-fmad=false")
-SWEEPS = ("cuda_values.cuh", "cuda_sweeps.cu")
+SWEEPS = ("cuda_values.cuh", "cuda_formulas.cuh", "cuda_sweeps.cu")
 
 # The fields of struct Parameters in cuda_values.cuh.
 POINTERS = (

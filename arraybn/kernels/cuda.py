@@ -2,7 +2,7 @@
 
 A forward is two launches, and so is a backward: the sums, whose last block to arrive applies the formulas to each
 channel, and the map, which goes over the data backwards, to find in the cache what the sums read last. No launch waits
-for the GPU, so a call can be captured in a CUDA graph.
+for the GPU, so a call can be captured in a CUDA graph, once a call like it has built the kernels.
 
 Work is cut by the shape of the data alone, and parts are pooled in a fixed order, so results have the same bits each
 time and on every GPU.
@@ -112,6 +112,13 @@ def divisor(number: int) -> tuple[int, int]:
 # ---- A call ----------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int) -> tuple[Kernel, Cut]:
+    """The kernel of a sweep over such data, and how it is cut."""
+    found = cut(shape, itemsize, address)
+    return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width), found
+
+
 def _usable(array: Array, address: int) -> bool:
     return bool(array.flags.c_contiguous) and address % array.itemsize == 0
 
@@ -119,10 +126,11 @@ def _usable(array: Array, address: int) -> bool:
 class _Work:
     """The arrays of a call and their addresses. Arrays that kernels cannot read as they are are copied."""
 
-    __slots__ = ("dtype", "gpu", "kept", "shape", "u", "x", "y")
+    __slots__ = ("dtype", "gpu", "kept", "shape", "size", "u", "x", "y")
 
     def __init__(self, gpu: _cuda_launch.Launcher, x: Array, u: Array | None = None) -> None:
         self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
+        self.size = x.size
         self.kept: list[Array] = []
         self.x = self._data(x)
         self.u = 0 if u is None else self._data(u)
@@ -150,13 +158,8 @@ class _Work:
 
     def vectors(self, number: int) -> Array:
         """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
-        make = self.gpu.empty if self.values else self.gpu.zeros
+        make = self.gpu.empty if self.size else self.gpu.zeros
         return make((number, self.shape[1]), "f8")
-
-    @property
-    def values(self) -> int:
-        """How many values a channel has."""
-        return int(self.shape[0] * self.shape[2])
 
     def writes(self, out: Array | None) -> Array:
         """Where the result goes: `out` where kernels can write into it, otherwise a new array like x."""
@@ -167,16 +170,15 @@ class _Work:
         self.y = self.gpu.pointer(result)
         return result
 
-    def run(self, name: str, *, eps: float = 0.0, **vectors: int) -> None:
+    def run(self, sweep: str, *, eps: float = 0.0, **vectors: int) -> None:
         """Launch one sweep, unless there is nothing to go over."""
-        if not self.values:
+        if not self.size:
             return
-        y = self.y if name.startswith("affine") else 0
+        y = self.y if sweep.startswith("affine") else 0
         address = (self.x | self.u | y) % 16
-        found = cut(self.shape, self.dtype.itemsize, address)
-        pointers = tuple(map(vectors.get, _VECTORS, _ZEROS))
-        kernel = Kernel(f"{name}_{found.layout}", DTYPES[self.dtype.char], found.width)
-        self.gpu.launch(kernel, found.grid, (self.x, self.u, y, *pointers), (eps, 0.0, *found.numbers))
+        kernel, found = _plan(sweep, self.shape, self.dtype.char, self.dtype.itemsize, address)
+        pointers = (self.x, self.u, y, *map(vectors.get, _VECTORS, _ZEROS))
+        self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
 
     def moments(self, mean: int, m2: int, rstd: int = 0, eps: float = 0.0) -> None:
         """(E1, E3) Set mean and m2, and rstd where it is given."""

@@ -63,7 +63,8 @@ struct Walk {
     int64 offset, place;  // of the values in the data, and of the item in its plane
     int64 offset_step, place_step, plane, next_plane;
 
-    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : plane(p.plane), next_plane(p.stride - p.plane * WIDTH) {
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : plane(p.plane) {
+        next_plane = p.stride - plane * WIDTH;
         split(p, item, offset, place);
         offset += channel * plane * WIDTH;
         split(p, blockDim.x, offset_step, place_step);
@@ -110,7 +111,7 @@ DEVICE bool sums_of_planes(const Parameters& p, const Task& task) {
         for (int k = 0; k < UNROLL; ++k) {
             if (i + k * threads < task.count) {
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) sums.add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                for (int j = 0; j < WIDTH; ++j) sums.add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : 0);
                 taken += WIDTH;
             }
         }
@@ -149,7 +150,7 @@ DEVICE void map_of_planes(const Parameters& p, const Task& task) {
             if (i + k * threads < task.count) {
                 typename T::Value result[WIDTH];
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) result[j] = map.of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                for (int j = 0; j < WIDTH; ++j) result[j] = map.of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : 0);
                 of_x[k].set(result);
                 of_x[k].store(out + offset[k]);
             }
@@ -214,7 +215,7 @@ DEVICE bool sums_of_lines(const Parameters& p, const Task& task) {
             for (int k = 0; k < UNROLL; ++k) {
                 if (i + k * column.rows < task.count) {
 #pragma unroll
-                    for (int j = 0; j < WIDTH; ++j) sums[j].add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                    for (int j = 0; j < WIDTH; ++j) sums[j].add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : 0);
                     ++taken;
                 }
             }
@@ -267,7 +268,7 @@ DEVICE void map_of_lines(const Parameters& p, const Task& task) {
                 typename T::Value result[WIDTH];
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) {
-                    result[j] = map[j].of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
+                    result[j] = map[j].of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : 0);
                 }
                 of_x[k].set(result);
                 of_x[k].store(out + start + k * column.step);

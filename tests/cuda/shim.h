@@ -307,9 +307,16 @@ inline void __syncthreads() { shim::wait(shim::now->block->barrier, shim::block_
 inline void __syncwarp(unsigned = 0xffffffffu) { shim::wait(shim::warp().barrier, shim::warp().lanes); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { shim::leave(); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return shim::from_lane(value, shim::now->index.x % 32 ^ mask); }
-template <class T> T __shfl_sync(unsigned, T value, int lane) { return shim::from_lane(value, lane); }
-template <class T> T atomicAdd(T* at, T value) {
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    return shim::from_lane(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return shim::from_lane(value, shim::now->index.x % 32 ^ mask);
+}
+template <class T>
+T atomicAdd(T* at, T value) {
     const T before = *at;
     *at += value;
     shim::progress = true;

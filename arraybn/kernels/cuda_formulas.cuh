@@ -1,0 +1,223 @@
+// What is done to a value and to a channel: the formulas of reference.py, the maps and the sums.
+//
+// Names and labels are those of reference.py. Data is (N, C, S); what belongs to a channel is float64 and (C,).
+
+// ---- The formulas of reference.py for one channel -------------------------------------------------------------------
+
+// Sums about a shift become sums about another, delta lower: n values d are d + delta.
+DEVICE void recentre(double n, double delta, double& s, double& q) {
+    const double moved = fma(n, delta, s);
+    q = fma(delta, s + moved, q);
+    s = moved;
+}
+
+// (E1) mean and m2 from the sums of d = x - shift and of its squares.
+DEVICE Pair moments_of(double n, double shift, double s, double q) {
+    const double d = s / n;
+    const bool overflow = !is_finite(q) && q > 0 && is_finite(d);  // the squares alone: m2 is inf, as in NumPy
+    const double m2 = overflow ? q : q - s * d;
+    Pair moments = {shift + d, m2 < 0 ? 0 : m2};
+    return moments;
+}
+
+// (E3)
+DEVICE double rstd_of(double var, double eps) {
+    const double total = var + eps;
+    return total == 0 ? 0 : 1 / sqrt(total);
+}
+
+// (E3) a and c of y = weight * xhat + bias = a * (x - mean) + c
+DEVICE void normalize(const Parameters& p, int64 channel, double& a, double& c) {
+    const double rstd = p.rstd[channel];
+    a = p.weight ? p.weight[channel] * rstd : rstd;
+    c = p.bias ? p.bias[channel] : 0;
+}
+
+// (E5) dweight and dbias from the sums of dy and of dy * (x - mean)
+DEVICE void parameter_gradients(double sum_dy, double sum_dy_x, double rstd, double& dweight, double& dbias) {
+    dweight = rstd * sum_dy_x;
+    dbias = sum_dy;
+}
+
+// (E6) a, b and c of dx = weight * rstd * (dy - dbias/n - xhat * dweight/n) = a * dy + b * (x - mean) + c
+DEVICE void input_gradient(const Parameters& p, int64 channel, double& a, double& b, double& c) {
+    const double rstd = p.rstd[channel], n = (double)p.n;
+    a = p.weight ? p.weight[channel] * rstd : rstd;
+    b = -a * rstd * (p.dweight[channel] / n);
+    c = -a * (p.dbias[channel] / n);
+}
+
+// (E4)
+DEVICE double update_running(double running, double value, double momentum) {
+    return (1 - momentum) * running + momentum * value;
+}
+
+// ---- What a map does to a value -------------------------------------------------------------------------------------
+
+// x - mean, where a mean rounded to float32 would move all values of a channel alike: it has a second part.
+template <class Value> struct Centre;
+template <> struct Centre<float> {
+    float high, low;
+    DEVICE Centre() {}
+    DEVICE explicit Centre(double mean) {
+        high = (float)mean;
+        low = is_finite(high) ? (float)(mean - (double)high) : 0.0f;
+    }
+    DEVICE float from(float x) const { return (x - high) - low; }
+};
+template <> struct Centre<double> {
+    double mean;
+    DEVICE Centre() {}
+    DEVICE explicit Centre(double given) : mean(given) {}
+    DEVICE double from(double x) const { return x - mean; }
+};
+
+// (E3, E7) a * (x - mean) + c
+template <class T>
+struct Affine {
+    typedef typename T::Value Value;
+    enum { INPUTS = 1 };
+    Centre<Value> centre;
+    Value a, c;
+
+    DEVICE Affine() {}
+    DEVICE Affine(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
+        double wide_a, wide_c;
+        if (p.rstd) {
+            normalize(p, channel, wide_a, wide_c);
+        } else {
+            wide_a = p.a[channel];
+            wide_c = p.c[channel];
+        }
+        a = (Value)wide_a;
+        c = (Value)wide_c;
+    }
+    DEVICE Value of(Value x, Value) const { return fused(a, centre.from(x), c); }
+};
+
+// A power of two near the root of |b|; 1 where that has none.
+DEVICE double half_way(double b) {
+    const int exponent = (int)(double_to_bits(b) >> 52 & 0x7ff);
+    if (exponent == 0 || exponent == 0x7ff) return 1;
+    const uint64 half = (uint64)(1023 + (exponent - 1023) / 2) << 52;
+    return words_to_double((uint32)half, (uint32)(half >> 32));
+}
+
+// (E6) a * u + b * (x - mean) + c. b goes as rstd squared, which leaves the range of float32 when rstd does not; so it
+// is two factors, one of them a power of two, which rounds nothing.
+template <class T>
+struct Affine2 {
+    typedef typename T::Value Value;
+    enum { INPUTS = 2 };
+    Centre<Value> centre;
+    Value a, b, scale, c;
+
+    DEVICE Affine2() {}
+    DEVICE Affine2(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
+        double wide_a, wide_b, wide_c;
+        if (p.rstd) {
+            input_gradient(p, channel, wide_a, wide_b, wide_c);
+        } else {
+            wide_a = p.a[channel];
+            wide_b = p.b[channel];
+            wide_c = p.c[channel];
+        }
+        const double power = half_way(wide_b);
+        a = (Value)wide_a;
+        b = (Value)(wide_b / power);
+        scale = (Value)power;
+        c = (Value)wide_c;
+    }
+    DEVICE Value of(Value x, Value u) const { return fused(a, u, fused(b, scale * centre.from(x), c)); }
+};
+
+// ---- What is summed -------------------------------------------------------------------------------------------------
+
+// (E1) Sums of d = x - shift and of its squares. Each thread has a shift of its own, the first value it meets, so that
+// an outlier among the first values costs the few values of its thread some digits, and no others.
+template <class T>
+struct MomentSums {
+    typedef typename T::Summed Summed;
+    enum { INPUTS = 1 };
+    Summed shift, few_s, few_q;
+    double s, q;
+
+    // `first` is some value of the channel; p.shift, where given, replaces it.
+    DEVICE static double shift_of(const Parameters& p, int64 channel, double first) {
+        const double shift = p.shift ? p.shift[channel] : first;
+        return is_finite(shift) ? shift : 0;
+    }
+    DEVICE MomentSums() : shift(0), few_s(0), few_q(0), s(0), q(0) {}
+    DEVICE void start(const Parameters& p, int64 channel, double first) { shift = (Summed)shift_of(p, channel, first); }
+    DEVICE void add(Summed x, Summed) {
+        const Summed d = x - shift;
+        few_s += d;
+        few_q = fused(d, d, few_q);
+    }
+    DEVICE void add_few() {
+        s += (double)few_s;
+        q += (double)few_q;
+        few_s = few_q = 0;
+    }
+    // The sums of this thread's n values about the shift of the block.
+    DEVICE void about(double block_shift, double n) { recentre(n, n > 0 ? (double)shift - block_shift : 0, s, q); }
+
+    // mean and m2 of a part
+    DEVICE static Pair part(double n, double shift, double s, double q) { return moments_of(n, shift, s, q); }
+    // (E2) for many parts at once: sums about the first one's mean, or about the shift where one is given
+    DEVICE static double origin(const Parameters& p, int64 channel, Pair first) {
+        return shift_of(p, channel, first.first);
+    }
+    DEVICE static void pool(double n, double origin, Pair part, double& s, double& q) {
+        const double delta = part.first - origin;
+        s += n * delta;
+        q += part.second + n * delta * delta;
+    }
+    DEVICE static Pair pooled(double n, double origin, double s, double q) { return moments_of(n, origin, s, q); }
+    // (E3)
+    DEVICE static void finish(const Parameters& p, int64 channel, Pair moments) {
+        p.mean[channel] = moments.first;
+        p.m2[channel] = moments.second;
+        if (p.rstd) p.rstd[channel] = rstd_of(moments.second / (double)p.n, p.eps);
+    }
+};
+
+// (E5) Sums of u and of u * (x - mean).
+template <class T>
+struct DotSums {
+    typedef typename T::Summed Summed;
+    enum { INPUTS = 2 };
+    Centre<Summed> centre;
+    Summed few_s, few_q;
+    double s, q;
+
+    DEVICE static double shift_of(const Parameters&, int64, double) { return 0; }
+    DEVICE DotSums() : centre(0), few_s(0), few_q(0), s(0), q(0) {}
+    DEVICE void start(const Parameters& p, int64 channel, double) { centre = Centre<Summed>(p.mean[channel]); }
+    DEVICE void add(Summed x, Summed u) {
+        few_s += u;
+        few_q = fused(u, centre.from(x), few_q);
+    }
+    DEVICE void add_few() {
+        s += (double)few_s;
+        q += (double)few_q;
+        few_s = few_q = 0;
+    }
+    DEVICE void about(double, double) {}
+
+    DEVICE static Pair part(double, double, double s, double q) {
+        Pair sums = {s, q};
+        return sums;
+    }
+    DEVICE static double origin(const Parameters&, int64, Pair) { return 0; }
+    DEVICE static void pool(double, double, Pair part, double& s, double& q) {
+        s += part.first;
+        q += part.second;
+    }
+    DEVICE static Pair pooled(double, double, double s, double q) { return part(0, 0, s, q); }
+    DEVICE static void finish(const Parameters& p, int64 channel, Pair sums) {
+        if (p.rstd) parameter_gradients(sums.first, sums.second, p.rstd[channel], sums.second, sums.first);
+        p.dweight[channel] = sums.second;
+        p.dbias[channel] = sums.first;
+    }
+};
