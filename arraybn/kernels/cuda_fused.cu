@@ -122,7 +122,8 @@ DEVICE void resident(const Parameters& p) {
     typedef Item<T, WIDTH> Item;
     typedef typename T::Stored Stored;
     enum { CHANNELS = Place::CHANNELS, UNROLL = Item::UNROLL };
-    DYNAMIC(Item, kept);
+    DYNAMIC_SHARED(memory);
+    Item* kept = (Item*)memory;
     SHARED(Pair, room, MOST_THREADS);
     const Place start(p);
     Sums sums[CHANNELS];

@@ -68,9 +68,7 @@ KEPT = 0.6  # of the L2 cache, where values are found again
 class Plan(NamedTuple):
     """How a forward or backward of (N, C, S) is done in one launch."""
 
-    way: str  # "resident" or "pipeline"
-    layout: str  # "planes" or "lines"
-    width: int  # values in an item
+    kernel: Kernel
     grid: Grid
     numbers: tuple[int, ...]  # as `cuda.Cut` has them
 
@@ -78,6 +76,7 @@ class Plan(NamedTuple):
 class _Data(NamedTuple):
     """What there is to read."""
 
+    dtype: str
     channels: int
     items: int  # of a channel; rows, of lines
     plane: int  # items in a plane
@@ -96,6 +95,11 @@ class _Data(NamedTuple):
         """How many groups of channels there are."""
         return -(-self.channels // (columns * self.width)) if self.lines else self.channels
 
+    def kernel(self, way: str) -> Kernel:
+        """The kernel that goes this way."""
+        name = f"{'forward' if self.inputs == 1 else 'backward'}_{way}_{'lines' if self.lines else 'planes'}"
+        return Kernel(name, self.dtype, self.width, FILES, way == "resident")
+
     def threads(self, items: int, columns: int, each: int) -> int:
         """Of a block, so that each has about so many items."""
         least = columns * self.width if self.lines else 1
@@ -109,7 +113,7 @@ class _Data(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape: tuple[int, int, int], itemsize: int, address: int, inputs: int, device: Device) -> Plan | None:
+def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device) -> Plan | None:
     """How one launch goes over x, or over x and dy (two inputs), of that shape; None where two launches do better.
 
     `address` has the last four bits of every address of data.
@@ -117,13 +121,14 @@ def plan(shape: tuple[int, int, int], itemsize: int, address: int, inputs: int, 
     samples, channels, plane = shape
     if channels == 1:
         samples, plane = 1, samples * plane
-    found = cut(shape, itemsize, address)
+    found = cut(shape, dtype.itemsize, address)
     lines, width = found.layout == "lines", found.width
-    items = samples if lines else samples * plane // width
-    data = _Data(channels, items, 1 if lines else plane // width, lines, width, width * itemsize * inputs, inputs)
+    items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
+    item = width * dtype.itemsize * inputs
+    data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
     if (kept := _resident(data, device)) is not None:
         return kept
-    return None if itemsize == 8 and inputs == 1 else _pipeline(data, device)
+    return None if dtype.itemsize == 8 and inputs == 1 else _pipeline(data, device)
 
 
 def _resident(data: _Data, device: Device) -> Plan | None:
@@ -138,7 +143,7 @@ def _resident(data: _Data, device: Device) -> Plan | None:
             continue
         grid = Grid(groups, data.threads(data.items, columns, ITEMS), shared=kept)
         numbers = data.numbers(groups, 1, data.items, columns)
-        return Plan("resident", "lines" if data.lines else "planes", data.width, grid, numbers)
+        return Plan(data.kernel("resident"), grid, numbers)
     return None
 
 
@@ -160,7 +165,7 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         threads = data.threads(part, columns, UNDER_WAY)
         grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2)
         numbers = data.numbers(groups, parts, part, columns, ahead)
-        return Plan("pipeline", "lines" if data.lines else "planes", data.width, grid, numbers)
+        return Plan(data.kernel("pipeline"), grid, numbers)
     return None
 
 
@@ -169,18 +174,16 @@ class _Fused(_Work):
 
     __slots__ = ()
 
-    def fuse(self, name: str, *, eps: float = 0.0, **vectors: int) -> bool:
+    def fuse(self, *, eps: float = 0.0, **vectors: int) -> bool:
         """Do all with one launch; False where there is no plan for that."""
-        if not self.values:
+        if not self.size:
             return True
         address = (self.x | self.u | self.y) % 16
-        found = plan(self.shape, self.dtype.itemsize, address, 2 if self.u else 1, self.gpu.device())
+        found = plan(self.shape, self.dtype, address, 2 if self.u else 1, self.gpu.device())
         if found is None:
             return False
-        entry = f"{name}_{found.way}_{found.layout}"
-        kernel = Kernel(entry, DTYPES[self.dtype.char], found.width, FILES, found.way == "resident")
-        pointers = tuple(map(vectors.get, _VECTORS, _ZEROS))
-        self.gpu.launch(kernel, found.grid, (self.x, self.u, self.y, *pointers), (eps, 0.0, *found.numbers))
+        pointers = (self.x, self.u, self.y, *map(vectors.get, _VECTORS, _ZEROS))
+        self.gpu.launch(found.kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
         return True
 
 
@@ -195,7 +198,7 @@ def forward(
         mean, m2, rstd = work.vectors(3)
         means, m2s, rstds = gpu.pointer(mean), gpu.pointer(m2), gpu.pointer(rstd)
         given = {"mean": means, "rstd": rstds, "weight": work.vector(weight), "bias": work.vector(bias)}
-        if not work.fuse("forward", m2=m2s, eps=eps, **given):
+        if not work.fuse(m2=m2s, eps=eps, **given):
             work.moments(means, m2s, rstds, eps)
             work.run("affine", **given)
         return mean, m2, rstd, y
@@ -217,7 +220,7 @@ def backward(
             "dweight": gpu.pointer(dweight),
             "dbias": gpu.pointer(dbias),
         }
-        if not work.fuse("backward", **given):
+        if not work.fuse(**given):
             work.run("dots", **given)
             work.run("affine2", **given)
         return dx, dweight, dbias

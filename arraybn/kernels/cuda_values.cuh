@@ -74,9 +74,7 @@ struct alignas(BYTES) Words {
 #ifndef ON_CPU
 
 #define SHARED(type, name, count) __shared__ type name[count]
-#define DYNAMIC(type, name)                                                                                            \
-    extern __shared__ __align__(16) unsigned char shared_memory[];                                                     \
-    type* name = (type*)shared_memory
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define BOUNDS __launch_bounds__(MOST_THREADS)
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \

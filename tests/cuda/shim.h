@@ -334,7 +334,7 @@ struct Pair;
 #define SHARED(type, name, count)                                                                                      \
     static char name##_site;                                                                                           \
     type* name = (type*)shim::shared(&name##_site, sizeof(type) * (count))
-#define DYNAMIC(type, name) type* name = (type*)shim::now->block->dynamic.data()
+#define DYNAMIC_SHARED(name) unsigned char* name = shim::now->block->dynamic.data()
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
 
