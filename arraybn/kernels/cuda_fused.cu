@@ -11,7 +11,7 @@
 #define BOUNDS __launch_bounds__(MOST_THREADS, 1)  // registers as needed, not spilled to let one block more in
 #endif
 
-// ---- Resident: the places of a thread's items, in the data and in shared memory --------------------------------------
+// ---- Resident: the places of a thread's items, in the data and in shared memory -------------------------------------
 // A thread reads from shared memory only what it has copied there itself, so no barrier stands between. Kept in
 // registers, the values of a small channel would be spared this way; but then their number would be fixed for each
 // kernel, and the loads under way would be bound to registers too.
@@ -65,7 +65,7 @@ struct InLines {
     }
 };
 
-// ---- Resident: what a block does -------------------------------------------------------------------------------------
+// ---- Resident: what a block does ------------------------------------------------------------------------------------
 
 enum { ROUNDS = 3 };  // of UNROLL copies under way, while the values of an earlier round are summed up
 
@@ -105,7 +105,8 @@ DEVICE void add_round(const Place& place, const Item* kept, int& slot, Sums* sum
 
 // The sums of the whole block, and of each channel's n values mean and m2 (or what else Sums makes of them).
 template <class Sums, int WIDTH, class Place>
-DEVICE void end_sums(const Parameters& p, const Place& place, const double* shift, Sums* sums, Pair* found, Pair* room) {
+DEVICE void end_sums(
+    const Parameters& p, const Place& place, const double* shift, Sums* sums, Pair* found, Pair* room) {
     enum { CHANNELS = Place::CHANNELS };
     const int threads = blockDim.x;
     const int taken = place.more() ? (place.slots - place.slot + threads - 1) / threads : 0;
@@ -132,6 +133,13 @@ DEVICE void resident(const Parameters& p) {
 
     Place ahead = start;
     for (int round = 0; round < ROUNDS; ++round) copy_round<Sums::INPUTS>(p, ahead, kept);
+    if (start.inside) {
+#pragma unroll
+        for (int j = 0; j < CHANNELS; ++j) {
+            const double first = (double)T::value(((const Stored*)p.x)[start.first() + j]);
+            shift[j] = Sums::shift_of(p, start.channel + j, first);
+        }
+    }
     if (start.more()) {
         int slot = start.slot;
         do {
@@ -140,11 +148,7 @@ DEVICE void resident(const Parameters& p) {
             if (slot == start.slot) {
                 const Item own = kept[slot];
 #pragma unroll
-                for (int j = 0; j < CHANNELS; ++j) {
-                    const double first = (double)T::value(((const Stored*)p.x)[start.first() + j]);
-                    shift[j] = Sums::shift_of(p, start.channel + j, first);
-                    sums[j].start(p, start.channel + j, (double)own[j]);
-                }
+                for (int j = 0; j < CHANNELS; ++j) sums[j].start(p, start.channel + j, (double)own[j]);
             }
             add_round<Sums, WIDTH>(start, kept, slot, sums);
         } while (slot < start.slots);
@@ -202,14 +206,14 @@ DEVICE void resident(const Parameters& p) {
     }
 }
 
-// ---- The pipeline ----------------------------------------------------------------------------------------------------
-// Tickets go first to the sums of p.ahead tasks, then in turn to the map of the earliest task and the sums of the next,
+// ---- The pipeline ---------------------------------------------------------------------------------------------------
+// Tickets go first to the sums of p.ahead tasks, then in turn to the sums of the next task and the map of the earliest,
 // at last to the maps that are left. p.ahead is at least the parts of a group, so the map of a part comes behind all
-// sums of its group; it waits only for lower tickets. Those were drawn by blocks that are running, so however few blocks
-// run at a time, the lowest ticket at work never waits.
+// sums of its group: it waits only for lower tickets. Those were drawn by blocks that are running, so the lowest ticket
+// at work never waits, however few blocks run at a time.
 //
-// p.tickets: how many parts of each group are summed; whether its formulas are applied; the next ticket; how many blocks
-// have found no more tickets. All are zero before and after.
+// p.tickets counts: the parts of each group that are summed; for each group, whether its formulas are applied; the
+// tickets drawn; the blocks that have found no more. All are zero before and after a launch.
 
 struct Step {
     bool sums;    // or the map
@@ -278,7 +282,7 @@ DEVICE void pipeline(const Parameters& p) {
     }
 }
 
-// ---- The kernels -----------------------------------------------------------------------------------------------------
+// ---- The kernels ----------------------------------------------------------------------------------------------------
 
 #define FUSED(name, sums, map)                                                                                         \
     template <class T, int WIDTH> DEVICE void name##_resident_planes(const Parameters& p) {                            \

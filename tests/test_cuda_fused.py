@@ -1,0 +1,594 @@
+"""Forward and backward in one launch, run on the CPU by cuda/shim.h: every way, dtype and order of blocks."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_accuracy
+from cuda import shim
+from test_cuda_compile import ARCHITECTURES, compiled, in_local_memory, resources
+from test_cuda_kernels import NO_RESERVE, SUM, assert_map, assert_sum, coefficients, data, exact_of
+
+import arraybn
+from arraybn import reference
+from arraybn._arrays import FLOATS
+from arraybn.kernels import _cuda_launch, cuda, cuda_fused, select
+from arraybn.kernels._cuda_launch import Device, Grid, Kernel
+
+ROOT = Path(__file__).parents[1]
+H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
+NARROW = H200._replace(shared_in_all=0)  # never room for a second block
+SMALL = Device(multiprocessors=2, cache=2**40, shared=0, shared_in_all=0)  # nothing stays in a block
+LONELY = SMALL._replace(multiprocessors=1)
+
+# The way; (N, C, S); the GPU; and the sizes that make the cut what the name says, where the real ones need larger data
+CASES: dict[str, tuple[str, tuple[int, int, int], Device, dict[str, int]]] = {
+    "one value a channel": ("resident", (1, 3, 1), H200, {}),
+    "one channel": ("resident", (37, 1, 9), H200, {}),
+    "short planes": ("resident", (9, 6, 5), H200, {}),
+    "planes": ("resident", (9, 3, 64), H200, {}),
+    "planes of an odd size": ("resident", (9, 3, 49), H200, {}),
+    "planes that are no multiple of 16 bytes": ("resident", (5, 3, 36), H200, {}),
+    "planes in rounds": ("resident", (3, 2, 1024), H200, {"THREADS": 32}),
+    "odd planes in rounds": ("resident", (40, 2, 49), H200, {"THREADS": 32}),
+    "channels-last": ("resident", (150, 24, 1), H200, {}),
+    "channels-last, narrow": ("resident", (150, 24, 1), NARROW, {}),
+    "channels-last, few rows": ("resident", (3, 16, 1), H200, {}),
+    "channels-last, odd": ("resident", (83, 5, 1), H200, {}),
+    "channels-last in groups": ("resident", (21, 72, 1), H200, {}),
+    "channels-last in rounds": ("resident", (300, 24, 1), NARROW, {"THREADS": 32}),
+    "planes in parts": ("pipeline", (7, 3, 64), SMALL, {"LEAST": 256, "TASK": 256}),
+    "odd planes in parts": ("pipeline", (7, 3, 49), SMALL, {"LEAST": 128, "TASK": 128}),
+    "a long plane in parts": ("pipeline", (1, 2, 2052), SMALL, {"LEAST": 1024, "TASK": 1024, "THREADS": 32}),
+    "one channel in parts": ("pipeline", (64, 1, 9), SMALL, {"LEAST": 256, "TASK": 256}),
+    "one part a channel": ("pipeline", (4, 19, 16), SMALL, {"LEAST": 2**20}),
+    "few ahead": ("pipeline", (7, 5, 64), LONELY, {"LEAST": 512, "TASK": 512, "BLOCKS": 1}),
+    "all ahead": ("pipeline", (7, 2, 64), SMALL, {"LEAST": 512, "TASK": 512, "BLOCKS": 64}),
+    "lines in parts": ("pipeline", (203, 24, 1), SMALL, {"LEAST": 1024, "TASK": 1024}),
+    "lines in short parts": ("pipeline", (11, 16, 1), SMALL, {"LEAST": 128, "TASK": 128}),
+    "odd lines in parts": ("pipeline", (203, 5, 1), SMALL, {"LEAST": 256, "TASK": 256}),
+    "groups of lines in parts": ("pipeline", (60, 136, 1), LONELY, {"LEAST": 512, "TASK": 512, "BLOCKS": 2}),
+    "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
+}
+
+
+def all_kernels(direction: str) -> tuple[Kernel, ...]:
+    """Every fused kernel of a direction, for every dtype and width."""
+    names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
+    return tuple(
+        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, way == "resident")
+        for way, layout, dtype in names
+        for width in cuda.WIDTHS[2 if "16" in dtype else int(dtype[-2:]) // 8]
+    )
+
+
+class Shim(shim.Shim):
+    """Kernels of several libraries, on a GPU that a test describes."""
+
+    def __init__(self, libraries: list[Path], has: Device = H200, **options: int) -> None:
+        super().__init__(libraries[0], **options)
+        self.has = has
+        self.each = [shim.Shim(library) for library in libraries]
+        self.home: dict[int, Any] = {}  # the library of a function
+
+    def device(self) -> Device:
+        return self.has
+
+    def build(self, kernel: Kernel) -> tuple[int, Any]:
+        self.library = next(one.library for one in self.each if hasattr(one.library, kernel.entry))
+        function = super().build(kernel)
+        self.home[function[0]] = self.library
+        return function
+
+    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
+        self.library = self.home[function]
+        super().start(function, grid, stream, arguments)
+
+
+@pytest.fixture(scope="module")
+def libraries() -> list[Path]:
+    kernels = [tuple(shim.all_kernels()), all_kernels("forward"), all_kernels("backward")]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(shim.build, kernels))
+
+
+def installed(libraries: list[Path], **options: Any) -> Any:
+    """Within it, NumPy arrays go through the fused kernels."""
+    return mock.patch.object(_cuda_launch, "launcher", mock.Mock(return_value=Shim(libraries, **options)))
+
+
+@pytest.fixture(autouse=True)
+def gpu(libraries: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
+    def by_default(x: Any, kernels: Any = None) -> Any:
+        return select(x, cuda_fused if kernels is None else kernels)
+
+    monkeypatch.setattr("arraybn.functional.select", by_default)
+    monkeypatch.setattr("arraybn.statistics.select", by_default)
+    with installed(libraries):
+        yield _cuda_launch.launcher()
+    cuda_fused.plan.cache_clear()
+
+
+def set_case(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[int, int, int], Device]:
+    """The shape and the GPU of a case; its sizes are set."""
+    _, shape, has, sizes = CASES[name]
+    for size, value in sizes.items():
+        monkeypatch.setattr(cuda_fused, size, value)
+    cuda_fused.plan.cache_clear()
+    return shape, has
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(N, C, S), which goes the way that the table says."""
+    shape, gpu.has = set_case(request.param, monkeypatch)
+    return shape
+
+
+def both(shape: tuple[int, int, int], dtype: str, kernels: Any = cuda_fused) -> list[Any]:
+    """mean, m2, rstd, y, dx, dweight and dbias."""
+    dy, x = data(shape, dtype, 1, 0.5), data(shape, dtype)
+    weight, bias = coefficients(shape[1])[:2]
+    mean, m2, rstd, y = kernels.forward(x, weight, bias, 1e-5)
+    return [mean, m2, rstd, y, *kernels.backward(dy, x, mean, rstd, weight)]
+
+
+def assert_right(shape: tuple[int, int, int], dtype: str) -> None:
+    """A forward and a backward of such data are exact to rounding."""
+    n, eps, (weight, bias) = shape[0] * shape[2], 1e-5, coefficients(shape[1])[:2]
+    exact_dy, exact_x = exact_of(data(shape, dtype, 1, 0.5), data(shape, dtype))
+    mean, m2, rstd, y, dx, dweight, dbias = both(shape, dtype)
+    exact_mean = exact_x.sum(axis=(0, 2)) / n
+    assert np.all(np.abs(mean - exact_mean) <= SUM[dtype] * 4 + 2.0**-50)
+    exact_m2 = ((exact_x - exact_mean[:, None]) ** 2).sum(axis=(0, 2))
+    assert np.all(np.abs(m2 - exact_m2) <= 8 * SUM[dtype] * exact_m2)
+    assert n == 1 or np.all(np.abs(1.001 * m2 - exact_m2) > 8 * SUM[dtype] * exact_m2)  # the control
+    np.testing.assert_array_equal(rstd, reference.rstd(m2 / n, eps))
+    d = exact_x - mean[:, None]
+    a, c = (vector[:, None] for vector in reference.normalize(rstd, weight, bias))
+    assert_map(y, a * d + c, abs(a * d) + abs(c), dtype)
+
+    assert_sum(dbias, exact_dy, dtype)
+    a, b, c = (vector[:, None] for vector in reference.input_gradient(dweight, dbias, n, rstd, weight))
+    if n > 1:
+        assert_sum(dweight / rstd, exact_dy * d, dtype)
+        assert_map(dx, a * exact_dy + b * d + c, abs(a * exact_dy) + abs(b * d) + abs(c), dtype)
+    else:
+        assert np.all(abs(dx.astype("f8")) <= 2.0**-20 * abs(a))
+
+
+# ---- What they give --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_each_way_is_exact_to_rounding(case: Any, dtype: str, gpu: Shim) -> None:
+    assert_right(case, dtype)
+    names = [name for name, _ in gpu.launches]
+    way = next(way for way, shape, has, _ in CASES.values() if (shape, has) == (case, gpu.has))
+    layout = "lines" if case[2] == 1 < case[1] else "planes"
+    sweeps = {"forward": ["moments", "moments", "affine"][dtype != "float64" :], "backward": ["dots", "affine2"]}
+    expected = []
+    for direction, names_of_it in sweeps.items():
+        split = way == "split" or (way == "pipeline" and (direction, dtype) == ("forward", "float64"))
+        expected += names_of_it if split else [f"{direction}_{way}"]
+    assert [re.sub(f"_{layout}_{dtype}_.*", "", name) for name in names] == expected
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_it_is_the_split_sweeps_to_rounding(case: Any, dtype: str) -> None:
+    for got, want in zip(both(case, dtype), both(case, dtype, cuda), strict=True):
+        last = (
+            2.0**-7
+            if dtype == "bfloat16"
+            else 2.0**-10
+            if dtype == "float16"
+            else 1e-6
+            if dtype == "float32"
+            else 1e-14
+        )
+        tolerance = last if got.ndim == 3 else 4 * SUM[dtype]
+        scale = max(1.0, float(abs(want.astype("f8")).max()))
+        np.testing.assert_allclose(got.astype("f8"), want.astype("f8"), rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_bits_are_the_same_each_time_whichever_blocks_run_first(
+    case: Any, dtype: str, gpu: Shim, libraries: list[Path]
+) -> None:
+    results = []
+    for seed, resident in [(0, 3), (1, 1), (2, 9), (3, 2)]:
+        with installed(libraries, has=gpu.has, seed=seed, resident=resident):
+            runs = [both(case, dtype) for _ in range(1 + (seed == 0))]
+            results += [[array.tobytes() for array in run] for run in runs]
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_result_in_place_has_the_same_bits(case: Any, dtype: str) -> None:
+    dy, x = data(case, dtype, 1, 0.5), data(case, dtype)
+    mean, _, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+    dx = cuda_fused.backward(dy, x, mean, rstd, None)[0]
+    for target in ("dy", "x"):
+        inputs = {"dy": dy.copy(), "x": x.copy()}
+        result = cuda_fused.backward(**inputs, mean=mean, rstd=rstd, weight=None, out=inputs[target])[0]
+        assert result is inputs[target]
+        np.testing.assert_array_equal(result, dx)
+    target = x.copy()
+    assert cuda_fused.forward(target, None, None, 1e-5, target)[3] is target
+    np.testing.assert_array_equal(target, y)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_outliers_among_the_first_values_cost_no_digit_that_is_promised(case: Any, dtype: str) -> None:
+    x = data(case, dtype, offset=0.0)
+    x[:1, :, :8] = 1e4  # the shift of some threads and blocks
+    (exact,) = exact_of(x)
+    exact_m2 = ((exact - (exact.sum(axis=(0, 2)) / (case[0] * case[2]))[:, None]) ** 2).sum(axis=(0, 2))
+    error = np.abs(cuda_fused.forward(x, None, None, 1e-5)[1] - exact_m2)
+    assert np.all(error <= 8 * SUM[dtype] * exact_m2)
+    if dtype == "float64":
+        assert np.all(error <= 4 * np.spacing(exact_m2.astype(np.float64)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_n3_constant_channels_give_exactly_bias(case: Any, dtype: str) -> None:
+    x = np.broadcast_to(np.linspace(-3.3, 1e4, case[1])[:, None], case).astype(data((1,), dtype).dtype)
+    bias = coefficients(case[1])[0]
+    mean, m2, _, y = cuda_fused.forward(x, None, bias, 1e-5)
+    np.testing.assert_array_equal(mean, x[0, :, 0].astype("f8"))
+    np.testing.assert_array_equal(m2, 0)
+    rounded = bias if dtype == "float64" else bias.astype("f4")
+    np.testing.assert_array_equal(y, np.broadcast_to(rounded.astype(x.dtype)[:, None], case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nan_and_inf_stay_in_their_channel(case: Any, dtype: str) -> None:
+    x = data(case, dtype)
+    clean = cuda_fused.forward(x, None, None, 1e-5)
+    for place, value in itertools.product((0, -1), (np.nan, np.inf, -np.inf)):
+        spoiled = x.copy()
+        spoiled[place, 0, place] = value
+        mean, m2, _, y = cuda_fused.forward(spoiled, None, None, 1e-5)
+        np.testing.assert_array_equal(mean[0], value)
+        assert np.isnan(m2[0])
+        assert np.all(np.isnan(y[:, 0]))
+        np.testing.assert_array_equal(mean[1:], clean[0][1:])
+        np.testing.assert_array_equal(y[:, 1:], clean[3][:, 1:])
+
+
+# ---- N1 and N2, as for the other kernels, by each way ----------------------------------------------------------------
+
+
+@pytest.fixture(params=["resident", "pipeline"])
+def way(request: pytest.FixtureRequest, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "pipeline":
+        gpu.has = SMALL
+        monkeypatch.setattr(cuda_fused, "LEAST", 1024)
+        monkeypatch.setattr(cuda_fused, "TASK", 1024)
+        cuda_fused.plan.cache_clear()
+    yield
+    assert any(f"_{request.param}_" in name for name, _ in gpu.launches)
+
+
+@pytest.mark.usefixtures("way")
+class TestPromises:
+    """Of the library, through `batch_norm`."""
+
+    @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
+    def test_n1_n2_float32(self, shape: str, scale: str) -> None:
+        test_accuracy.test_n1_float32_statistics_are_within_one_ulp(shape, scale)
+        test_accuracy.test_n2_float32_y_is_within_4_ulp_and_dx_within_12(shape, scale)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("shape", ["small", "tall", "images", "two values"])
+    def test_n2_half_precision(self, dtype: str, shape: str) -> None:
+        test_accuracy.test_n2_half_precision_is_within_an_ulp_more_than_rounding(dtype, shape)
+
+    @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
+    def test_n2_float64(self, shape: str, scale: str) -> None:
+        test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: Shim) -> None:
+    shape = (6, 4, 7, 7) if axis == 1 else (6, 7, 7, 4)
+    results = []
+    for kernels in (cuda_fused, reference):
+        with pytest.MonkeyPatch.context() as patch:
+            for room in ("functional", "statistics"):
+                patch.setattr(f"arraybn.{room}.select", lambda x, _=None, kernels=kernels: kernels)
+            layer = arraybn.BatchNorm2d(4, channel_axis=axis)
+            y = layer(data(shape, "float32", 0))
+            dx = layer.backward(data(shape, "float32", 9, 0.5))
+            layer.eval()
+            z = layer(data(shape, "float32", 5))
+            results.append([y, dx, z, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    names = [re.split("_(planes|lines|float)", name)[0] for name, _ in gpu.launches]
+    assert names == ["forward_resident", "running", "backward_resident", "affine"]
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["planes", "channels-last", "planes in parts", "lines in parts"])
+def test_any_alignment_of_the_values_will_do(dtype: str, name: str, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, gpu.has = set_case(name, monkeypatch)
+    values, weight = data(shape, dtype), coefficients(shape[1])[0]
+    mean, _, rstd, y = cuda_fused.forward(values, weight, None, 1e-5)
+    dx = cuda_fused.backward(values, values, mean, rstd, weight)[0]
+    itemsize = values.itemsize
+    tolerance = {2: 2.0**-7, 4: 1e-6, 8: 1e-14}[itemsize]
+    for offset in (itemsize, 8):
+        x, out = shim.guarded(shape, values.dtype, offset), shim.guarded(shape, values.dtype, 16 - offset)
+        x[...] = values
+        gpu.launches.clear()
+        for backward, want in [(False, y), (True, dx)]:
+            if backward:
+                result = cuda_fused.backward(x, x, mean, rstd, weight, out)[0]
+            else:
+                result = cuda_fused.forward(x, weight, None, 1e-5, out)[3]
+            assert result is out
+            shim.assert_guards(out)
+            np.testing.assert_allclose(result.astype("f8"), want.astype("f8"), rtol=tolerance, atol=4 * tolerance)
+        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
+        assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
+
+
+def test_arrays_that_a_kernel_cannot_take_as_they_are_give_the_same_bits() -> None:
+    x = data((6, 4, 40), "float32")
+    mean, _, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+    strided = np.repeat(x, 2, axis=2)[:, :, ::2]
+    np.testing.assert_array_equal(cuda_fused.forward(strided, None, None, 1e-5)[3], y)
+    want = cuda_fused.backward(x, x, mean, rstd, None)
+    for got, expected in zip(cuda_fused.backward(strided, strided, mean, rstd, None), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_nothing_in_gives_nothing_out(gpu: Shim) -> None:
+    for shape in [(0, 3, 5), (4, 3, 0), (0, 3, 1)]:
+        x = np.empty(shape, np.float32)
+        mean, m2, _, y = cuda_fused.forward(x, None, None, 1e-5)
+        dx, dweight, dbias = cuda_fused.backward(x, x, mean, mean, None)
+        assert y.shape == dx.shape == x.shape
+        for vector in (mean, m2, dweight, dbias):
+            np.testing.assert_array_equal(vector, np.zeros(3))
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("has", [H200, SMALL])
+@pytest.mark.parametrize("shape", [(3, 2, 16), (3, 16, 1)])
+def test_places_beyond_2_31_are_reached(has: Device, shape: tuple[int, int, int], gpu: Shim) -> None:
+    stride = 2**31 + 64  # values from a sample to the next: the rest of a sample is never looked at
+    size = 2 * (2 * stride + 64)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    line = np.frombuffer(memory, np.float16)
+    where = np.arange(3)[:, None] * stride + np.arange(shape[1] * shape[2])
+    x = data(shape, "float16")
+    line[where] = x.reshape(3, -1)
+    plan = cuda_fused.plan(shape, x.dtype, 0, 1, has)
+    assert plan is not None
+    place = _cuda_launch.NUMBERS.index("stride")
+    numbers = (*plan.numbers[:place], stride, *plan.numbers[place + 1 :])
+    mean, m2, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+    got = np.zeros((3, shape[1]))
+    vectors = dict(zip(("mean", "m2", "rstd"), (gpu.pointer(vector) for vector in got), strict=True))
+    pointers = tuple(vectors.get(vector, 0) for vector in _cuda_launch.POINTERS[3:-2])
+    address = gpu.pointer(line)
+    gpu.launch(plan.kernel, plan.grid, (address, 0, address, *pointers), (1e-5, 0.0, *numbers))
+    np.testing.assert_allclose(got, [mean, m2, rstd], rtol=1e-6)
+    np.testing.assert_allclose(line[where].reshape(shape), y, rtol=2e-3, atol=2e-3)
+    del line
+    memory.close()
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+# On an H200, at 32 images: what becomes of a forward and a backward, channels-first and channels-last. KiB of a channel
+# (or of 32 bytes of each row) decide whether a block keeps it: it has 227, of which the sums take 5.
+RESNET = {
+    # channels, side, bytes of a value: channels-first forward, backward; channels-last forward, backward
+    (64, 112, 4): "pipeline pipeline pipeline split",  # 1568 KiB; channels-last 32 bytes of all rows are 12 MiB, or 25
+    (256, 56, 4): "pipeline pipeline pipeline pipeline",  # 392 KiB
+    (512, 28, 4): "resident resident pipeline pipeline",  # 98 KiB and 196; channels-last 784
+    (1024, 14, 4): "resident resident resident pipeline",  # 24.5 and 49 KiB; channels-last 196 and 392
+    (2048, 7, 4): "resident resident resident resident",  # 6 and 12 KiB; channels-last 49 and 98
+    (64, 112, 2): "pipeline pipeline pipeline split",  # 784 KiB
+    (256, 56, 2): "resident pipeline pipeline pipeline",  # 196 and 392 KiB
+    (512, 28, 2): "resident resident pipeline pipeline",  # 49 and 98 KiB; channels-last 784
+    (1024, 14, 2): "resident resident pipeline pipeline",  # channels-last 196 KiB, but only 64 blocks for 132
+    (2048, 7, 2): "resident resident resident resident",  # channels-last 49 and 98 KiB, 128 blocks
+}
+
+
+@pytest.mark.parametrize("key", RESNET)
+def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> None:
+    channels, side, itemsize = key
+    images, lines = (32, channels, side * side), (32 * side * side, channels, 1)
+    ways = []
+    for shape, inputs in itertools.product((images, lines), (1, 2)):
+        plan = cuda_fused.plan(shape, np.dtype(f"f{itemsize}"), 0, inputs, H200)
+        ways.append("split" if plan is None else plan.kernel.name.split("_")[1])
+    assert " ".join(ways) == RESNET[key]
+
+
+def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
+    for channels, side, itemsize in RESNET:
+        for inputs in (1, 2):
+            plan = cuda_fused.plan((32, channels, side * side), np.dtype(f"f{itemsize}"), 0, inputs, H200)
+            assert plan is not None
+            if plan.kernel.dynamic:
+                together = H200.shared_in_all // (plan.grid.shared + cuda_fused.ROOM)
+                assert together >= (2 if plan.grid.shared < 100 * 2**10 else 1)
+                assert min(together, 2048 // plan.grid.threads) * plan.grid.threads >= 256
+            else:
+                assert plan.grid.blocks == 4 * 132
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    kind, found = data((1,), dtype).dtype, {"resident": 0, "pipeline": 0, "split": 0}
+    for _ in range(1500):
+        shape = tuple(int(2 ** rng.uniform(0, high)) for high in (14, 13, 16))
+        shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
+        inputs, has = int(rng.integers(1, 3)), [H200, SMALL, LONELY, NARROW][rng.integers(4)]
+        address = int(rng.choice([0, kind.itemsize, 8]))
+        plan = cuda_fused.plan.__wrapped__(shape, kind, address, inputs, has)
+        if plan is None:
+            found["split"] += 1
+            continue
+        n, channels, groups, parts, items, part, plane, stride, columns, ahead = plan.numbers[:10]
+        blocks, threads, partials, tickets, shared = plan.grid
+        width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
+        slots = columns * width if lines else 1
+        assert (n, channels) == (shape[0] * shape[2], shape[1])
+        assert groups * slots >= channels > (groups - 1) * slots
+        assert items * (1 if lines else width) == n
+        assert (parts - 1) * part < items <= parts * part
+        assert threads in (32, 64, 128, 256)
+        assert threads % slots == 0
+        assert stride == (channels if lines else plane * width * (channels if channels > 1 else 1))
+        found[plan.kernel.name.split("_")[1]] += 1
+        if plan.kernel.dynamic:
+            assert (blocks, parts, tickets, partials) == (groups, 1, 0, 0)
+            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - cuda_fused.ROOM
+        else:
+            assert shared == 0
+            assert groups * parts >= ahead >= parts  # so the sums of a group come before its maps
+            assert tickets == 2 * groups + 2
+            assert partials == (16 * groups * parts * slots if parts > 1 else 0)
+            assert ahead * part * columns * width * kind.itemsize * inputs <= cuda_fused.KEPT * has.cache
+            assert 0 < blocks <= cuda_fused.BLOCKS * has.multiprocessors
+    assert min(found.values()) > 50, found
+
+
+# ---- The shim finds what it is there to find -------------------------------------------------------------------------
+
+# What is changed in the source, and where it shows
+PLANTED: dict[str, tuple[str, str, str]] = {
+    "a map does not wait for its sums": ("            wait_for(ready);\n", "", "planes in parts"),
+    "the first part of a group publishes": ("if (last) publish(ready);", "publish(ready);", "planes in parts"),
+    "the next group": ("uint32 group = step.task /", "uint32 group = (step.task + 1) /", "planes in parts"),
+    "another part": ("step.task - group * (uint32)p.parts)", "step.task - group)", "lines in parts"),
+    "a task is left out": ("step.task = ticket - tasks;", "step.task = ticket - tasks - 1;", "odd lines in parts"),
+    "a map comes before its sums": ("ahead = (uint32)p.ahead,", "ahead = (uint32)p.ahead / 2,", "few ahead"),
+    "the flags stay": ("p.tickets[p.groups + i] = 0;", "(void)i;", "one part a channel"),
+    "a round of copies is not waited for": ("wait_for_rounds<ROUNDS>();", "", "planes in rounds"),
+    "a round too few": ("wait_for_rounds<ROUNDS>();", "wait_for_rounds<ROUNDS + 1>();", "planes in rounds"),
+    "dy lies over x": ("copy_later<sizeof(Item)>(kept + place.slots +", "copy_later<sizeof(Item)>(kept +", "planes"),
+    "a value is kept in the next place": ("kept + place.slot, (const Stored*)p.x", "kept + place.slot + 1, (const Stored*)p.x", "planes of an odd size"),
+    "no barrier before the map": ("    __syncthreads();\n    if (!start.more()) return;", "    if (!start.more()) return;", "planes"),
+    "another thread's number of values": ("+ threads - 1) / threads : 0;", "+ threads) / threads : 0;", "channels-last"),
+    "a channel too far": ("if (start.inside && start.row == j)", "if (start.row == j)", "channels-last in groups"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_error_is_found(
+    planted: str, libraries: list[Path], gpu: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, name = PLANTED[planted]
+    shape, gpu.has = set_case(name, monkeypatch)
+    plans = [cuda_fused.plan(shape, np.dtype("f4"), 0, inputs, gpu.has) for inputs in (1, 2)]
+    kernels = tuple(plan.kernel for plan in plans if plan is not None)
+    library = shim.build(kernels, changed=(old, new))
+    for seed, resident in [(1, 1), (1, 9)]:  # right without it
+        with installed(libraries, has=gpu.has, seed=seed, resident=resident):
+            assert_right(shape, "float32")
+    found = 0
+    for seed, resident in [(1, 1), (1, 9)]:
+        with installed([library], has=gpu.has, seed=seed, resident=resident):
+            try:
+                assert_right(shape, "float32")
+            except (AssertionError, RuntimeError):
+                found += 1
+    assert found
+
+
+SANITIZED = """
+    import sys
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from pathlib import Path
+    import numpy as np
+    from cuda import shim
+    from arraybn.kernels import _cuda_launch, cuda_fused
+    cuda_fused.LEAST = cuda_fused.TASK = 512
+    gpus = [_cuda_launch.Device(132, 2**40, 2**18, 2**18), _cuda_launch.Device(2, 2**40, 0, 0)]
+    with shim.install(Path(sys.argv[1])) as installed:
+        for has in gpus:
+            installed.device = lambda: has
+            for shape in [(9, 3, 64), (9, 3, 49), (203, 24, 1), (203, 5, 1), (7, 4, 196)]:
+                size = int(np.prod(shape))
+                x, dy = (np.random.default_rng(k).standard_normal(size).astype("f4").reshape(shape) for k in (0, 1))
+                mean, m2, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+                cuda_fused.backward(dy, x, mean, rstd, None)
+    print("clean")
+"""
+
+
+@pytest.mark.parametrize("changed", [None, ("slots = (int)p.items;", "slots = (int)p.items + 1;")])
+def test_address_sanitizer_finds_nothing_but_what_is_planted(changed: tuple[str, str] | None) -> None:
+    command = [str(shim.compiler()), "-print-file-name=libasan.so"]
+    asan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(asan).is_absolute():
+        pytest.skip("g++ has no libasan here")
+    kernels = tuple(k for k in all_kernels("forward") + all_kernels("backward") if k.dtype == "float32")
+    library = shim.build(kernels, "-O0", "-fsanitize=address", changed=changed)
+    code = textwrap.dedent(SANITIZED).format(tests=str(ROOT / "tests"), root=str(ROOT))
+    environment = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    command = [sys.executable, "-c", code, str(library)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    if changed is None:
+        assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[-3000:]
+    else:
+        assert run.returncode != 0
+        assert "AddressSanitizer: heap-buffer-overflow" in run.stderr or "out of place" in run.stderr
+
+
+# ---- Compiled for GPUs -----------------------------------------------------------------------------------------------
+
+
+# The one that needs most registers of each way and layout, and two that were near a spill; all of them, which takes
+# minutes, where ARRAYBN_COMPILE=all.
+COMPILED = [
+    Kernel("backward_resident_lines", "float16", 8, cuda_fused.FILES),
+    Kernel("forward_resident_planes", "float32", 1, cuda_fused.FILES),
+    Kernel("forward_pipeline_lines", "bfloat16", 8, cuda_fused.FILES),
+    Kernel("backward_pipeline_planes", "float64", 1, cuda_fused.FILES),
+    Kernel("forward_pipeline_planes", "bfloat16", 4, cuda_fused.FILES),
+]
+REGISTERS = 65536 // 256  # of a thread at most, so that a block of 256 threads fits into a multiprocessor
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernels_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
+    everything = os.environ.get("ARRAYBN_COMPILE") == "all"
+    kernels = [*all_kernels("forward"), *all_kernels("backward")] if everything else COMPILED
+    found = resources(compiled(_cuda_launch.source(*kernels), architecture, tmp_path))
+    assert set(found) == {kernel.entry for kernel in kernels}
+    assert in_local_memory(found) == []
+    assert max(of["registers"] for of in found.values()) <= REGISTERS
+
+
+def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
+    text = _cuda_launch._text("cuda_fused.cu")
+    assert text.isascii()
+    assert not re.search(r"^\s*#\s*include|\basm\b", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
