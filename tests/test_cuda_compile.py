@@ -95,7 +95,7 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
 
 def test_spills_are_found(tmp_path: Path) -> None:
     source = _cuda_launch.source(Kernel("dots_lines", "float16", 8))
-    crowded = source.replace("__launch_bounds__(MOST_THREADS)", "__launch_bounds__(MOST_THREADS, 6)")  # 42 registers
+    crowded = source.replace("__launch_bounds__(MOST_THREADS, 2)", "__launch_bounds__(MOST_THREADS, 6)")  # 42 registers
     found = resources(compiled(crowded, "sm_90", tmp_path))
     assert in_local_memory(found) == ["dots_lines_float16_8"]
 

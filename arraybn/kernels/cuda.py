@@ -23,7 +23,7 @@ from ._cuda_launch import Grid, Kernel
 PART = 2**16  # bytes of x that a block takes of a channel, about
 LEAST = 2**14  # bytes that are worth a block
 BLOCKS = 528  # that keep a large GPU busy: four on each of 132 multiprocessors
-ROW = 128  # bytes side by side that the threads of a block take of a row
+ROW = 64  # bytes that the threads of a block take of a row; few, so that there are enough blocks with few parts each
 MOST_ROWS = 2**15  # in a part, which keeps rounding small
 THREADS = 256  # in a block at most
 WARP = 32

@@ -6,11 +6,6 @@
 // Pipeline, for channels that are too large for that: blocks draw tickets for tasks, which are those of the sweeps. The
 // map of a part comes some tasks behind its sums, so that it finds its values in the cache.
 
-#ifndef ON_CPU
-#undef BOUNDS
-#define BOUNDS __launch_bounds__(MOST_THREADS, 1)  // registers as needed, not spilled to let one block more in
-#endif
-
 // ---- Resident: the places of a thread's items, in the data and in shared memory -------------------------------------
 // A thread reads from shared memory only what it has copied there itself, so no barrier stands between. Kept in
 // registers, the values of a small channel would be spared this way; but then their number would be fixed for each

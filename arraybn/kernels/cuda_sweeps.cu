@@ -31,6 +31,8 @@ DEVICE Task task_of(const Parameters& p, int64 block) {
 DEVICE Task sums_task(const Parameters& p) { return task_of(p, blockIdx.x); }
 DEVICE Task map_task(const Parameters& p) { return task_of(p, (int64)gridDim.x - 1 - blockIdx.x); }
 
+enum { AT_ONCE = 4 };  // loads of sums under way
+
 // Pools the parts of a group once all are there. Each of the first `slots` threads has a channel and, in `sums`, what
 // its block found for it; `width` is how many values of a channel are in an item. Whether this block was the last.
 template <class Sums>
@@ -42,11 +44,22 @@ DEVICE bool finish(const Parameters& p, const Task& task, int slots, int width, 
         if (thread < slots) partials[task.part * slots + slot] = sums;
         if (!last_to_arrive(p.tickets + task.group, p.parts, ticket)) return false;
         // Threads with the same slot share its parts; all of them know the channel's origin.
+        const int64 known = channel < p.channels ? channel : 0;
+        const double origin = Sums::origin(p, known, load_shared(partials + slot));
+        const int rows = blockDim.x / slots;
         double s = 0, q = 0;
-        const int64 shared = channel < p.channels ? channel : 0;
-        const double origin = Sums::origin(p, shared, load_shared(partials + slot));
-        for (int64 part = thread / slots; part < p.parts; part += blockDim.x / slots) {
-            Sums::pool((double)items_in(p, part) * width, origin, load_shared(partials + part * slots + slot), s, q);
+        for (int64 first = thread / slots; first < p.parts; first += AT_ONCE * rows) {
+            Pair found[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int64 part = first + k * rows;
+                if (part < p.parts) found[k] = load_shared(partials + part * slots + slot);
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int64 part = first + k * rows;
+                if (part < p.parts) Sums::pool((double)items_in(p, part) * width, origin, found[k], s, q);
+            }
         }
         sum_over_block(s, q, slots, room);
         sums = Sums::pooled((double)p.n, origin, s, q);
@@ -113,6 +126,7 @@ DEVICE bool sums_of_planes(const Parameters& p, const Task& task) {
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) sums.add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : 0);
                 taken += WIDTH;
+                if (sizeof(typename Sums::Summed) == 4 && WIDTH > 1) sums.add_few();  // before float32 is too narrow
             }
         }
         sums.add_few();

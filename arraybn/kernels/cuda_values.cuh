@@ -75,9 +75,10 @@ struct alignas(BYTES) Words {
 
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define BOUNDS __launch_bounds__(MOST_THREADS)
+// Two blocks of 256 threads fit into a multiprocessor: 128 registers for a thread.
 #define ENTRY(kernel, type, width)                                                                                     \
-    extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) kernel##_##type##_##width(                           \
+        const __grid_constant__ Parameters p) {                                                                        \
         kernel<type, width>(p);                                                                                        \
     }
 
@@ -325,16 +326,17 @@ DEVICE void sum_over_block(double& s, double& q, int columns, Pair* room) {
 }
 
 // Whether this block is the last of `parts` to come here; it then sees what the others wrote before they came, and
-// leaves the counter at zero. All threads of the block must be here.
+// leaves the counter at zero. All threads of the block must be here. The barrier orders what they wrote before the
+// fence of thread 0, and the fence before its ticket.
 DEVICE bool last_to_arrive(uint32* tickets, int64 parts, uint32* room) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        *room = atomicAdd(tickets, 1u);
-        if (*room == parts - 1) *tickets = 0;
+        __threadfence();
+        const uint32 ticket = atomicAdd(tickets, 1u);
+        if (ticket == parts - 1) *tickets = 0;
+        __threadfence();
+        *room = ticket;
     }
     __syncthreads();
-    const bool last = *room == parts - 1;
-    if (last) __threadfence();
-    return last;
+    return *room == parts - 1;
 }

@@ -13,8 +13,9 @@
 #include <cstring>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(UCONTEXT)
 #include <xmmintrin.h>
+#define SWITCH_BY_HAND
 #else
 #include <ucontext.h>
 #endif
@@ -38,7 +39,8 @@ struct Block {
     Barrier barrier;
     std::vector<Warp> warps;
     size_t used = 0;  // of the shared memory
-    std::vector<unsigned char> shared, dynamic;
+    std::vector<unsigned char> shared;
+    std::vector<unsigned char> dynamic;  // shared memory whose size the launch says
     std::vector<std::pair<const void*, size_t>> sites;  // the declarations of shared memory, and where each has it
 };
 
@@ -74,7 +76,7 @@ inline bool progress;
 
 // ---- Switching ------------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
 
 // Keeps the registers that a function must keep, and goes on with another stack.
 extern "C" void shim_switch(void** from, void* to);
@@ -181,11 +183,12 @@ struct Launch {
     std::vector<Fiber> fibers;
     std::vector<uint64_t> order;
 
-    Launch(unsigned threads, unsigned dynamic, unsigned resident) : blocks(resident), fibers((size_t)threads * resident) {
+    Launch(unsigned threads, unsigned resident, size_t dynamic)
+        : blocks(resident), fibers((size_t)threads * resident) {
         for (size_t i = 0; i < fibers.size(); ++i) fibers[i].stack = stack(i);
         for (Block& block : blocks) {
             block.shared.assign(SHARED, 0xff);  // NaN
-            block.dynamic.resize(dynamic);
+            block.dynamic.assign(dynamic, 0xff);
         }
     }
 
@@ -279,14 +282,14 @@ extern "C" const char* shim_launch(
     grid = {blocks, 1, 1};
     block_size = {threads, 1, 1};
     *failure = 0;
-    Launch launch(threads, dynamic, resident < blocks ? resident : blocks);
+    Launch launch(threads, resident < blocks ? resident : blocks, dynamic);
     put_in_order(launch.order, blocks, seed);
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);  // subnormal numbers count as 0, as with -ftz=true
 #endif
     launch.run(blocks);
-#if defined(__x86_64__)
+#if defined(SWITCH_BY_HAND)
     _mm_setcsr(mode);
 #endif
     return *failure ? failure : nullptr;

@@ -139,7 +139,8 @@ class Shim(_cuda_launch.Launcher):
         packed = ctypes.c_void_p.from_address(arguments).value
         with self._turn:
             self.launches.append((self.names[function], grid))
-            said = self.library.shim_launch(function, packed, *grid[:2], grid.shared, self.resident, self.seed)
+            size = grid.blocks, grid.threads, grid.shared
+            said = self.library.shim_launch(function, packed, *size, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
         for made in self._made:
