@@ -211,33 +211,36 @@ DEVICE void resident(const Parameters& p) {
 // tickets drawn; the blocks that have found no more. All are zero before and after a launch.
 
 struct Step {
-    bool sums;    // or the map
-    uint32 task;  // in the order of groups, and of parts within
+    bool sums;  // or the map
+    uint32 group, part;
 };
 
 DEVICE Step step_of(const Parameters& p, uint32 ticket) {
-    const uint32 ahead = (uint32)p.ahead, tasks = (uint32)(p.groups * p.parts);
+    const uint32 ahead = (uint32)p.ahead, parts = (uint32)p.parts, tasks = (uint32)p.groups * parts;
+    uint32 task = ticket;
     Step step;
-    if (ticket < ahead) {
-        step.sums = true;
-        step.task = ticket;
-    } else if (ticket < 2 * tasks - ahead) {
-        step.sums = (ticket - ahead) % 2 == 0;
-        step.task = (ticket - ahead) / 2 + (step.sums ? ahead : 0);
-    } else {
+    step.sums = true;
+    if (ticket >= 2 * tasks - ahead) {
         step.sums = false;
-        step.task = ticket - tasks;
+        task -= tasks;
+    } else if (ticket >= ahead) {
+        step.sums = (ticket - ahead) % 2 == 0;
+        task = (ticket - ahead) / 2 + (step.sums ? ahead : 0);
     }
+    step.group = task / parts;
+    step.part = task - step.group * parts;
     return step;
 }
 
-// Gives each thread of the block the same new ticket; false where there are no more.
-DEVICE bool draw(const Parameters& p, uint32* room, uint32& ticket) {
+// The flag of a group, which says that its formulas are applied.
+DEVICE uint32* ready(const Parameters& p, const Step& step) { return p.tickets + p.groups + step.group; }
+
+// Draws a ticket for the block; false where there are no more.
+DEVICE bool draw(const Parameters& p, uint32* ticket) {
     __syncthreads();  // all have read the last one
-    if (threadIdx.x == 0) *room = atomicAdd(p.tickets + 2 * p.groups, 1u);
+    if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + 2 * p.groups, 1u);
     __syncthreads();
-    ticket = *room;
-    return ticket < 2 * (uint32)(p.groups * p.parts);
+    return *ticket < 2 * (uint32)(p.groups * p.parts);
 }
 
 // What the threads of this block wrote is seen by whoever waits for the flag.
@@ -254,26 +257,23 @@ DEVICE void wait_for(const uint32* flag) {
 
 template <class T, int WIDTH, class Sums, class Map, bool LINES>
 DEVICE void pipeline(const Parameters& p) {
-    SHARED(uint32, room, 1);
-    uint32 ticket;
-    while (draw(p, room, ticket)) {
-        const Step step = step_of(p, ticket);
-        const uint32 group = step.task / (uint32)p.parts;
-        const Task task = task_of(p, group, step.task - group * (uint32)p.parts);
-        uint32* ready = p.tickets + p.groups + group;
+    SHARED(uint32, ticket, 1);
+    while (draw(p, ticket)) {
+        const Step step = step_of(p, *ticket);
+        const Task task = task_of(p, step.group, step.part);
         if (step.sums) {
             bool last;
             if constexpr (LINES) last = sums_of_lines<T, WIDTH, Sums>(p, task);
             else last = sums_of_planes<T, WIDTH, Sums>(p, task);
-            if (last) publish(ready);
+            if (last) publish(ready(p, step_of(p, *ticket)));  // read again: a register less meanwhile
         } else {
-            wait_for(ready);
+            wait_for(ready(p, step));
             if constexpr (LINES) map_of_lines<T, WIDTH, Map>(p, task);
             else map_of_planes<T, WIDTH, Map>(p, task);
         }
     }
-    if (last_to_arrive(p.tickets + 2 * p.groups + 1, gridDim.x, room)) {
-        for (int64 i = threadIdx.x; i <= p.groups; i += blockDim.x) p.tickets[p.groups + i] = 0;  // and the next ticket
+    if (last_to_arrive(p.tickets + 2 * p.groups + 1, gridDim.x, ticket)) {
+        for (int64 i = threadIdx.x; i <= p.groups; i += blockDim.x) p.tickets[p.groups + i] = 0;  // flags, and tickets
     }
 }
 

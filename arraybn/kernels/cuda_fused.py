@@ -62,6 +62,7 @@ ITEMS = 16  # that a thread of a resident block has
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
 TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
 BLOCKS = 4  # that draw tasks, for each multiprocessor
+SIDE = 4  # channels of a thread of the pipeline; eight would be more than its registers hold
 KEPT = 0.6  # of the L2 cache, where values are found again
 
 
@@ -149,6 +150,8 @@ def _resident(data: _Data, device: Device) -> Plan | None:
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
     """Tasks of one part of a group, drawn by as many blocks as are at work at a time."""
+    if data.lines and data.width > SIDE:
+        data = data._replace(width=SIDE, item=data.item * SIDE // data.width)
     for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
         columns = data.columns(row)
         groups = data.groups(columns)
