@@ -87,10 +87,19 @@ def in_local_memory(found: dict[str, dict[str, int]]) -> list[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp_path: Path) -> None:
     kernels = shim.all_kernels()
+    if architecture != "sm_90":  # the widths between the widest and 1 differ little from them
+        kernels = [kernel for kernel in kernels if kernel.width != 4 or kernel.dtype == "float32"]
     found = resources(compiled(_cuda_launch.source(*kernels), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in kernels}
     assert in_local_memory(found) == []
     assert max(of["registers"] for of in found.values()) <= REGISTERS
+
+
+def test_a_t4_which_has_fewer_conversions_is_served_too(tmp_path: Path) -> None:
+    kernels = [kernel for kernel in shim.all_kernels() if kernel.name in ("moments_planes", "affine2_lines")]
+    found = resources(compiled(_cuda_launch.source(*kernels), "sm_75", tmp_path))
+    assert set(found) == {kernel.entry for kernel in kernels}
+    assert in_local_memory(found) == []
 
 
 def test_spills_are_found(tmp_path: Path) -> None:
@@ -113,5 +122,5 @@ def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
         assert text.isascii()
         assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)
         assert max(map(len, text.splitlines())) <= 120
-        without = re.sub(r"#ifndef ON_CPU.*?#endif", "", text, flags=re.DOTALL)
+        without = re.sub(r"#ifndef ON_CPU.*?#endif  // ON_CPU", "", text, flags=re.DOTALL)
         assert ("asm" in text, "asm" in without) == (file == "cuda_values.cuh", False)

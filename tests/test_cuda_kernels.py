@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -11,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ import arraybn
 from arraybn import reference
 from arraybn._arrays import FLOATS
 from arraybn.kernels import _cuda_launch, cuda, select
-from arraybn.kernels._cuda_launch import Kernel
+from arraybn.kernels._cuda_launch import Grid, Kernel
 from arraybn.testing import check_batch_norm, scenarios, ulp, worst
 
 ROOT = Path(__file__).parents[1]
@@ -336,6 +338,23 @@ test_n2_float64 = test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_c
 test_n3_constant_float64 = test_accuracy.test_n3_constant_float64_channels_give_exactly_bias
 test_n3_eps_zero = test_accuracy.test_eps_zero_leaves_constant_channels_at_bias_and_others_normalized
 test_nan_and_inf_as_in_numpy = test_accuracy.test_nan_and_inf_stay_in_their_channel_and_propagate_as_in_numpy
+
+
+@pytest.mark.parametrize("layout", ["planes", "lines"])
+@pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
+def test_n1_n2_hold_in_both_layouts_with_many_blocks(
+    shape: str, scale: str, layout: str, monkeypatch: pytest.MonkeyPatch, gpu: shim.Shim
+) -> None:
+    set_sizes(monkeypatch, {"LEAST": 64, "PART": 64, "BLOCKS": 2**30})
+    if layout == "lines":
+        batch = scenarios.make(shape, scale)
+        x, dy = (np.moveaxis(array, 1, 2).reshape(-1, array.shape[1], 1) for array in batch[:2])
+        monkeypatch.setattr(scenarios, "make", lambda *_: batch._replace(x=x, dy=dy))
+    test_accuracy.test_n1_float32_statistics_are_within_one_ulp(shape, scale)
+    test_accuracy.test_n2_float32_y_is_within_4_ulp_and_dx_within_12(shape, scale)
+    test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
+    if shape in ("small", "tall", "images"):
+        assert max(grid.tickets for _, grid in gpu.launches) > 0  # some channel had several blocks
 
 
 @pytest.mark.parametrize("scale", ["small std", "large std"])
@@ -682,6 +701,80 @@ def test_several_callers_at_once_get_the_bits_of_one(monkeypatch: pytest.MonkeyP
         together = list(pool.map(lambda x: arraybn.batch_norm(x)[0], batches))
     for y, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(y, expected)
+
+
+class OnDevice(np.ndarray):
+    """An array with the attributes of CuPy's that are asked for."""
+
+    device_id = 0
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=self.device_id)
+
+
+class StandIn:
+    """What `_cuda_launch.CuPy` calls of CuPy, with the kernels of a Shim."""
+
+    def __init__(self, gpu: shim.Shim) -> None:
+        self.gpu, self.device, self.stream, self.log = gpu, 0, 1234, []
+        self.cuda = SimpleNamespace(Device=self.on_device, get_current_stream=lambda: SimpleNamespace(ptr=self.stream))
+
+    def getDevice(self) -> int:  # noqa: N802, CuPy's name
+        return self.device
+
+    @contextlib.contextmanager
+    def on_device(self, number: int) -> Iterator[None]:
+        before, self.device = self.device, number
+        yield
+        self.device = before
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        return self.gpu.empty(shape, dtype).view(OnDevice)
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        return self.gpu.zeros(shape, dtype).view(OnDevice)
+
+    def RawKernel(self, code: str, name: str, options: tuple[str, ...]) -> Any:  # noqa: N802
+        assert code.count("ENTRY(") == 2  # its definition, and one
+        self.log.append((self.device, name, options))
+        kernel = next(kernel for kernel in shim.all_kernels() if kernel.entry == name)
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=self.gpu.build(kernel)[0]))
+
+    def launchKernel(self, function: int, *size_stream_and_arguments: int) -> None:  # noqa: N802
+        bx, by, bz, tx, ty, tz, shared, stream, arguments, extra = size_stream_and_arguments
+        assert (by, bz, ty, tz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        self.log.append((self.device, self.gpu.names[function], stream))
+        self.gpu.start(function, Grid(bx, tx), stream, arguments)
+
+
+def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sizes(monkeypatch, {"LEAST": 64, "PART": 64})
+    x, dy = (data((4, 3, 20), "float32", seed) for seed in (0, 1))
+    vectors = coefficients(3)
+    mean, m2, rstd, y = cuda.forward(x, *vectors[:2], 1e-5)
+    expected = (mean, m2, rstd, y, *cuda.backward(dy, x, mean, rstd, vectors[0]))
+
+    cupy = StandIn(gpu)
+    for name in ("cupy", "cupy_backends.cuda.api.driver", "cupy_backends.cuda.api.runtime"):
+        monkeypatch.setitem(sys.modules, name, cupy)
+    launcher = _cuda_launch.CuPy()
+    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    x, dy, weight, bias = (array.copy().view(OnDevice) for array in (x, dy, *vectors[:2]))
+    kernels = [f"{sweep}_planes_float32_4" for sweep in ("moments", "affine", "dots", "affine2")]
+    for device in (0, 0, 1):
+        x.device_id = device
+        cupy.log.clear()
+        mean, m2, rstd, y = cuda.forward(x, weight, bias, 1e-5)
+        for got, want in zip((mean, m2, rstd, y, *cuda.backward(dy, x, mean, rstd, weight)), expected, strict=True):
+            assert isinstance(got, OnDevice)
+            np.testing.assert_array_equal(got, want)
+        assert [entry for entry in cupy.log if entry[2] == 1234] == [(device, kernel, 1234) for kernel in kernels]
+        built = [entry for entry in cupy.log if entry[2] == ("-std=c++17", "-fmad=false")]
+        assert [entry[:2] for entry in built] == ([(device, kernel) for kernel in kernels] if len(cupy.log) > 4 else [])
+        assert cupy.device == 0
+    assert len(cupy.log) == 8  # built once more, for the other device
+    assert sorted(launcher._rooms) == [(0, 1234, 0), (1, 1234, 0)]
 
 
 def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:

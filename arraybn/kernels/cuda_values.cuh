@@ -161,6 +161,7 @@ DEVICE uint16 float_to_half(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
 }
+#if __CUDA_ARCH__ >= 800
 DEVICE uint16 float_to_bfloat(float value) {
     uint16 bfloat;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bfloat) : "f"(value));
@@ -177,8 +178,20 @@ DEVICE uint32 floats_to_bfloats(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
 }
-
+#else  // older than the A100
+DEVICE uint16 float_to_bfloat(float value) {
+    const uint32 bits = __float_as_uint(value);
+    return (uint16)(value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DEVICE uint32 floats_to_halves(float first, float second) {
+    return float_to_half(first) | (uint32)float_to_half(second) << 16;
+}
+DEVICE uint32 floats_to_bfloats(float first, float second) {
+    return float_to_bfloat(first) | (uint32)float_to_bfloat(second) << 16;
+}
 #endif
+
+#endif  // ON_CPU
 
 DEVICE float bits_to_float(uint32 bits) {
     union { uint32 bits; float value; } either;

@@ -60,9 +60,10 @@ def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] |
     name = hashlib.sha256("\n".join([*command, header, text]).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"arraybn-shim-{os.getuid()}"
     library = folder / f"{name}.so"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    assert folder.stat().st_uid == os.getuid(), f"{folder} belongs to somebody else"
     if library.exists():
         return library
-    folder.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source = Path(work) / "kernels.cpp"
         source.write_text(f'#include "{HERE / "shim.h"}"\n{text}')
