@@ -497,11 +497,11 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
 
 # What is changed in the source, and where it shows
 PLANTED: dict[str, tuple[str, str, str]] = {
-    "a map does not wait for its sums": ("            wait_for(ready);\n", "", "planes in parts"),
-    "the first part of a group publishes": ("if (last) publish(ready);", "publish(ready);", "planes in parts"),
-    "a map of the next group": ("task_of(p, group,", "task_of(p, step.sums ? group : (group + 1) % (uint32)p.groups,", "one part a channel"),
-    "another part": ("group * (uint32)p.parts);", "group * (uint32)p.parts & ~1u);", "lines in parts"),
-    "a task is left out": ("step.task = ticket - tasks;", "step.task = (ticket - tasks) & ~1u;", "odd lines in parts"),
+    "a map does not wait for its sums": ("            wait_for(ready(p, step));\n", "", "planes in parts"),
+    "the first part of a group publishes": ("if (last) publish(", "publish(", "planes in parts"),
+    "a map of the next group": ("task_of(p, step.group,", "task_of(p, step.sums ? step.group : (step.group + 1) % (uint32)p.groups,", "one part a channel"),
+    "another part": ("task - step.group * parts;", "(task - step.group * parts) & ~1u;", "lines in parts"),
+    "a task is left out": ("task -= tasks;", "task = (task - tasks) & ~1u;", "odd lines in parts"),
     "a map comes before its sums": ("ahead = (uint32)p.ahead,", "ahead = (uint32)p.ahead / 2,", "few ahead"),
     "the flags stay": ("p.tickets[p.groups + i] = 0;", "(void)i;", "one part a channel"),
     "a round of copies is not waited for": ("wait_for_rounds<ROUNDS>();", "", "planes in rounds"),
