@@ -71,9 +71,17 @@ def all_kernels(direction: str) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, way == "resident")
         for way, layout, dtype in names
-        for width in cuda.WIDTHS[2 if "16" in dtype else int(dtype[-2:]) // 8]
-        if (way, layout) != ("pipeline", "lines") or width <= cuda_fused.SIDE
+        for width in widths(way, layout, 2 if "16" in dtype else int(dtype[-2:]) // 8)
     )
+
+
+def widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
+    """The numbers of values that a thread takes at once."""
+    if way == "resident":
+        return cuda.WIDTHS[itemsize]
+    if itemsize == 8:
+        return ()
+    return cuda.WIDTHS[itemsize] if layout == "planes" else (cuda_fused.SIDE // itemsize, 1)
 
 
 class Shim(shim.Shim):
@@ -195,7 +203,7 @@ def test_each_way_is_exact_to_rounding(case: Any, dtype: str, gpu: Shim) -> None
     sweeps = {"forward": ["moments", "moments", "affine"][dtype != "float64" :], "backward": ["dots", "affine2"]}
     expected = []
     for direction, names_of_it in sweeps.items():
-        split = way == "split" or (way == "pipeline" and (direction, dtype) == ("forward", "float64"))
+        split = way == "split" or (way == "pipeline" and dtype == "float64")
         expected += names_of_it if split else [f"{direction}_{way}"]
     assert [re.sub(f"_{layout}_{dtype}_.*", "", name) for name in names] == expected
 
@@ -310,9 +318,11 @@ class TestPromises:
     def test_n2_half_precision(self, dtype: str, shape: str) -> None:
         test_accuracy.test_n2_half_precision_is_within_an_ulp_more_than_rounding(dtype, shape)
 
-    @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
-    def test_n2_float64(self, shape: str, scale: str) -> None:
-        test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
+
+@pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
+def test_n2_float64(shape: str, scale: str, gpu: Shim) -> None:
+    test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
+    assert all("_resident_" in name for name, _ in gpu.launches)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
@@ -360,8 +370,9 @@ def test_any_alignment_of_the_values_will_do(dtype: str, name: str, gpu: Shim, m
             assert result is out
             shim.assert_guards(out)
             np.testing.assert_allclose(result.astype("f8"), want.astype("f8"), rtol=tolerance, atol=4 * tolerance)
-        most = cuda_fused.SIDE if name == "lines in parts" else 8
-        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0 and w <= most)
+        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
+        if name == "lines in parts" and width > 1 and itemsize < 8:
+            width = cuda_fused.SIDE // itemsize
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
 
 
@@ -490,7 +501,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             assert partials == (16 * groups * parts * slots if parts > 1 else 0)
             assert ahead * part * columns * width * kind.itemsize * inputs <= cuda_fused.KEPT * has.cache
             assert 0 < blocks <= cuda_fused.BLOCKS * has.multiprocessors
-    assert min(found.values()) > 50, found
+    assert min(found[way] for way in found if (way, dtype) != ("pipeline", "float64")) > 50, found
 
 
 # ---- The shim finds what it is there to find -------------------------------------------------------------------------
@@ -588,8 +599,8 @@ def test_address_sanitizer_finds_nothing_but_what_is_planted(changed: tuple[str,
 COMPILED = [
     Kernel("backward_resident_lines", "float16", 8, cuda_fused.FILES),
     Kernel("forward_resident_planes", "float32", 1, cuda_fused.FILES),
-    Kernel("backward_pipeline_lines", "float32", 4, cuda_fused.FILES),
-    Kernel("backward_pipeline_planes", "float64", 1, cuda_fused.FILES),
+    Kernel("backward_pipeline_lines", "float32", 2, cuda_fused.FILES),
+    Kernel("backward_pipeline_planes", "float32", 1, cuda_fused.FILES),
     Kernel("forward_pipeline_planes", "bfloat16", 4, cuda_fused.FILES),
 ]
 REGISTERS = 65536 // 256  # of a thread at most, so that a block of 256 threads fits into a multiprocessor

@@ -6,8 +6,8 @@ The sweeps are those of ``cuda.py``. A forward or a backward goes one of three w
   shared memory from the first sweep to the second. This is taken where they fit and there are blocks for half of the
   multiprocessors at least, or what a block keeps is small;
 - **pipeline**: blocks draw tasks; the map of a part follows its sums closely enough to find the values in the L2 cache.
-  This is taken where what lies between the two fits into the share `KEPT` of that cache. Sums of float64 need a second
-  look at the values, for which it makes no time, so a forward of float64 does not go this way;
+  This is taken where what lies between the two fits into the share `KEPT` of that cache. float64 does not go this way,
+  because its sums need a second look at the values;
 - **split**: the two launches of ``cuda.py``, for everything else: few channels in channels-last order of large images.
 
 Where x has b bytes, this moves between the GPU and its main memory (L2 is what a sweep finds in the cache by chance):
@@ -62,7 +62,7 @@ ITEMS = 16  # that a thread of a resident block has
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
 TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
 BLOCKS = 4  # that draw tasks, for each multiprocessor
-SIDE = 4  # channels of a thread of the pipeline; eight would be more than its registers hold
+SIDE = 8  # bytes of a row that a thread of the pipeline takes at once: sums of more channels fill its registers
 KEPT = 0.6  # of the L2 cache, where values are found again
 
 
@@ -129,7 +129,7 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
     if (kept := _resident(data, device)) is not None:
         return kept
-    return None if dtype.itemsize == 8 and inputs == 1 else _pipeline(data, device)
+    return None if dtype.itemsize == 8 else _pipeline(data, device)
 
 
 def _resident(data: _Data, device: Device) -> Plan | None:
@@ -150,8 +150,9 @@ def _resident(data: _Data, device: Device) -> Plan | None:
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
     """Tasks of one part of a group, drawn by as many blocks as are at work at a time."""
-    if data.lines and data.width > SIDE:
-        data = data._replace(width=SIDE, item=data.item * SIDE // data.width)
+    if data.lines and data.width > 1:
+        width = SIDE * data.inputs * data.width // data.item
+        data = data._replace(width=width, item=SIDE * data.inputs)
     for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
         columns = data.columns(row)
         groups = data.groups(columns)
