@@ -69,7 +69,7 @@ def all_kernels(direction: str) -> tuple[Kernel, ...]:
     """Every fused kernel of a direction, for every dtype and width."""
     names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
     return tuple(
-        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, way == "resident")
+        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, True)
         for way, layout, dtype in names
         for width in widths(way, layout, 2 if "16" in dtype else int(dtype[-2:]) // 8)
     )
@@ -77,10 +77,8 @@ def all_kernels(direction: str) -> tuple[Kernel, ...]:
 
 def widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """The numbers of values that a thread takes at once."""
-    if way == "resident":
-        return cuda.WIDTHS[itemsize]
-    if itemsize == 8:
-        return ()
+    if itemsize == 8 and (way == "pipeline" or layout == "lines"):
+        return (1,) if way == "resident" else ()
     return cuda.WIDTHS[itemsize] if layout == "planes" else (cuda_fused.SIDE // itemsize, 1)
 
 

@@ -6,7 +6,12 @@
 // Pipeline, for channels that are too large for that: blocks draw tickets for tasks, which are those of the sweeps. The
 // map of a part comes some tasks behind its sums, so that it finds its values in the cache.
 
-// ---- Resident: the places of a thread's items, in the data and in shared memory -------------------------------------
+#ifndef ON_CPU
+#undef BOUNDS
+#define BOUNDS __launch_bounds__(MOST_THREADS, 3)  // blocks that have room: 80 registers for a thread
+#endif
+
+// ---- The items of a thread: where they lie in the data, and their places in shared memory ---------------------------
 // A thread reads from shared memory only what it has copied there itself, so no barrier stands between. Kept in
 // registers, the values of a small channel would be spared this way; but then their number would be fixed for each
 // kernel, and the loads under way would be bound to registers too.
@@ -16,18 +21,21 @@ struct InPlanes {
     enum { CHANNELS = 1 };  // that the values of an item belong to
     Walk<WIDTH> walk;
     int64 channel;
-    int columns, row, slot, slots;
+    int columns, row, slot, slots;  // slot: the item's number in the part, which has so many
     bool inside;
 
-    DEVICE explicit InPlanes(const Parameters& p) : walk(p, blockIdx.x, threadIdx.x) {
-        channel = blockIdx.x;
+    DEVICE InPlanes(const Parameters& p, const Task& task) : walk(p, task.group, task.first + threadIdx.x) {
+        channel = task.group;
         columns = 1;
         row = slot = threadIdx.x;
-        slots = (int)p.items;
+        slots = task.count;
         inside = true;
     }
+    // A value of the part.
+    DEVICE static int64 first(const Parameters& p, const Task& task) {
+        return Walk<WIDTH>(p, task.group, task.first).offset;
+    }
     DEVICE int64 offset() const { return walk.offset; }
-    DEVICE int64 first() const { return channel * walk.plane * WIDTH; }  // the first value of the channel
     DEVICE bool more() const { return slot < slots; }
     DEVICE void next() {
         walk.next();
@@ -38,167 +46,164 @@ struct InPlanes {
 template <int WIDTH>
 struct InLines {
     enum { CHANNELS = WIDTH };
-    Column<WIDTH> column;
-    int64 channel;
+    int64 channel, place, step;
     int columns, row, slot, slots;
     bool inside;
 
-    DEVICE explicit InLines(const Parameters& p) : column(p, task_of(p, blockIdx.x, 0)) {
+    DEVICE InLines(const Parameters& p, const Task& task) {
+        const Column<WIDTH> column(p, task);
         channel = column.channel;
+        place = column.offset;
+        step = column.step;
         columns = column.threads;
         row = column.row;
         slot = threadIdx.x;
-        slots = (int)p.items * columns;
+        slots = task.count * columns;
         inside = column.inside;
     }
-    DEVICE int64 offset() const { return column.offset; }
-    DEVICE int64 first() const { return channel; }
+    // The first value of each channel in the part.
+    DEVICE int64 first(const Parameters& p, const Task& task) const { return task.first * p.stride + channel; }
+    DEVICE int64 offset() const { return place; }
     DEVICE bool more() const { return inside && slot < slots; }
     DEVICE void next() {
-        column.offset += column.step;
+        place += step;
         slot += blockDim.x;
     }
 };
 
-// ---- Resident: what a block does ------------------------------------------------------------------------------------
+// Shared memory for all items of a part, or for the last ones as in a ring: u stands behind x.
+template <class Item>
+struct Kept {
+    Item* items;
+    int behind, mask;
 
-enum { ROUNDS = 3 };  // of UNROLL copies under way, while the values of an earlier round are summed up
+    DEVICE Item& x(int slot) const { return items[slot & mask]; }
+    DEVICE Item& u(int slot) const { return items[behind + (slot & mask)]; }
+};
 
-// A round of copies: of x, and of u behind all of x.
+// ---- Both sweeps over a part, whose values are copied into shared memory ROUNDS rounds of UNROLL items ahead --------
+
 template <int INPUTS, class Item, class Place>
-DEVICE void copy_round(const Parameters& p, Place& place, Item* kept) {
+DEVICE void copy_round(const Parameters& p, Place& place, const Kept<Item>& kept) {
     typedef typename Item::Stored Stored;
 #pragma unroll
     for (int k = 0; k < Item::UNROLL; ++k) {
         if (place.more()) {
-            copy_later<sizeof(Item)>(kept + place.slot, (const Stored*)p.x + place.offset());
-            if (INPUTS == 2) {
-                copy_later<sizeof(Item)>(kept + place.slots + place.slot, (const Stored*)p.u + place.offset());
-            }
+            copy_later<sizeof(Item)>(&kept.x(place.slot), (const Stored*)p.x + place.offset());
+            if (INPUTS == 2) copy_later<sizeof(Item)>(&kept.u(place.slot), (const Stored*)p.u + place.offset());
             place.next();
         }
     }
     end_round();
 }
 
-// A round of sums, of values that have arrived.
 template <class Sums, int WIDTH, class Item, class Place>
-DEVICE void add_round(const Place& place, const Item* kept, int& slot, Sums* sums) {
-    enum { CHANNELS = Place::CHANNELS };
+DEVICE void add_round(const Place& start, const Kept<Item>& kept, int& slot, Sums* sums) {
 #pragma unroll
     for (int k = 0; k < Item::UNROLL; ++k) {
-        if (slot < place.slots) {
-            const Item x = kept[slot], u = kept[Sums::INPUTS == 2 ? place.slots + slot : slot];
+        if (slot < start.slots) {
+            const Item x = kept.x(slot), u = Sums::INPUTS == 2 ? kept.u(slot) : x;
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) sums[CHANNELS == 1 ? 0 : j].add(x[j], u[j]);
+            for (int j = 0; j < WIDTH; ++j) sums[Place::CHANNELS == 1 ? 0 : j].add(x[j], u[j]);
             slot += blockDim.x;
         }
     }
 #pragma unroll
-    for (int j = 0; j < CHANNELS; ++j) sums[j].add_few();
+    for (int j = 0; j < Place::CHANNELS; ++j) sums[j].add_few();
 }
 
-// The sums of the whole block, and of each channel's n values mean and m2 (or what else Sums makes of them).
-template <class Sums, int WIDTH, class Place>
-DEVICE void end_sums(
-    const Parameters& p, const Place& place, const double* shift, Sums* sums, Pair* found, Pair* room) {
-    enum { CHANNELS = Place::CHANNELS };
-    const int threads = blockDim.x;
-    const int taken = place.more() ? (place.slots - place.slot + threads - 1) / threads : 0;
-#pragma unroll
-    for (int j = 0; j < CHANNELS; ++j) {
-        sums[j].about(shift[j], taken * (WIDTH / CHANNELS));
-        sum_over_block(sums[j].s, sums[j].q, place.columns, room);
-        found[j] = Sums::part((double)p.n, shift[j], sums[j].s, sums[j].q);
-    }
-}
-
-template <class T, int WIDTH, class Sums, class Map, class Place>
-DEVICE void resident(const Parameters& p) {
-    typedef Item<T, WIDTH> Item;
-    typedef typename T::Stored Stored;
-    enum { CHANNELS = Place::CHANNELS, UNROLL = Item::UNROLL };
-    DYNAMIC_SHARED(memory);
-    Item* kept = (Item*)memory;
-    SHARED(Pair, room, MOST_THREADS);
-    const Place start(p);
+// The sums of a part. The threads of row j get those of the j-th channel of their column.
+template <class T, int WIDTH, class Sums, int ROUNDS, class Item, class Place>
+DEVICE Pair sums_of_part(
+    const Parameters& p, const Task& task, const Place& start, const Kept<Item>& kept, Pair* room) {
+    enum { CHANNELS = Place::CHANNELS, TWICE = Sums::INPUTS == 1 && sizeof(typename T::Stored) == 8 };
+    const int threads = blockDim.x, taken = start.more() ? (start.slots - start.slot + threads - 1) / threads : 0;
     Sums sums[CHANNELS];
     double shift[CHANNELS] = {};
-    Pair found[CHANNELS];
-
     Place ahead = start;
     for (int round = 0; round < ROUNDS; ++round) copy_round<Sums::INPUTS>(p, ahead, kept);
     if (start.inside) {
+        const typename T::Stored* first = (const typename T::Stored*)p.x + start.first(p, task);
+#pragma unroll
+        for (int j = 0; j < CHANNELS; ++j) shift[j] = Sums::shift_of(p, start.channel + j, (double)T::value(first[j]));
+    }
+    for (int slot = start.slot; start.inside && slot < start.slots;) {
+        copy_round<Sums::INPUTS>(p, ahead, kept);
+        wait_for_rounds<ROUNDS>();
+        if (slot == start.slot) {
+            const Item own = kept.x(slot);
+#pragma unroll
+            for (int j = 0; j < CHANNELS; ++j) sums[j].start(p, start.channel + j, (double)own[j]);
+        }
+        add_round<Sums, WIDTH>(start, kept, slot, sums);
+    }
+    Pair mine = {0, 0};
+    for (int again = TWICE; again >= 0; --again) {
 #pragma unroll
         for (int j = 0; j < CHANNELS; ++j) {
-            const double first = (double)T::value(((const Stored*)p.x)[start.first() + j]);
-            shift[j] = Sums::shift_of(p, start.channel + j, first);
-        }
-    }
-    if (start.more()) {
-        int slot = start.slot;
-        do {
-            copy_round<Sums::INPUTS>(p, ahead, kept);
-            wait_for_rounds<ROUNDS>();
-            if (slot == start.slot) {
-                const Item own = kept[slot];
-#pragma unroll
-                for (int j = 0; j < CHANNELS; ++j) sums[j].start(p, start.channel + j, (double)own[j]);
+            sums[j].about(shift[j], taken * (WIDTH / CHANNELS));
+            sum_over_block(sums[j].s, sums[j].q, start.columns, room);
+            const Pair part = Sums::part((double)task.count * (WIDTH / CHANNELS), shift[j], sums[j].s, sums[j].q);
+            if (start.row == j || CHANNELS == 1) mine = part;
+            if (again) {  // (E1) of float64: sums about a mean that is nearly right, as others lose digits
+                shift[j] = Sums::shift_of(p, start.channel + j, part.first);
+                sums[j] = Sums();
+                sums[j].start(p, start.channel + j, shift[j]);
             }
+        }
+        for (int slot = start.slot; again && start.inside && slot < start.slots;) {
             add_round<Sums, WIDTH>(start, kept, slot, sums);
-        } while (slot < start.slots);
-    }
-    end_sums<Sums, WIDTH>(p, start, shift, sums, found, room);
-
-    // (E1) of float64: sums about a mean that is nearly right, as others lose digits.
-    if constexpr (Sums::INPUTS == 1 && sizeof(Stored) == 8) {
-#pragma unroll
-        for (int j = 0; j < CHANNELS; ++j) {
-            shift[j] = Sums::shift_of(p, start.channel + j, found[j].first);
-            sums[j] = Sums();
-            sums[j].start(p, start.channel + j, shift[j]);
         }
-        if (start.more()) {
-            for (int slot = start.slot; slot < start.slots;) add_round<Sums, WIDTH>(start, kept, slot, sums);
-        }
-        end_sums<Sums, WIDTH>(p, start, shift, sums, found, room);
     }
+    return mine;
+}
 
-    // The threads of row j end the j-th channel of their column.
-#pragma unroll
-    for (int j = 0; j < CHANNELS; ++j) {
-        if (start.inside && start.row == j) Sums::finish(p, start.channel + j, found[j]);
-    }
-    __syncthreads();
+template <class T, int WIDTH, class Map, int ROUNDS, bool COPY, class Item, class Place>
+DEVICE void map_of_part(const Parameters& p, const Place& start, const Kept<Item>& kept) {
+    enum { CHANNELS = Place::CHANNELS };
     if (!start.more()) return;
+    Place ahead = start;
+    const bool first = COPY && CHANNELS == 1;  // before the coefficients, where registers suffice for both
+    for (int round = 0; first && round < ROUNDS; ++round) copy_round<Map::INPUTS>(p, ahead, kept);
     Map map[CHANNELS];
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) map[j] = Map(p, start.channel + j);
+    for (int round = 0; COPY && !first && round < ROUNDS; ++round) copy_round<Map::INPUTS>(p, ahead, kept);
     for (Place place = start; place.more();) {
-        Item of_x[UNROLL], of_u[UNROLL];
-        const int slot = place.slot;
-#pragma unroll
-        for (int k = 0; k < UNROLL; ++k) {
-            const int at = slot + k * (int)blockDim.x;
-            if (at < place.slots) {
-                of_x[k] = kept[at];
-                if (Map::INPUTS == 2) of_u[k] = kept[place.slots + at];
-            }
+        if (COPY) {
+            copy_round<Map::INPUTS>(p, ahead, kept);
+            wait_for_rounds<ROUNDS>();
         }
 #pragma unroll
-        for (int k = 0; k < UNROLL; ++k) {
+        for (int k = 0; k < Item::UNROLL; ++k) {
             if (place.more()) {
+                const Item x = kept.x(place.slot), u = Map::INPUTS == 2 ? kept.u(place.slot) : x;
                 typename T::Value result[WIDTH];
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) {
-                    result[j] = map[CHANNELS == 1 ? 0 : j].of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : of_x[k][j]);
-                }
-                of_x[k].set(result);
-                of_x[k].store((Stored*)p.out + place.offset());
+                for (int j = 0; j < WIDTH; ++j) result[j] = map[CHANNELS == 1 ? 0 : j].of(x[j], u[j]);
+                Item y;
+                y.set(result);
+                y.store((typename T::Stored*)p.out + place.offset());
                 place.next();
             }
         }
     }
+}
+
+// ---- Resident -------------------------------------------------------------------------------------------------------
+
+template <class T, int WIDTH, class Sums, class Map, class Place>
+DEVICE void resident(const Parameters& p) {
+    enum { ROUNDS = 3 };
+    SHARED(Pair, room, MOST_THREADS);
+    DYNAMIC_SHARED(memory);
+    const Task task = task_of(p, blockIdx.x, 0);
+    const Place start(p, task);
+    const Kept<Item<T, WIDTH>> kept = {(Item<T, WIDTH>*)memory, start.slots, -1};
+    const Pair sums = sums_of_part<T, WIDTH, Sums, ROUNDS>(p, task, start, kept, room);
+    if (start.inside && start.row < Place::CHANNELS) Sums::finish(p, start.channel + start.row, sums);
+    __syncthreads();
+    map_of_part<T, WIDTH, Map, ROUNDS, false>(p, start, kept);
 }
 
 // ---- The pipeline ---------------------------------------------------------------------------------------------------
@@ -255,21 +260,26 @@ DEVICE void wait_for(const uint32* flag) {
     __syncthreads();
 }
 
-template <class T, int WIDTH, class Sums, class Map, bool LINES>
+template <class T, int WIDTH, class Sums, class Map, class Place>
 DEVICE void pipeline(const Parameters& p) {
+    typedef Item<T, WIDTH> Item;
+    enum { ROUNDS = Sums::INPUTS == 1 ? 3 : 1, RING = (ROUNDS + 1) * Item::UNROLL, CHANNELS = Place::CHANNELS };
     SHARED(uint32, ticket, 1);
+    SHARED(Pair, room, MOST_THREADS);
+    DYNAMIC_SHARED(memory);
+    const Kept<Item> kept = {(Item*)memory, RING * (int)blockDim.x, RING * (int)blockDim.x - 1};
     while (draw(p, ticket)) {
         const Step step = step_of(p, *ticket);
         const Task task = task_of(p, step.group, step.part);
+        const Place start(p, task);
         if (step.sums) {
-            bool last;
-            if constexpr (LINES) last = sums_of_lines<T, WIDTH, Sums>(p, task);
-            else last = sums_of_planes<T, WIDTH, Sums>(p, task);
+            const Pair sums = sums_of_part<T, WIDTH, Sums, ROUNDS>(p, task, start, kept, room);
+            const int64 channel = start.channel + start.row % CHANNELS;
+            const bool last = finish<Sums, 2>(p, task, start.columns * CHANNELS, WIDTH / CHANNELS, channel, sums, room);
             if (last) publish(ready(p, step_of(p, *ticket)));  // read again: a register less meanwhile
         } else {
             wait_for(ready(p, step));
-            if constexpr (LINES) map_of_lines<T, WIDTH, Map>(p, task);
-            else map_of_planes<T, WIDTH, Map>(p, task);
+            map_of_part<T, WIDTH, Map, ROUNDS, true>(p, start, kept);
         }
     }
     if (last_to_arrive(p.tickets + 2 * p.groups + 1, gridDim.x, ticket)) {
@@ -287,10 +297,10 @@ DEVICE void pipeline(const Parameters& p) {
         resident<T, WIDTH, sums<T>, map<T>, InLines<WIDTH>>(p);                                                        \
     }                                                                                                                  \
     template <class T, int WIDTH> DEVICE void name##_pipeline_planes(const Parameters& p) {                            \
-        pipeline<T, WIDTH, sums<T>, map<T>, false>(p);                                                                 \
+        pipeline<T, WIDTH, sums<T>, map<T>, InPlanes<WIDTH>>(p);                                                       \
     }                                                                                                                  \
     template <class T, int WIDTH> DEVICE void name##_pipeline_lines(const Parameters& p) {                             \
-        pipeline<T, WIDTH, sums<T>, map<T>, true>(p);                                                                  \
+        pipeline<T, WIDTH, sums<T>, map<T>, InLines<WIDTH>>(p);                                                        \
     }
 
 FUSED(forward, MomentSums, Affine)

@@ -62,7 +62,8 @@ ITEMS = 16  # that a thread of a resident block has
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
 TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
 BLOCKS = 4  # that draw tasks, for each multiprocessor
-SIDE = 8  # bytes of a row that a thread of the pipeline takes at once: sums of more channels fill its registers
+SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
+ROUNDS = {1: 4, 2: 2}  # of loads that a block of the pipeline has room for, by the number of inputs
 KEPT = 0.6  # of the L2 cache, where values are found again
 
 
@@ -99,7 +100,7 @@ class _Data(NamedTuple):
     def kernel(self, way: str) -> Kernel:
         """The kernel that goes this way."""
         name = f"{'forward' if self.inputs == 1 else 'backward'}_{way}_{'lines' if self.lines else 'planes'}"
-        return Kernel(name, self.dtype, self.width, FILES, way == "resident")
+        return Kernel(name, self.dtype, self.width, FILES, dynamic=True)
 
     def threads(self, items: int, columns: int, each: int) -> int:
         """Of a block, so that each has about so many items."""
@@ -124,6 +125,8 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
         samples, plane = 1, samples * plane
     found = cut(shape, dtype.itemsize, address)
     lines, width = found.layout == "lines", found.width
+    if lines and width > 1:
+        width = SIDE // dtype.itemsize
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
     item = width * dtype.itemsize * inputs
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
@@ -150,9 +153,6 @@ def _resident(data: _Data, device: Device) -> Plan | None:
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
     """Tasks of one part of a group, drawn by as many blocks as are at work at a time."""
-    if data.lines and data.width > 1:
-        width = SIDE * data.inputs * data.width // data.item
-        data = data._replace(width=width, item=SIDE * data.inputs)
     for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
         columns = data.columns(row)
         groups = data.groups(columns)
@@ -167,7 +167,8 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         slots = columns * data.width if data.lines else 1
         partials = 16 * groups * parts * slots if parts > 1 else 0
         threads = data.threads(part, columns, UNDER_WAY)
-        grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2)
+        ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
+        grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
         numbers = data.numbers(groups, parts, part, columns, ahead)
         return Plan(data.kernel("pipeline"), grid, numbers)
     return None

@@ -76,9 +76,9 @@ struct alignas(BYTES) Words {
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 // Two blocks of 256 threads fit into a multiprocessor: 128 registers for a thread.
+#define BOUNDS __launch_bounds__(MOST_THREADS, 2)
 #define ENTRY(kernel, type, width)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) kernel##_##type##_##width(                           \
-        const __grid_constant__ Parameters p) {                                                                        \
+    extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
         kernel<type, width>(p);                                                                                        \
     }
 
