@@ -61,7 +61,7 @@ ALONE = 2**16  # bytes that one block reads about as fast as a second launch sta
 ITEMS = 16  # that a thread of a resident block has
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
 TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
-BLOCKS = 4  # that draw tasks, for each multiprocessor
+BLOCKS = 3  # that draw tasks, for each multiprocessor
 SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
 ROUNDS = {1: 4, 2: 2}  # of loads that a block of the pipeline has room for, by the number of inputs
 KEPT = 0.6  # of the L2 cache, where values are found again
@@ -162,12 +162,12 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         part = -(-data.items // parts)
         parts = -(-data.items // part)
         ahead = min(parts + 3 * most // 4, groups * parts)  # half of the blocks are at sums; some more, so none waits
-        if ahead * part * columns * data.item > KEPT * device.cache or 2 * groups * parts >= 2**31:
+        threads = data.threads(part, columns, UNDER_WAY)
+        ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
+        if ahead * part * columns * data.item > KEPT * device.cache or ring + ROOM > device.shared:
             continue
         slots = columns * data.width if data.lines else 1
         partials = 16 * groups * parts * slots if parts > 1 else 0
-        threads = data.threads(part, columns, UNDER_WAY)
-        ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
         grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
         numbers = data.numbers(groups, parts, part, columns, ahead)
         return Plan(data.kernel("pipeline"), grid, numbers)

@@ -32,7 +32,8 @@ DEVICE Task sums_task(const Parameters& p) { return task_of(p, blockIdx.x); }
 DEVICE Task map_task(const Parameters& p) { return task_of(p, (int64)gridDim.x - 1 - blockIdx.x); }
 
 // Pools the parts of a group once all are there. Each of the first `slots` threads has a channel and, in `sums`, what
-// its block found for it; `width` is how many values of a channel are in an item, AT_ONCE how many loads are under way. Whether this block was the last.
+// its block found for it; `width` is how many values of a channel are in an item, AT_ONCE how many loads are
+// under way. Whether this block was the last.
 template <class Sums, int AT_ONCE = 4>
 DEVICE bool finish(const Parameters& p, const Task& task, int slots, int width, int64 channel, Pair sums, Pair* room) {
     const int thread = threadIdx.x, slot = thread % slots;

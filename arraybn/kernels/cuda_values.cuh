@@ -118,9 +118,12 @@ DEVICE Pair load_shared(const Pair* from) {
     return to;
 }
 
-// Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once.
+// Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once, and all on GPUs before the A100.
 template <int BYTES>
 DEVICE void copy_later(void* to, const void* from) {
+#if __CUDA_ARCH__ < 800
+    for (int i = 0; i < BYTES / 2; ++i) ((uint16*)to)[i] = ((const uint16*)from)[i];
+#else
     if constexpr (BYTES == 2) {
         *(uint16*)to = *(const uint16*)from;
     } else {
@@ -133,13 +136,19 @@ DEVICE void copy_later(void* to, const void* from) {
                          : "memory");
         }
     }
+#endif
 }
+#if __CUDA_ARCH__ < 800
+DEVICE void end_round() {}
+template <int ROUNDS> DEVICE void wait_for_rounds() {}
+#else
 DEVICE void end_round() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all of this thread's rounds have arrived, but for the last ROUNDS.
 template <int ROUNDS>
 DEVICE void wait_for_rounds() {
     asm volatile("cp.async.wait_group %0;" ::"n"(ROUNDS) : "memory");
 }
+#endif
 
 // A flag between blocks: who sees it set sees what was written before.
 DEVICE void store_release(uint32* to, uint32 value) {
