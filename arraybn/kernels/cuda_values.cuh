@@ -119,7 +119,8 @@ DEVICE Pair load_shared(const Pair* from) {
 }
 
 // Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once, and all on GPUs before the A100.
-template <int BYTES>
+// LAST: for the last time, as load_last.
+template <int BYTES, bool LAST>
 DEVICE void copy_later(void* to, const void* from) {
 #if __CUDA_ARCH__ < 800
     for (int i = 0; i < BYTES / 2; ++i) ((uint16*)to)[i] = ((const uint16*)from)[i];
@@ -129,7 +130,19 @@ DEVICE void copy_later(void* to, const void* from) {
     } else {
         uint64 address;
         asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(to));
-        if constexpr (BYTES == 16) {
+        if constexpr (LAST) {
+            uint64 policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+            if constexpr (BYTES == 16) {
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"((uint32)address),
+                             "l"(from), "l"(policy)
+                             : "memory");
+            } else {
+                asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"((uint32)address),
+                             "l"(from), "n"(BYTES), "l"(policy)
+                             : "memory");
+            }
+        } else if constexpr (BYTES == 16) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32)address), "l"(from) : "memory");
         } else {
             asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((uint32)address), "l"(from), "n"(BYTES)

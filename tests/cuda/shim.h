@@ -352,7 +352,7 @@ inline bool in_dynamic(const void* place, size_t bytes) {
     const uintptr_t at = (uintptr_t)place - (uintptr_t)dynamic.data();
     return at + bytes <= dynamic.size() && at % bytes == 0;
 }
-template <int BYTES> void copy_later(void* to, const void* from) {
+template <int BYTES, bool LAST> void copy_later(void* to, const void* from) {
     if ((uintptr_t)from % BYTES || !in_dynamic(to, BYTES)) shim::fail("a copy that is misaligned or out of place");
     if (BYTES == 2 || shim::at_once) memcpy(to, from, BYTES);
     else shim::now->copies.push_back({to, from, BYTES, shim::now->rounds});
