@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -430,6 +431,43 @@ def test_places_beyond_2_31_are_reached(
     np.testing.assert_allclose(line[where].reshape(shape), y, rtol=2e-3, atol=2e-3)
     del line
     memory.close()
+
+
+def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
+    gpu: Shim, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = data((4, 3, 64), "float32")
+    expected = both((4, 3, 64), "float32")
+    attributes = {16: H200.multiprocessors, 38: H200.cache, 97: H200.shared, 81: H200.shared_in_all}  # cudaDeviceAttr
+    kernels, launched = [], []
+
+    def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Any:
+        assert code.count("DEVICE void resident(") == 1
+        kernel = next(k for k in (*all_kernels("forward"), *all_kernels("backward")) if k.entry == name)
+        kernels.append(SimpleNamespace(shared_size_bytes=4096, kernel=SimpleNamespace(ptr=gpu.build(kernel)[0])))
+        return kernels[-1]
+
+    def launch(function: int, *given: int) -> None:
+        launched.append((gpu.names[function], given[6]))
+        gpu.start(function, Grid(given[0], given[3], shared=given[6]), given[7], given[8])
+
+    runtime = SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda number, device: attributes[number])
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=7)), RawKernel=raw_kernel
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.runtime", runtime)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.driver", SimpleNamespace(launchKernel=launch))
+    launcher = _cuda_launch.CuPy()
+    for name in ("on", "empty", "zeros", "pointer"):
+        monkeypatch.setattr(launcher, name, getattr(gpu, name))
+    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    weight, bias = coefficients(3)[:2]
+    y = cuda_fused.forward(x, weight, bias, 1e-5)[3]
+    assert launcher.device() == H200
+    np.testing.assert_array_equal(y, expected[3])
+    assert launched == [("forward_resident_planes_float32_4", x.nbytes)]
+    assert kernels[0].max_dynamic_shared_size_bytes == H200.shared - 4096
 
 
 # ---- The choice ------------------------------------------------------------------------------------------------------

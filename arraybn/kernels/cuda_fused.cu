@@ -83,14 +83,14 @@ struct Kept {
 
 // ---- Both sweeps over a part, whose values are copied into shared memory ROUNDS rounds of UNROLL items ahead --------
 
-template <int INPUTS, class Item, class Place>
+template <int INPUTS, bool LAST, class Item, class Place>
 DEVICE void copy_round(const Parameters& p, Place& place, const Kept<Item>& kept) {
     typedef typename Item::Stored Stored;
 #pragma unroll
     for (int k = 0; k < Item::UNROLL; ++k) {
         if (place.more()) {
-            copy_later<sizeof(Item)>(&kept.x(place.slot), (const Stored*)p.x + place.offset());
-            if (INPUTS == 2) copy_later<sizeof(Item)>(&kept.u(place.slot), (const Stored*)p.u + place.offset());
+            copy_later<sizeof(Item), LAST>(&kept.x(place.slot), (const Stored*)p.x + place.offset());
+            if (INPUTS == 2) copy_later<sizeof(Item), LAST>(&kept.u(place.slot), (const Stored*)p.u + place.offset());
             place.next();
         }
     }
@@ -121,14 +121,14 @@ DEVICE Pair sums_of_part(
     Sums sums[CHANNELS];
     double shift[CHANNELS] = {};
     Place ahead = start;
-    for (int round = 0; round < ROUNDS; ++round) copy_round<Sums::INPUTS>(p, ahead, kept);
+    for (int round = 0; round < ROUNDS; ++round) copy_round<Sums::INPUTS, false>(p, ahead, kept);
     if (start.inside) {
         const typename T::Stored* first = (const typename T::Stored*)p.x + start.first(p, task);
 #pragma unroll
         for (int j = 0; j < CHANNELS; ++j) shift[j] = Sums::shift_of(p, start.channel + j, (double)T::value(first[j]));
     }
     for (int slot = start.slot; start.inside && slot < start.slots;) {
-        copy_round<Sums::INPUTS>(p, ahead, kept);
+        copy_round<Sums::INPUTS, false>(p, ahead, kept);
         wait_for_rounds<ROUNDS>();
         if (slot == start.slot) {
             const Item own = kept.x(slot);
@@ -164,14 +164,14 @@ DEVICE void map_of_part(const Parameters& p, const Place& start, const Kept<Item
     if (!start.more()) return;
     Place ahead = start;
     const bool first = COPY && CHANNELS == 1;  // before the coefficients, where registers suffice for both
-    for (int round = 0; first && round < ROUNDS; ++round) copy_round<Map::INPUTS>(p, ahead, kept);
+    for (int round = 0; first && round < ROUNDS; ++round) copy_round<Map::INPUTS, true>(p, ahead, kept);
     Map map[CHANNELS];
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) map[j] = Map(p, start.channel + j);
-    for (int round = 0; COPY && !first && round < ROUNDS; ++round) copy_round<Map::INPUTS>(p, ahead, kept);
+    for (int round = 0; COPY && !first && round < ROUNDS; ++round) copy_round<Map::INPUTS, true>(p, ahead, kept);
     for (Place place = start; place.more();) {
         if (COPY) {
-            copy_round<Map::INPUTS>(p, ahead, kept);
+            copy_round<Map::INPUTS, true>(p, ahead, kept);
             wait_for_rounds<ROUNDS>();
         }
 #pragma unroll
