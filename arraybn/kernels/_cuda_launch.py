@@ -237,6 +237,7 @@ class CuPy(Launcher):
         function = self._cupy.RawKernel(source(kernel), kernel.entry, OPTIONS)
         if kernel.dynamic:
             function.max_dynamic_shared_size_bytes = self.device().shared - function.shared_size_bytes
+            function.preferred_shared_memory_carveout = 100  # per cent, so that as many blocks have room as can be
         return function.kernel.ptr, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
