@@ -452,9 +452,8 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
         gpu.start(function, Grid(given[0], given[3], shared=given[6]), given[7], given[8])
 
     runtime = SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda number, device: attributes[number])
-    cupy = SimpleNamespace(
-        cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=7)), RawKernel=raw_kernel
-    )
+    stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=7))
+    cupy = SimpleNamespace(cuda=stream, RawKernel=raw_kernel)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.runtime", runtime)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.driver", SimpleNamespace(launchKernel=launch))
@@ -466,8 +465,9 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
     y = cuda_fused.forward(x, weight, bias, 1e-5)[3]
     assert launcher.device() == H200
     np.testing.assert_array_equal(y, expected[3])
-    assert launched == [("forward_resident_planes_float32_4", x.nbytes)]
+    assert launched == [("forward_resident_planes_float32_4", x.nbytes // 3)]
     assert kernels[0].max_dynamic_shared_size_bytes == H200.shared - 4096
+    assert kernels[0].preferred_shared_memory_carveout == 100
 
 
 # ---- The choice ------------------------------------------------------------------------------------------------------
