@@ -6,7 +6,8 @@ The sweeps are those of ``cuda.py``. A forward or a backward goes one of three w
   shared memory from the first sweep to the second. This is taken where they fit and there are blocks for half of the
   multiprocessors at least, or what a block keeps is small;
 - **pipeline**: blocks draw tasks; the map of a part follows its sums closely enough to find the values in the L2 cache.
-  This is taken where what lies between the two fits into the share `KEPT` of that cache. float64 does not go this way,
+  The order of tasks sees to it that no block waits for one that has not begun, so they need not all run at once. This
+  is taken where what lies between the two fits into the share `KEPT` of that cache. float64 does not go this way,
   because its sums need a second look at the values;
 - **split**: the two launches of ``cuda.py``, for everything else: few channels in channels-last order of large images.
 
