@@ -29,7 +29,10 @@ POINTERS = (
     "partials", "tickets",
 )  # fmt: skip
 FLOATS = ("eps", "momentum")
-NUMBERS = ("n", "channels", "groups", "parts", "items", "part", "plane", "stride", "columns", "by_groups", "by_plane")
+NUMBERS = (
+    "n", "channels", "groups", "parts", "items", "part", "plane", "stride", "columns", "ahead",
+    "by_groups", "by_plane",
+)  # fmt: skip
 _STRUCT = struct.Struct(f"={len(POINTERS)}Q{len(FLOATS)}d{len(NUMBERS) - 2}qQqQq")  # a divisor has two numbers
 
 
@@ -40,6 +43,7 @@ class Kernel(NamedTuple):
     dtype: str
     width: int
     files: tuple[str, ...] = SWEEPS
+    dynamic: bool = False  # whether a launch says how much shared memory it has
 
     @property
     def entry(self) -> str:
@@ -55,6 +59,15 @@ class Grid(NamedTuple):
     partials: int = 0  # bytes for the sums of parts
     tickets: int = 0  # counters
     shared: int = 0  # bytes of shared memory that are not in the source
+
+
+class Device(NamedTuple):
+    """What the choice of a kernel asks of a GPU; memory in bytes."""
+
+    multiprocessors: int
+    cache: int  # L2
+    shared: int  # memory that one block may have
+    shared_in_all: int  # that the blocks of a multiprocessor have together
 
 
 @functools.cache
@@ -107,6 +120,10 @@ class Launcher:
 
     def current(self) -> tuple[int, int]:
         """The number of the current device, and the address of its current stream."""
+        raise NotImplementedError
+
+    def device(self) -> Device:
+        """What the current device has."""
         raise NotImplementedError
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -174,6 +191,9 @@ class Launcher:
             return room
 
 
+_ATTRIBUTES = (16, 38, 97, 81)  # the fields of Device, as cudaDeviceAttr numbers them
+
+
 class CuPy(Launcher):
     """The calls of CuPy that reach the GPU."""
 
@@ -182,6 +202,7 @@ class CuPy(Launcher):
         self._cupy = importlib.import_module("cupy")
         self._driver = importlib.import_module("cupy_backends.cuda.api.driver")
         self._runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
+        self._devices: dict[int, Device] = {}
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Within it, the device of `array` is the current one."""
@@ -191,6 +212,13 @@ class CuPy(Launcher):
     def current(self) -> tuple[int, int]:
         """The number of the current device, and the address of its current stream."""
         return self._runtime.getDevice(), self._cupy.cuda.get_current_stream().ptr
+
+    def device(self) -> Device:
+        """What the current device has."""
+        number = self._runtime.getDevice()
+        if number not in self._devices:
+            self._devices[number] = Device(*(self._runtime.deviceGetAttribute(a, number) for a in _ATTRIBUTES))
+        return self._devices[number]
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array on the current device."""
@@ -206,8 +234,11 @@ class CuPy(Launcher):
 
     def build(self, kernel: Kernel) -> tuple[int, Any]:
         """The kernel's address on the current device, and what keeps it loaded; CuPy keeps the code on disk."""
-        function = self._cupy.RawKernel(source(kernel), kernel.entry, OPTIONS).kernel
-        return function.ptr, function
+        function = self._cupy.RawKernel(source(kernel), kernel.entry, OPTIONS)
+        if kernel.dynamic:
+            function.max_dynamic_shared_size_bytes = self.device().shared - function.shared_size_bytes
+            function.preferred_shared_memory_carveout = 100  # per cent, so that as many blocks have room as can be
+        return function.kernel.ptr, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         """Launch `function` with the addresses of its arguments at `arguments`."""

@@ -89,8 +89,8 @@ def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
     return Grid(groups * parts, threads, several * 16 * groups * parts * slots, several * groups)
 
 
-def _numbers(n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return n, channels, groups, parts, *shape, *divisor(groups), *divisor(shape[2])
+def _numbers(n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...], ahead: int = 0) -> tuple[int, ...]:
+    return n, channels, groups, parts, *shape, ahead, *divisor(groups), *divisor(shape[2])
 
 
 def _power_of_two(number: int) -> int:

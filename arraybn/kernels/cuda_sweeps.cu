@@ -15,27 +15,33 @@ DEVICE int items_in(const Parameters& p, int64 part) {
     return (int)(left < p.part ? left : p.part);
 }
 
-DEVICE Task task_of(const Parameters& p, int64 block) {
+DEVICE Task task_of(const Parameters& p, int64 group, int64 part) {
     Task task;
-    task.part = divide(block, p.by_groups);
-    task.group = block - task.part * p.groups;  // neighbours in memory are at work at the same time
-    task.first = task.part * p.part;
-    task.count = items_in(p, task.part);
+    task.group = group;
+    task.part = part;
+    task.first = part * p.part;
+    task.count = items_in(p, part);
     return task;
 }
 
-enum { AT_ONCE = 4 };  // loads of sums under way
+DEVICE Task task_of(const Parameters& p, int64 block) {
+    const int64 part = divide(block, p.by_groups);
+    return task_of(p, block - part * p.groups, part);  // neighbours in memory are at work at the same time
+}
+DEVICE Task sums_task(const Parameters& p) { return task_of(p, blockIdx.x); }
+DEVICE Task map_task(const Parameters& p) { return task_of(p, (int64)gridDim.x - 1 - blockIdx.x); }
 
 // Pools the parts of a group once all are there. Each of the first `slots` threads has a channel and, in `sums`, what
-// its block found for it; `width` is how many values of a channel are in an item.
-template <class Sums>
-DEVICE void finish(const Parameters& p, const Task& task, int slots, int width, int64 channel, Pair sums, Pair* room) {
+// its block found for it; `width` is how many values of a channel are in an item, AT_ONCE how many loads are
+// under way. Whether this block was the last.
+template <class Sums, int AT_ONCE = 4>
+DEVICE bool finish(const Parameters& p, const Task& task, int slots, int width, int64 channel, Pair sums, Pair* room) {
     const int thread = threadIdx.x, slot = thread % slots;
     if (p.parts > 1) {
         SHARED(uint32, ticket, 1);
         Pair* partials = (Pair*)p.partials + task.group * p.parts * slots;
         if (thread < slots) partials[task.part * slots + slot] = sums;
-        if (!last_to_arrive(p.tickets + task.group, p.parts, ticket)) return;
+        if (!last_to_arrive(p.tickets + task.group, p.parts, ticket)) return false;
         // Threads with the same slot share its parts; all of them know the channel's origin.
         const int64 known = channel < p.channels ? channel : 0;
         const double origin = Sums::origin(p, known, load_shared(partials + slot));
@@ -58,6 +64,7 @@ DEVICE void finish(const Parameters& p, const Task& task, int slots, int width, 
         sums = Sums::pooled((double)p.n, origin, s, q);
     }
     if (thread < slots && channel < p.channels) Sums::finish(p, channel, sums);
+    return true;
 }
 
 // ---- Planes: a group is one channel, an item is WIDTH values of a plane ---------------------------------------------
@@ -90,12 +97,11 @@ struct Walk {
 };
 
 template <class T, int WIDTH, class Sums>
-DEVICE void sums_of_planes(const Parameters& p) {
+DEVICE bool sums_of_planes(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
     enum { UNROLL = Item::UNROLL };
     SHARED(Pair, room, MOST_THREADS);
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
-    const Task task = task_of(p, blockIdx.x);
     const int64 channel = task.group;
     const int thread = threadIdx.x, threads = blockDim.x;
     Walk<WIDTH> walk(p, channel, task.first + thread);
@@ -127,16 +133,15 @@ DEVICE void sums_of_planes(const Parameters& p) {
     sums.about(shift, taken);
     sum_over_block(sums.s, sums.q, 1, room);
     const Pair part = Sums::part((double)task.count * WIDTH, shift, sums.s, sums.q);
-    finish<Sums>(p, task, 1, WIDTH, channel, part, room);
+    return finish<Sums>(p, task, 1, WIDTH, channel, part, room);
 }
 
 template <class T, int WIDTH, class Map>
-DEVICE void map_of_planes(const Parameters& p) {
+DEVICE void map_of_planes(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
     enum { UNROLL = Item::UNROLL };
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
     typename T::Stored* out = (typename T::Stored*)p.out;
-    const Task task = task_of(p, (int64)gridDim.x - 1 - blockIdx.x);
     const int64 channel = task.group;
     const int thread = threadIdx.x, threads = blockDim.x;
     Walk<WIDTH> walk(p, channel, task.first + thread);
@@ -189,12 +194,11 @@ struct Column {
 };
 
 template <class T, int WIDTH, class Sums>
-DEVICE void sums_of_lines(const Parameters& p) {
+DEVICE bool sums_of_lines(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
     enum { UNROLL = Item::UNROLL };
     SHARED(Pair, room, MOST_THREADS);
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
-    const Task task = task_of(p, blockIdx.x);
     const Column<WIDTH> column(p, task);
     Sums sums[WIDTH];
     double shift[WIDTH] = {};
@@ -245,16 +249,15 @@ DEVICE void sums_of_lines(const Parameters& p) {
         }
     }
     const Pair part = Sums::part((double)task.count, mine, s, q);
-    finish<Sums>(p, task, column.threads * WIDTH, 1, column.channel + column.row % WIDTH, part, room);
+    return finish<Sums>(p, task, column.threads * WIDTH, 1, column.channel + column.row % WIDTH, part, room);
 }
 
 template <class T, int WIDTH, class Map>
-DEVICE void map_of_lines(const Parameters& p) {
+DEVICE void map_of_lines(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
     enum { UNROLL = Item::UNROLL };
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
     typename T::Stored* out = (typename T::Stored*)p.out;
-    const Task task = task_of(p, (int64)gridDim.x - 1 - blockIdx.x);
     const Column<WIDTH> column(p, task);
     if (!column.inside) return;
     Map map[WIDTH];
@@ -289,17 +292,17 @@ DEVICE void map_of_lines(const Parameters& p) {
 
 // ---- The kernels ----------------------------------------------------------------------------------------------------
 
-#define KERNEL(name, body, what)                                                                                       \
-    template <class T, int WIDTH> DEVICE void name(const Parameters& p) { body<T, WIDTH, what<T>>(p); }
+#define KERNEL(name, body, what, task)                                                                                 \
+    template <class T, int WIDTH> DEVICE void name(const Parameters& p) { body<T, WIDTH, what<T>>(p, task(p)); }
 
-KERNEL(moments_planes, sums_of_planes, MomentSums)
-KERNEL(moments_lines, sums_of_lines, MomentSums)
-KERNEL(dots_planes, sums_of_planes, DotSums)
-KERNEL(dots_lines, sums_of_lines, DotSums)
-KERNEL(affine_planes, map_of_planes, Affine)
-KERNEL(affine_lines, map_of_lines, Affine)
-KERNEL(affine2_planes, map_of_planes, Affine2)
-KERNEL(affine2_lines, map_of_lines, Affine2)
+KERNEL(moments_planes, sums_of_planes, MomentSums, sums_task)
+KERNEL(moments_lines, sums_of_lines, MomentSums, sums_task)
+KERNEL(dots_planes, sums_of_planes, DotSums, sums_task)
+KERNEL(dots_lines, sums_of_lines, DotSums, sums_task)
+KERNEL(affine_planes, map_of_planes, Affine, map_task)
+KERNEL(affine_lines, map_of_lines, Affine, map_task)
+KERNEL(affine2_planes, map_of_planes, Affine2, map_task)
+KERNEL(affine2_lines, map_of_lines, Affine2, map_task)
 
 // (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
 template <class T, int WIDTH>

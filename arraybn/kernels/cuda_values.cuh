@@ -54,6 +54,7 @@ struct Parameters {
     int64 plane;     // items in a plane
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
+    int64 ahead;     // tasks that are summed before the first is mapped (cuda_fused.cu)
     Divisor by_groups;
     Divisor by_plane;
 };
@@ -75,9 +76,9 @@ struct alignas(BYTES) Words {
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 // Two blocks of 256 threads fit into a multiprocessor: 128 registers for a thread.
+#define BOUNDS __launch_bounds__(MOST_THREADS, 2)
 #define ENTRY(kernel, type, width)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) kernel##_##type##_##width(                           \
-        const __grid_constant__ Parameters p) {                                                                        \
+    extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
         kernel<type, width>(p);                                                                                        \
     }
 
@@ -115,6 +116,61 @@ DEVICE Pair load_shared(const Pair* from) {
     Pair to;
     asm volatile("ld.global.cg.v2.f64 {%0, %1}, [%2];" : "=d"(to.first), "=d"(to.second) : "l"(from) : "memory");
     return to;
+}
+
+// Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once, and all on GPUs before the A100.
+// LAST: for the last time, as load_last.
+template <int BYTES, bool LAST>
+DEVICE void copy_later(void* to, const void* from) {
+#if __CUDA_ARCH__ < 800
+    for (int i = 0; i < BYTES / 2; ++i) ((uint16*)to)[i] = ((const uint16*)from)[i];
+#else
+    if constexpr (BYTES == 2) {
+        *(uint16*)to = *(const uint16*)from;
+    } else {
+        uint64 address;
+        asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(to));
+        if constexpr (LAST) {
+            uint64 policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+            if constexpr (BYTES == 16) {
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"((uint32)address),
+                             "l"(from), "l"(policy)
+                             : "memory");
+            } else {
+                asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"((uint32)address),
+                             "l"(from), "n"(BYTES), "l"(policy)
+                             : "memory");
+            }
+        } else if constexpr (BYTES == 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32)address), "l"(from) : "memory");
+        } else {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((uint32)address), "l"(from), "n"(BYTES)
+                         : "memory");
+        }
+    }
+#endif
+}
+#if __CUDA_ARCH__ < 800
+DEVICE void end_round() {}
+template <int ROUNDS> DEVICE void wait_for_rounds() {}
+#else
+DEVICE void end_round() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all of this thread's rounds have arrived, but for the last ROUNDS.
+template <int ROUNDS>
+DEVICE void wait_for_rounds() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(ROUNDS) : "memory");
+}
+#endif
+
+// A flag between blocks: who sees it set sees what was written before.
+DEVICE void store_release(uint32* to, uint32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+DEVICE uint32 load_acquire(const uint32* from) {
+    uint32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
 }
 
 DEVICE float half_to_float(uint16 half) {

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__) && !defined(UCONTEXT)
 #include <xmmintrin.h>
@@ -40,6 +41,15 @@ struct Block {
     size_t used = 0;  // of the shared memory
     std::vector<unsigned char> shared;
     std::vector<unsigned char> dynamic;  // shared memory whose size the launch says
+    std::vector<std::pair<const void*, size_t>> sites;  // the declarations of shared memory, and where each has it
+};
+
+// A copy into shared memory, which is not there before its round is waited for.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    unsigned round;
 };
 
 struct Fiber {
@@ -47,7 +57,8 @@ struct Fiber {
     char* stack = nullptr;
     Block* block = nullptr;
     Index index{};
-    size_t shared = 0;  // how much of the block's shared memory it has given names to
+    std::vector<Copy> copies;
+    unsigned rounds = 0;  // of copies
     const Barrier* waits = nullptr;
     unsigned until = 0;  // passed is more than this
     bool done = false;
@@ -62,6 +73,7 @@ inline void (*kernel)(const void*);
 inline const void* parameters;
 inline char failure[200];
 inline bool progress;
+inline bool at_once;  // copies arrive when they are asked for, otherwise when they are waited for
 
 // ---- Switching ------------------------------------------------------------------------------------------------------
 
@@ -143,13 +155,26 @@ T from_lane(T value, unsigned lane) {
     return value;
 }
 
-// The next piece of the block's shared memory: the same for every thread, which all ask for the same pieces in turn.
-inline void* shared(size_t bytes) {
-    void* place = now->block->shared.data() + now->shared;
-    now->shared += (bytes + 15) & ~(size_t)15;
-    if (now->shared > SHARED) fail("too much shared memory");
-    if (now->shared > now->block->used) now->block->used = now->shared;
-    return place;
+// The block's shared memory that is declared at a site: the same for every thread, each time.
+inline void* shared(const void* site, size_t bytes) {
+    Block& block = *now->block;
+    for (const auto& known : block.sites) {
+        if (known.first == site) return block.shared.data() + known.second;
+    }
+    block.sites.push_back({site, block.used});
+    block.used += (bytes + 15) & ~(size_t)15;
+    if (block.used > SHARED) fail("too much shared memory");
+    return block.shared.data() + block.sites.back().second;
+}
+
+// What has arrived when all but the last `rounds` rounds are there.
+inline void finish_copies(unsigned rounds) {
+    size_t left = 0;
+    for (const Copy& copy : now->copies) {
+        if (copy.round + rounds < now->rounds) memcpy(copy.to, copy.from, copy.bytes);
+        else now->copies[left++] = copy;
+    }
+    now->copies.resize(left);
 }
 
 // ---- A launch -------------------------------------------------------------------------------------------------------
@@ -185,11 +210,14 @@ struct Launch {
         for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
         memset(block.shared.data(), 0xff, block.used);
         block.dynamic.assign(block.dynamic.size(), 0xff);
+        block.used = 0;
+        block.sites.clear();
         for (unsigned t = 0; t < threads; ++t) {
             Fiber& fiber = fibers[(size_t)place * threads + t];
             fiber.block = &block;
             fiber.index = {t, 0, 0};
-            fiber.shared = 0;
+            fiber.copies.clear();
+            fiber.rounds = 0;
             fiber.waits = nullptr;
             fiber.done = false;
             prepare(&fiber, run_thread);
@@ -255,6 +283,7 @@ extern "C" const char* shim_launch(
     grid = {blocks, 1, 1};
     block_size = {threads, 1, 1};
     *failure = 0;
+    at_once = seed % 2;
     Launch launch(threads, resident < blocks ? resident : blocks, dynamic);
     put_in_order(launch.order, blocks, seed);
 #if defined(SWITCH_BY_HAND)
@@ -307,7 +336,9 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 template <int BYTES> struct Words;
 struct Pair;
 
-#define SHARED(type, name, count) type* name = (type*)shim::shared(sizeof(type) * (count))
+#define SHARED(type, name, count)                                                                                      \
+    static char name##_site;                                                                                           \
+    type* name = (type*)shim::shared(&name##_site, sizeof(type) * (count))
 #define DYNAMIC_SHARED(name) unsigned char* name = shim::now->block->dynamic.data()
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
@@ -316,6 +347,23 @@ inline void shim_copy(void* to, const void* from, const void* global, size_t byt
     if ((uintptr_t)global % bytes) shim::fail("a misaligned access");
     memcpy(to, from, bytes);
 }
+inline bool in_dynamic(const void* place, size_t bytes) {
+    const std::vector<unsigned char>& dynamic = shim::now->block->dynamic;
+    const uintptr_t at = (uintptr_t)place - (uintptr_t)dynamic.data();
+    return at + bytes <= dynamic.size() && at % bytes == 0;
+}
+template <int BYTES, bool LAST> void copy_later(void* to, const void* from) {
+    if ((uintptr_t)from % BYTES || !in_dynamic(to, BYTES)) shim::fail("a copy that is misaligned or out of place");
+    if (BYTES == 2 || shim::at_once) memcpy(to, from, BYTES);
+    else shim::now->copies.push_back({to, from, BYTES, shim::now->rounds});
+}
+inline void end_round() { ++shim::now->rounds; }
+template <int ROUNDS> void wait_for_rounds() { shim::finish_copies(ROUNDS); }
+inline void store_release(unsigned* to, unsigned value) {
+    *to = value;
+    shim::progress = true;
+}
+inline unsigned load_acquire(const unsigned* from) { return *from; }
 template <int BYTES> void load(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
 template <int BYTES> void load_last(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
 template <int BYTES> void store(void* to, const Words<BYTES>& from) { shim_copy(to, &from, to, BYTES); }

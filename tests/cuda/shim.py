@@ -21,12 +21,13 @@ from unittest import mock
 import numpy as np
 
 from arraybn.kernels import _cuda_launch, cuda
-from arraybn.kernels._cuda_launch import Grid, Kernel
+from arraybn.kernels._cuda_launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
 GUARD = 64  # bytes before and behind an array, which nobody may write to
 PATTERN = 0xA5
 POISON = 0xFF  # what a new array is full of: NaN in every dtype
+H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -85,13 +86,21 @@ def guarded(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Any:
     return inner.view(dtype).reshape(shape) if offset % dtype.itemsize == 0 else np.ndarray(shape, dtype, inner)
 
 
+def owner(array: Any) -> Any:
+    """The array that owns the memory of an array of `guarded`: it lives as long as any part of that."""
+    while array.base is not None:
+        array = array.base
+    return array
+
+
 def assert_guards(array: Any) -> None:
     """Assert that nobody wrote before or behind an array of `guarded`."""
-    room = array
-    while room.base is not None:
-        room = room.base
-    start = array.ctypes.data - room.ctypes.data
-    outside = np.concatenate([room[:start], room[start + array.nbytes :]])
+    assert_outside(owner(array), array.ctypes.data - owner(array).ctypes.data, array.nbytes)
+
+
+def assert_outside(room: Any, start: int, size: int) -> None:
+    """Assert that nobody wrote into `room` before or behind those bytes."""
+    outside = np.concatenate([room[:start], room[start + size :]])
     assert np.all(outside == PATTERN), "a kernel wrote outside its array"
 
 
@@ -107,7 +116,7 @@ class Shim(_cuda_launch.Launcher):
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
         self._arrays: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._made: list[weakref.ref[Any]] = []
+        self._made: list[tuple[weakref.ref[Any], int, int]] = []
 
     def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -115,9 +124,14 @@ class Shim(_cuda_launch.Launcher):
     def current(self) -> tuple[int, int]:
         return 0, 1
 
+    def device(self) -> Device:
+        return H200
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = guarded(shape, dtype)
-        self._made = [made for made in self._made if made() is not None] + [weakref.ref(array)]
+        room = owner(array)
+        made = weakref.ref(room), array.ctypes.data - room.ctypes.data, array.nbytes
+        self._made = [other for other in self._made if other[0]() is not None] + [made]
         return array
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -141,9 +155,9 @@ class Shim(_cuda_launch.Launcher):
             said = self.library.shim_launch(function, packed, *size, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
-        for made in self._made:
-            if (array := made()) is not None:
-                assert_guards(array)
+        for made, start, size in self._made:
+            if (room := made()) is not None:
+                assert_outside(room, start, size)
         for room in self._rooms.values():
             assert not room.arrays[1].any(), "a kernel left its counters behind"
 

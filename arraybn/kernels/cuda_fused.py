@@ -1,0 +1,232 @@
+"""Forward and backward for CuPy arrays in one launch each, which reads every value from main memory once.
+
+The sweeps are those of ``cuda.py``. A forward or a backward goes one of three ways, which `plan` chooses:
+
+- **resident**: a block keeps one channel (channels-first), or a few channels side by side (channels-last), in its
+  shared memory from the first sweep to the second. This is taken where they fit and there are blocks for half of the
+  multiprocessors at least, or what a block keeps is small;
+- **pipeline**: blocks draw tasks; the map of a part follows its sums closely enough to find the values in the L2 cache.
+  The order of tasks sees to it that no block waits for one that has not begun, so they need not all run at once. This
+  is taken where what lies between the two fits into the share `KEPT` of that cache. float64 does not go this way,
+  because its sums need a second look at the values;
+- **split**: the two launches of ``cuda.py``, for everything else: few channels in channels-last order of large images.
+
+Where x has b bytes, this moves between the GPU and its main memory (L2 is what a sweep finds in the cache by chance):
+
+==========  =====================  =====================  ============================================
+way         forward                backward               and from the L2 cache
+==========  =====================  =====================  ============================================
+resident    b read, b written      2b read, b written     nothing
+pipeline    b read, b written      2b read, b written     b in a forward, 2b in a backward
+split       2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
+==========  =====================  =====================  ============================================
+
+A mean found by one way is that of another to rounding, not to the bit; the way depends on the shape, the dtype, the
+alignment and the GPU, and on nothing else, so results have the same bits each time on GPUs of one kind. These kernels
+have not been measured yet, so the sizes below are estimates.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from .._arrays import Array
+from . import _cuda_launch
+from ._cuda_launch import SWEEPS, Device, Grid, Kernel
+from .cuda import (
+    _VECTORS,
+    _ZEROS,
+    DTYPES,
+    LEAST,
+    THREADS,
+    UNDER_WAY,
+    WARP,
+    _numbers,
+    _power_of_two,
+    _Work,
+    affine,
+    affine2,
+    cut,
+    dots,
+    moments,
+    update_running_stats,
+)
+
+__all__ = ["affine", "affine2", "backward", "dots", "forward", "moments", "update_running_stats"]
+
+FILES = (*SWEEPS, "cuda_fused.cu")
+ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
+ROWS_DRAWN = (128, 64, 32)  # that a task of the pipeline takes
+ALONE = 2**16  # bytes that one block reads about as fast as a second launch starts
+ITEMS = 16  # that a thread of a resident block has
+ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
+TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
+BLOCKS = 3  # that draw tasks, for each multiprocessor
+SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
+ROUNDS = {1: 4, 2: 2}  # of loads that a block of the pipeline has room for, by the number of inputs
+KEPT = 0.6  # of the L2 cache, where values are found again
+
+
+class Plan(NamedTuple):
+    """How a forward or backward of (N, C, S) is done in one launch."""
+
+    kernel: Kernel
+    grid: Grid
+    numbers: tuple[int, ...]  # as `cuda.Cut` has them
+
+
+class _Data(NamedTuple):
+    """What there is to read."""
+
+    dtype: str
+    channels: int
+    items: int  # of a channel; rows, of lines
+    plane: int  # items in a plane
+    lines: bool
+    width: int
+    item: int  # bytes of an item, of all inputs
+    inputs: int
+
+    def columns(self, row: int) -> int:
+        """Threads side by side that take `row` bytes of each input."""
+        if not self.lines:
+            return 1
+        return min(_power_of_two(self.channels // self.width), max(row * self.inputs // self.item, 1))
+
+    def groups(self, columns: int) -> int:
+        """How many groups of channels there are."""
+        return -(-self.channels // (columns * self.width)) if self.lines else self.channels
+
+    def kernel(self, way: str) -> Kernel:
+        """The kernel that goes this way."""
+        name = f"{'forward' if self.inputs == 1 else 'backward'}_{way}_{'lines' if self.lines else 'planes'}"
+        return Kernel(name, self.dtype, self.width, FILES, dynamic=True)
+
+    def threads(self, items: int, columns: int, each: int) -> int:
+        """Of a block, so that each has about so many items."""
+        least = columns * self.width if self.lines else 1
+        return min(max(_power_of_two(items * columns // each), least, WARP), THREADS)
+
+    def numbers(self, groups: int, parts: int, part: int, columns: int, ahead: int = 0) -> tuple[int, ...]:
+        """The numbers of a launch."""
+        n = self.items * (1 if self.lines else self.width)
+        stride = self.channels * (1 if self.lines else self.plane * self.width)
+        return _numbers(n, self.channels, groups, parts, (self.items, part, self.plane, stride, columns), ahead)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device) -> Plan | None:
+    """How one launch goes over x, or over x and dy (two inputs), of that shape; None where two launches do better.
+
+    `address` has the last four bits of every address of data.
+    """
+    samples, channels, plane = shape
+    if channels == 1:
+        samples, plane = 1, samples * plane
+    found = cut(shape, dtype.itemsize, address)
+    lines, width = found.layout == "lines", found.width
+    if lines and width > 1:
+        width = SIDE // dtype.itemsize
+    items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
+    item = width * dtype.itemsize * inputs
+    data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
+    if (kept := _resident(data, device)) is not None:
+        return kept
+    return None if dtype.itemsize == 8 else _pipeline(data, device)
+
+
+def _resident(data: _Data, device: Device) -> Plan | None:
+    """A block for each group of channels, which keeps all of their values."""
+    for row in ROWS_KEPT if data.lines else ROWS_KEPT[:1]:
+        columns = data.columns(row)
+        groups, kept = data.groups(columns), data.items * columns * data.item
+        crowded = 2 * (kept + ROOM) > device.shared_in_all or groups < device.multiprocessors
+        if data.lines and crowded and row > ROWS_KEPT[-1]:
+            continue  # narrower groups let more blocks in
+        if kept + ROOM > device.shared or (2 * groups < device.multiprocessors and kept > ALONE):
+            continue
+        grid = Grid(groups, data.threads(data.items, columns, ITEMS), shared=kept)
+        numbers = data.numbers(groups, 1, data.items, columns)
+        return Plan(data.kernel("resident"), grid, numbers)
+    return None
+
+
+def _pipeline(data: _Data, device: Device) -> Plan | None:
+    """Tasks of one part of a group, drawn by as many blocks as are at work at a time."""
+    for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
+        columns = data.columns(row)
+        groups = data.groups(columns)
+        most = BLOCKS * device.multiprocessors
+        task = min(max(groups * data.items * columns * data.item // most, LEAST), TASK)
+        parts = max(data.items * columns * data.item // task, 1)
+        part = -(-data.items // parts)
+        parts = -(-data.items // part)
+        ahead = min(parts + 3 * most // 4, groups * parts)  # half of the blocks are at sums; some more, so none waits
+        threads = data.threads(part, columns, UNDER_WAY)
+        ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
+        if ahead * part * columns * data.item > KEPT * device.cache or ring + ROOM > device.shared:
+            continue
+        slots = columns * data.width if data.lines else 1
+        partials = 16 * groups * parts * slots if parts > 1 else 0
+        grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
+        numbers = data.numbers(groups, parts, part, columns, ahead)
+        return Plan(data.kernel("pipeline"), grid, numbers)
+    return None
+
+
+class _Fused(_Work):
+    """The arrays of a call."""
+
+    __slots__ = ()
+
+    def fuse(self, *, eps: float = 0.0, **vectors: int) -> bool:
+        """Do all with one launch; False where there is no plan for that."""
+        if not self.size:
+            return True
+        address = (self.x | self.u | self.y) % 16
+        found = plan(self.shape, self.dtype, address, 2 if self.u else 1, self.gpu.device())
+        if found is None:
+            return False
+        pointers = (self.x, self.u, self.y, *map(vectors.get, _VECTORS, _ZEROS))
+        self.gpu.launch(found.kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
+        return True
+
+
+def forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Fused(gpu, x)
+        y = work.writes(out)
+        mean, m2, rstd = work.vectors(3)
+        means, m2s, rstds = gpu.pointer(mean), gpu.pointer(m2), gpu.pointer(rstd)
+        given = {"mean": means, "rstd": rstds, "weight": work.vector(weight), "bias": work.vector(bias)}
+        if not work.fuse(m2=m2s, eps=eps, **given):
+            work.moments(means, m2s, rstds, eps)
+            work.run("affine", **given)
+        return mean, m2, rstd, y
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = _Fused(gpu, x, dy)
+        dx = work.writes(out)
+        dweight, dbias = work.vectors(2)
+        given: dict[str, Any] = {
+            "mean": work.vector(mean),
+            "rstd": work.vector(rstd),
+            "weight": work.vector(weight),
+            "dweight": gpu.pointer(dweight),
+            "dbias": gpu.pointer(dbias),
+        }
+        if not work.fuse(**given):
+            work.run("dots", **given)
+            work.run("affine2", **given)
+        return dx, dweight, dbias
