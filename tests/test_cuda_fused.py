@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +29,7 @@ from arraybn.kernels import _cuda_launch, cuda, cuda_fused, select
 from arraybn.kernels._cuda_launch import Device, Grid, Kernel
 
 ROOT = Path(__file__).parents[1]
-H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
+H200 = shim.H200
 NARROW = H200._replace(shared_in_all=0)  # never room for a second block
 SMALL = Device(multiprocessors=2, cache=2**40, shared=72 * 2**10, shared_in_all=0)
 LONELY = SMALL._replace(multiprocessors=1)
@@ -68,60 +67,18 @@ CASES: dict[str, tuple[str, tuple[int, int, int], Device, dict[str, int]]] = {
 }
 
 
-def all_kernels(direction: str) -> tuple[Kernel, ...]:
-    """Every fused kernel of a direction, for every dtype and width."""
-    names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
-    return tuple(
-        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, True)
-        for way, layout, dtype in names
-        for width in widths(way, layout, 2 if "16" in dtype else int(dtype[-2:]) // 8)
-    )
-
-
-def widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
-    """The numbers of values that a thread takes at once."""
-    if itemsize == 8 and (way == "pipeline" or layout == "lines"):
-        return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (cuda_fused.SIDE // itemsize, 1)
-
-
-class Shim(shim.Shim):
-    """Kernels of several libraries, on a GPU that a test describes."""
-
-    def __init__(self, libraries: list[Path], has: Device = H200, **options: int) -> None:
-        super().__init__(libraries[0], **options)
-        self.has = has
-        self.each = [shim.Shim(library) for library in libraries]
-        self.home: dict[int, Any] = {}  # the library of a function
-
-    def device(self) -> Device:
-        return self.has
-
-    def build(self, kernel: Kernel) -> tuple[int, Any]:
-        self.library = next(one.library for one in self.each if hasattr(one.library, kernel.entry))
-        function = super().build(kernel)
-        self.home[function[0]] = self.library
-        return function
-
-    def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
-        self.library = self.home[function]
-        super().start(function, grid, stream, arguments)
-
-
 @pytest.fixture(scope="module")
 def libraries() -> list[Path]:
-    kernels = [tuple(shim.all_kernels()), all_kernels("forward"), all_kernels("backward")]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(shim.build, kernels))
+    return shim.libraries()
 
 
 def installed(libraries: list[Path], **options: Any) -> Any:
     """Within it, NumPy arrays go through the fused kernels."""
-    return mock.patch.object(_cuda_launch, "launcher", mock.Mock(return_value=Shim(libraries, **options)))
+    return mock.patch.object(_cuda_launch, "launcher", mock.Mock(return_value=shim.Shim(*libraries, **options)))
 
 
 @pytest.fixture(autouse=True)
-def gpu(libraries: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shim]:
+def gpu(libraries: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[shim.Shim]:
     def by_default(x: Any, kernels: Any = None) -> Any:
         return select(x, cuda_fused if kernels is None else kernels)
 
@@ -149,7 +106,7 @@ def set_sizes(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], way: str) 
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> Any:
+def case(request: pytest.FixtureRequest, gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> Any:
     """(N, C, S), which goes the way that the table says."""
     shape, gpu.has = set_case(request.param, monkeypatch)
     return shape
@@ -202,7 +159,7 @@ def assert_backward(shape: tuple[int, int, int], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_each_way_is_exact_to_rounding(case: Any, dtype: str, gpu: Shim) -> None:
+def test_each_way_is_exact_to_rounding(case: Any, dtype: str, gpu: shim.Shim) -> None:
     assert_forward(case, dtype)
     assert_backward(case, dtype)
     names = [name for name, _ in gpu.launches]
@@ -235,7 +192,7 @@ def test_it_is_the_split_sweeps_to_rounding(case: Any, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_bits_are_the_same_each_time_whichever_blocks_run_first(
-    case: Any, dtype: str, gpu: Shim, libraries: list[Path]
+    case: Any, dtype: str, gpu: shim.Shim, libraries: list[Path]
 ) -> None:
     results = []
     for seed, resident in [(0, 3), (1, 1), (2, 9), (3, 2)]:
@@ -302,7 +259,7 @@ def test_nan_and_inf_stay_in_their_channel(case: Any, dtype: str) -> None:
 
 
 @pytest.fixture(params=["resident", "pipeline"])
-def way(request: pytest.FixtureRequest, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def way(request: pytest.FixtureRequest, gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "pipeline":
         gpu.has = SMALL
         set_sizes(monkeypatch, {"LEAST": 1024, "TASK": 1024}, request.param)
@@ -326,13 +283,13 @@ class TestPromises:
 
 
 @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
-def test_n2_float64(shape: str, scale: str, gpu: Shim) -> None:
+def test_n2_float64(shape: str, scale: str, gpu: shim.Shim) -> None:
     test_accuracy.test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape, scale)
     assert all("_resident_" in name for name, _ in gpu.launches)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: Shim) -> None:
+def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: shim.Shim) -> None:
     shape = (6, 4, 7, 7) if axis == 1 else (6, 7, 7, 4)
     results = []
     for kernels in (cuda_fused, reference):
@@ -357,7 +314,9 @@ def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: Shim
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", ["planes", "channels-last", "planes in parts", "lines in parts"])
-def test_any_alignment_of_the_values_will_do(dtype: str, name: str, gpu: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_alignment_of_the_values_will_do(
+    dtype: str, name: str, gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape, gpu.has = set_case(name, monkeypatch)
     values, weight = data(shape, dtype), coefficients(shape[1])[0]
     mean, _, rstd, y = cuda_fused.forward(values, weight, None, 1e-5)
@@ -392,7 +351,7 @@ def test_arrays_that_a_kernel_cannot_take_as_they_are_give_the_same_bits() -> No
         np.testing.assert_array_equal(got, expected)
 
 
-def test_nothing_in_gives_nothing_out(gpu: Shim) -> None:
+def test_nothing_in_gives_nothing_out(gpu: shim.Shim) -> None:
     for shape in [(0, 3, 5), (4, 3, 0), (0, 3, 1)]:
         x = np.empty(shape, np.float32)
         mean, m2, _, y = cuda_fused.forward(x, None, None, 1e-5)
@@ -406,7 +365,7 @@ def test_nothing_in_gives_nothing_out(gpu: Shim) -> None:
 @pytest.mark.parametrize("way", ["resident", "pipeline"])
 @pytest.mark.parametrize("shape", [(3, 2, 16), (3, 16, 1)])
 def test_places_beyond_2_31_are_reached(
-    way: str, shape: tuple[int, int, int], gpu: Shim, monkeypatch: pytest.MonkeyPatch
+    way: str, shape: tuple[int, int, int], gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_sizes(monkeypatch, {}, way)
     stride = 2**31 + 64  # values from a sample to the next: the rest of a sample is never looked at
@@ -434,7 +393,7 @@ def test_places_beyond_2_31_are_reached(
 
 
 def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
-    gpu: Shim, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+    gpu: shim.Shim, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = data((4, 3, 64), "float32")
     expected = both((4, 3, 64), "float32")
@@ -443,7 +402,7 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
 
     def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Any:
         assert code.count("DEVICE void resident(") == 1
-        kernel = next(k for k in (*all_kernels("forward"), *all_kernels("backward")) if k.entry == name)
+        kernel = next(k for k in (*shim.fused_kernels("forward"), *shim.fused_kernels("backward")) if k.entry == name)
         kernels.append(SimpleNamespace(shared_size_bytes=4096, kernel=SimpleNamespace(ptr=gpu.build(kernel)[0])))
         return kernels[-1]
 
@@ -583,7 +542,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_error_is_found(
-    planted: str, libraries: list[Path], gpu: Shim, monkeypatch: pytest.MonkeyPatch
+    planted: str, libraries: list[Path], gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, name = PLANTED[planted]
     shape, gpu.has = set_case(name, monkeypatch)
@@ -632,7 +591,7 @@ def test_address_sanitizer_finds_nothing_but_what_is_planted(changed: tuple[str,
     asan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(asan).is_absolute():
         pytest.skip("g++ has no libasan here")
-    kernels = all_kernels("forward") + (all_kernels("backward") if changed is None else ())
+    kernels = shim.fused_kernels("forward") + (shim.fused_kernels("backward") if changed is None else ())
     kernels = tuple(kernel for kernel in kernels if kernel.dtype == "float32")
     library = shim.build(kernels, "-O0", "-fsanitize=address", changed=changed)
     code = textwrap.dedent(SANITIZED).format(tests=str(ROOT / "tests"), root=str(ROOT))
@@ -662,7 +621,7 @@ REGISTERS = 65536 // (3 * 256)  # of a thread, so that three blocks of 256 threa
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_kernels_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
     everything = os.environ.get("ARRAYBN_COMPILE") == "all"
-    kernels = [*all_kernels("forward"), *all_kernels("backward")] if everything else COMPILED
+    kernels = [*shim.fused_kernels("forward"), *shim.fused_kernels("backward")] if everything else COMPILED
     found = resources(compiled(_cuda_launch.source(*kernels), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in kernels}
     assert in_local_memory(found) == []

@@ -49,11 +49,13 @@ from .cuda import (
     affine2,
     cut,
     dots,
+    evaluate,
     moments,
     update_running_stats,
+    widened,
 )
 
-__all__ = ["affine", "affine2", "backward", "dots", "forward", "moments", "update_running_stats"]
+__all__ = ["affine", "affine2", "backward", "dots", "evaluate", "forward", "moments", "update_running_stats", "widened"]
 
 FILES = (*SWEEPS, "cuda_fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32

@@ -18,8 +18,8 @@ from arraybn.kernels._cuda_launch import Grid
 class FakeGpu(shim.Shim):
     """Launches on the CPU, of arrays of the fake CuPy, in whose log they stand."""
 
-    def __init__(self, library: Path, **options: int) -> None:
-        super().__init__(library, **options)
+    def __init__(self, *libraries: Path, **options: int) -> None:
+        super().__init__(*libraries, **options)  # type: ignore[arg-type]
         self._cupy = importlib.import_module("cupy")
 
     def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
@@ -49,7 +49,7 @@ class FakeGpu(shim.Shim):
 
 @contextlib.contextmanager
 def install(**options: int) -> Iterator[FakeGpu]:
-    """Within it, arraybn.kernels.cuda takes arrays of the fake CuPy."""
-    gpu = FakeGpu(shim.build(tuple(shim.all_kernels())), **options)
+    """Within it, arraybn.kernels.cuda and cuda_fused take arrays of the fake CuPy."""
+    gpu = FakeGpu(*shim.libraries(), **options)
     with mock.patch.object(_cuda_launch, "launcher", return_value=gpu):
         yield gpu

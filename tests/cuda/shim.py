@@ -14,13 +14,15 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from arraybn.kernels import _cuda_launch, cuda
+from arraybn._arrays import FLOATS
+from arraybn.kernels import _cuda_launch, cuda, cuda_fused
 from arraybn.kernels._cuda_launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
@@ -41,6 +43,30 @@ def all_kernels() -> list[Kernel]:
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
     return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
+
+
+def fused_kernels(direction: str) -> tuple[Kernel, ...]:
+    """Every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
+    names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
+    return tuple(
+        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, True)
+        for way, layout, dtype in names
+        for width in _fused_widths(way, layout, _ITEMSIZE[dtype])
+    )
+
+
+def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
+    """The numbers of values that a thread takes at once."""
+    if itemsize == 8 and (way == "pipeline" or layout == "lines"):
+        return (1,) if way == "resident" else ()
+    return cuda.WIDTHS[itemsize] if layout == "planes" else (cuda_fused.SIDE // itemsize, 1)
+
+
+def libraries() -> list[Path]:
+    """The shared libraries of all kernels, made two at a time."""
+    kernels = [tuple(all_kernels()), fused_kernels("forward"), fused_kernels("backward")]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(build, kernels))
 
 
 def compiler() -> str | None:
@@ -105,13 +131,17 @@ def assert_outside(room: Any, start: int, size: int) -> None:
 
 
 class Shim(_cuda_launch.Launcher):
-    """Launches on the CPU, of NumPy arrays."""
+    """Launches on the CPU, of NumPy arrays, on a GPU that a test describes."""
 
-    def __init__(self, library: Path, resident: int = 3, seed: int = 0) -> None:
+    def __init__(self, *libraries: Path, has: Device = H200, resident: int = 3, seed: int = 0) -> None:
         super().__init__()
-        self.library = ctypes.CDLL(str(library))
-        self.library.shim_launch.restype = ctypes.c_char_p
-        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
+        self.has = has
+        self.libraries = [ctypes.CDLL(str(library)) for library in libraries]
+        for library in self.libraries:
+            library.shim_launch.restype = ctypes.c_char_p
+            library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
+        self.names: dict[int, str] = {}  # of functions, and the library of each
+        self._home: dict[int, Any] = {}
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -125,7 +155,7 @@ class Shim(_cuda_launch.Launcher):
         return 0, 1
 
     def device(self) -> Device:
-        return H200
+        return self.has
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = guarded(shape, dtype)
@@ -143,16 +173,18 @@ class Shim(_cuda_launch.Launcher):
         return int(array.ctypes.data)
 
     def build(self, kernel: Kernel) -> tuple[int, Any]:
-        function = getattr(self.library, kernel.entry)
-        self.names = {**getattr(self, "names", {}), ctypes.cast(function, ctypes.c_void_p).value: kernel.entry}
-        return ctypes.cast(function, ctypes.c_void_p).value or 0, function
+        library = next((one for one in self.libraries if hasattr(one, kernel.entry)), self.libraries[0])
+        function = getattr(library, kernel.entry)
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        self.names[address], self._home[address] = kernel.entry, library
+        return address, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         packed = ctypes.c_void_p.from_address(arguments).value
         with self._turn:
             self.launches.append((self.names[function], grid))
             size = grid.blocks, grid.threads, grid.shared
-            said = self.library.shim_launch(function, packed, *size, self.resident, self.seed)
+            said = self._home[function].shim_launch(function, packed, *size, self.resident, self.seed)
             if said:
                 raise RuntimeError(said.decode())
         for made, start, size in self._made:
