@@ -464,6 +464,6 @@ FAULTS = {
 def test_the_machine_catches_a_planted_fault(fault: type[arraybn.BatchNorm1d]) -> None:
     machine: Any = type("Machine", (Machine,), {"classes": {fault: (2, 3)}})
     error, text = FAULTS[fault]
-    seeded = options(300, 40, phases=[Phase.generate], database=None, derandomize=True, report_multiple_bugs=False)
+    seeded = options(3000, 40, phases=[Phase.generate], database=None, derandomize=True, report_multiple_bugs=False)
     with pytest.raises(error, match=text):
         run_state_machine_as_test(machine, settings=seeded)
