@@ -27,7 +27,7 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-collect_ignore = ["mpi"]  # scripts that test_mpi.py starts under mpirun
+collect_ignore = ["mpi", "cuda"]  # scripts that test_mpi.py starts under mpirun; a stand-in for CuPy, and what runs CUDA
 
 REQUIRED = set(filter(None, os.environ.get("ARRAYBN_REQUIRE", "").split(",")))
 
