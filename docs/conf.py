@@ -165,7 +165,7 @@ class CapabilityTable(SphinxDirective):
         head, rows = test_capabilities.table()
         functions = ", ".join(test_capabilities.FUNCTIONS)
         lines = [f"✓: {functions}.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines += [f"| `{row[0]}` | `{row[1]}` | {' | '.join(row[2:])} |" for row in rows]
+        lines += [f"| `{row[0]}` | {row[1]} | {' | '.join(row[2:])} |" for row in rows]
         return self.parse_text_to_nodes("\n".join(lines))
 
 

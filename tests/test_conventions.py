@@ -36,7 +36,8 @@ def of_flax_linen() -> tuple[Any, Any]:
 
 
 def of_flax_nnx() -> tuple[Any, Any]:
-    nnx = need("flax").nnx
+    need("flax")
+    nnx = need("flax.nnx")  # `import flax` alone does not bring it
     layer = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
     layer(X)
     return layer.mean[...], layer.var[...]

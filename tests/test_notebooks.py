@@ -210,6 +210,17 @@ def test_a_lesson_has_what_it_must_have(path: Path) -> None:
     assert faults(int(path.stem[0]), read(path)) == []
 
 
+def as_written(notebook: Notebook) -> str:
+    """The file that nbformat writes: keys in order, and a line for each line of a source, so that changes show."""
+    lines = [{**cell, "source": source(cell).splitlines(keepends=True)} for cell in notebook["cells"]]
+    return json.dumps({**notebook, "cells": lines}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+@each_lesson
+def test_a_lesson_is_kept_as_tidy_writes_it(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == as_written(read(path))
+
+
 def test_there_are_seven_lessons_and_the_readme_names_each() -> None:
     assert [path.stem[0] for path in LESSONS] == list("1234567")
     listed = re.findall(r"^(\d)\. \[.*?\]\((.*?)\)", (ROOT / "notebooks/README.md").read_text(), re.MULTILINE)

@@ -137,7 +137,7 @@ def check_vjp(
                 function(*arguments[:index], arguments[index] + sign * size * v, *arguments[index + 1 :])
                 for sign in (1, -1)
             ]
-            numeric = float(np.sum(dy * (ends[0] - ends[1]))) / (2 * size)
+            numeric = float(np.sum(dy * (ends[0] - ends[1])) / (2 * size))
             written = float(np.sum(gradient * v))
             scale = float(np.sqrt(np.sum(np.square(gradient)) * np.sum(v * v)))
             if not abs(numeric - written) <= tolerance * scale:
