@@ -410,7 +410,12 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
         launched.append((gpu.names[function], given[6]))
         gpu.start(function, Grid(given[0], given[3], shared=given[6]), given[7], given[8])
 
-    runtime = SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda number, device: attributes[number])
+    runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        memGetInfo=lambda: None,
+        streamIsCapturing=lambda stream: False,
+        deviceGetAttribute=lambda number, device: attributes[number],
+    )
     stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=7))
     cupy = SimpleNamespace(cuda=stream, RawKernel=raw_kernel)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
