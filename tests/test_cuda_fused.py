@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_accuracy
+import test_cuda_kernels
 from cuda import shim
 from test_cuda_compile import ARCHITECTURES, compiled, in_local_memory, resources
 from test_cuda_kernels import NO_RESERVE, SUM, assert_map, assert_sum, coefficients, data, exact_of
@@ -280,6 +281,11 @@ class TestPromises:
     @pytest.mark.parametrize("shape", ["small", "tall", "images", "two values"])
     def test_n2_half_precision(self, dtype: str, shape: str) -> None:
         test_accuracy.test_n2_half_precision_is_within_an_ulp_more_than_rounding(dtype, shape)
+
+    @pytest.mark.parametrize("scale", ["small std", "large std"])
+    @pytest.mark.parametrize("shape", [(16, 3, 64), (16, 3, 512), (16, 3, 49), (150, 16, 1)])
+    def test_n2_bfloat16_keeps_its_range(self, shape: tuple[int, int, int], scale: str) -> None:
+        test_cuda_kernels.test_n2_bfloat16_keeps_its_range(shape, scale)
 
 
 @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
