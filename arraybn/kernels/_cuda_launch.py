@@ -102,8 +102,8 @@ class Launcher:
     """Builds a kernel when it is first launched on a device, and keeps a workspace for each stream.
 
     A workspace is zeroed once; a kernel leaves its counters at zero. Launches on one stream follow each other, so they
-    share it. Two CUDA graphs captured on one stream share it too, and must not run at the same time. During a capture
-    none is made: it would be zeroed when the graph runs, and not before.
+    share it. A CUDA graph has that of the stream it was captured on, and must not run at the same time as another one,
+    or as a launch on that stream. During a capture none is made: it would be zeroed when the graph runs, not before.
     """
 
     def __init__(self) -> None:
