@@ -27,7 +27,10 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-collect_ignore = ["mpi", "cuda"]  # scripts that test_mpi.py starts under mpirun; a stand-in for CuPy, and what runs CUDA
+collect_ignore = [
+    "mpi",
+    "cuda",
+]  # scripts that test_mpi.py starts under mpirun; a stand-in for CuPy, and what runs CUDA
 
 REQUIRED = set(filter(None, os.environ.get("ARRAYBN_REQUIRE", "").split(",")))
 
@@ -99,7 +102,7 @@ def cupy_here(kernels: str = "reference") -> Iterator[Any]:
     arrays get the CUDA kernels, which g++ has compiled.
     """
     if (real := _real_cupy()) is not None:
-        has = unittest.mock.patch("arraybn.kernels._has_cuda", return_value=kernels == "cuda")
+        has = unittest.mock.patch("arraybn.kernels._is_recent", return_value=kernels == "cuda")
         with has:
             yield real
         return
@@ -120,7 +123,7 @@ def cupy_here(kernels: str = "reference") -> Iterator[Any]:
 def _kernels(kernels: str) -> Iterator[None]:
     """Those that serve the arrays of the fake CuPy."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(unittest.mock.patch("arraybn.kernels._has_cuda", return_value=kernels == "cuda"))
+        stack.enter_context(unittest.mock.patch("arraybn.kernels._is_recent", return_value=kernels == "cuda"))
         if kernels == "cuda":
             if shutil.which(os.environ.get("CXX", "g++")) is None:
                 pytest.skip("there is no g++")

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import test_accuracy
+import test_cuda_kernels
 from cuda import shim
 from test_cuda_compile import ARCHITECTURES, compiled, in_local_memory, resources
 from test_cuda_kernels import NO_RESERVE, SUM, assert_map, assert_sum, coefficients, data, exact_of
@@ -281,6 +282,11 @@ class TestPromises:
     def test_n2_half_precision(self, dtype: str, shape: str) -> None:
         test_accuracy.test_n2_half_precision_is_within_an_ulp_more_than_rounding(dtype, shape)
 
+    @pytest.mark.parametrize("scale", ["small std", "large std"])
+    @pytest.mark.parametrize("shape", [(16, 3, 64), (16, 3, 512), (16, 3, 49), (150, 16, 1)])
+    def test_n2_bfloat16_keeps_its_range(self, shape: tuple[int, int, int], scale: str) -> None:
+        test_cuda_kernels.test_n2_bfloat16_keeps_its_range(shape, scale)
+
 
 @pytest.mark.parametrize(("shape", "scale"), test_accuracy.CASES)
 def test_n2_float64(shape: str, scale: str, gpu: shim.Shim) -> None:
@@ -410,7 +416,12 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
         launched.append((gpu.names[function], given[6]))
         gpu.start(function, Grid(given[0], given[3], shared=given[6]), given[7], given[8])
 
-    runtime = SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda number, device: attributes[number])
+    runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        memGetInfo=lambda: None,
+        streamIsCapturing=lambda stream: False,
+        deviceGetAttribute=lambda number, device: attributes[number],
+    )
     stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=7))
     cupy = SimpleNamespace(cuda=stream, RawKernel=raw_kernel)
     monkeypatch.setitem(sys.modules, "cupy", cupy)

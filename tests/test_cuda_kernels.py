@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -720,6 +721,15 @@ class StandIn:
     def __init__(self, gpu: shim.Shim) -> None:
         self.gpu, self.device, self.stream, self.log = gpu, 0, 1234, []
         self.cuda = SimpleNamespace(Device=self.on_device, get_current_stream=lambda: SimpleNamespace(ptr=self.stream))
+        self.contexts: set[tuple[int, int]] = set()  # of threads, on devices
+        self.captured = False
+
+    def memGetInfo(self) -> None:  # noqa: N802
+        self.contexts.add((threading.get_ident(), self.device))
+
+    def streamIsCapturing(self, stream: int) -> bool:  # noqa: N802
+        assert stream == self.stream > 1, "an error for the legacy default stream"
+        return self.captured
 
     def getDevice(self) -> int:  # noqa: N802, CuPy's name
         return self.device
@@ -745,8 +755,19 @@ class StandIn:
     def launchKernel(self, function: int, *size_stream_and_arguments: int) -> None:  # noqa: N802
         bx, by, bz, tx, ty, tz, shared, stream, arguments, extra = size_stream_and_arguments
         assert (by, bz, ty, tz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        if (threading.get_ident(), self.device) not in self.contexts:
+            raise RuntimeError("CUDA_ERROR_INVALID_CONTEXT")
         self.log.append((self.device, self.gpu.names[function], stream))
         self.gpu.start(function, Grid(bx, tx), stream, arguments)
+
+
+def stand_in(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> tuple[StandIn, _cuda_launch.CuPy]:
+    cupy = StandIn(gpu)
+    for name in ("cupy", "cupy_backends.cuda.api.driver", "cupy_backends.cuda.api.runtime"):
+        monkeypatch.setitem(sys.modules, name, cupy)
+    launcher = _cuda_launch.CuPy()
+    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    return cupy, launcher
 
 
 def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,11 +777,7 @@ def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.
     mean, m2, rstd, y = cuda.forward(x, *vectors[:2], 1e-5)
     expected = (mean, m2, rstd, y, *cuda.backward(dy, x, mean, rstd, vectors[0]))
 
-    cupy = StandIn(gpu)
-    for name in ("cupy", "cupy_backends.cuda.api.driver", "cupy_backends.cuda.api.runtime"):
-        monkeypatch.setitem(sys.modules, name, cupy)
-    launcher = _cuda_launch.CuPy()
-    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    cupy, launcher = stand_in(gpu, monkeypatch)
     x, dy, weight, bias = (array.copy().view(OnDevice) for array in (x, dy, *vectors[:2]))
     kernels = [f"{sweep}_planes_float32_4" for sweep in ("moments", "affine", "dots", "affine2")]
     for device in (0, 0, 1):
@@ -776,6 +793,41 @@ def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.
         assert cupy.device == 0
     assert len(cupy.log) == 8  # built once more, for the other device
     assert sorted(launcher._rooms) == [(0, 1234, 0), (1, 1234, 0)]
+
+
+def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver launches nothing without one, and memory that CuPy has put by makes none."""
+    cupy, _ = stand_in(gpu, monkeypatch)
+    x = data((4, 3, 20), "float32").view(OnDevice)
+
+    def work() -> Any:
+        for x.device_id in (0, 1, 0):
+            mean, _ = cuda.moments(x)
+        return mean
+
+    expected = work()
+    with ThreadPoolExecutor(1) as pool:
+        np.testing.assert_array_equal(pool.submit(work).result(), expected)
+    assert len(cupy.contexts) == 4  # two threads, two devices
+
+
+def test_a_capture_needs_a_workspace_that_was_zeroed_before(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeroed in the graph, the counters of calls behind the capture would hold anything."""
+    set_sizes(monkeypatch, {"LEAST": 64, "PART": 64})
+    cupy, launcher = stand_in(gpu, monkeypatch)
+    x = data((4, 3, 20), "float32").view(OnDevice)
+    for stream in (1234, 0):  # the old default stream cannot be captured, and must not be asked
+        cupy.stream, cupy.captured = stream, stream > 0
+        if stream:
+            with pytest.raises(
+                RuntimeError, match=r"moments_planes_float32_4 .*: a graph is captured .* make one first"
+            ):
+                cuda.moments(x)
+            assert not launcher._rooms
+            cupy.captured = False
+        expected = cuda.moments(x)
+    cupy.stream, cupy.captured = 1234, True
+    np.testing.assert_array_equal(cuda.moments(x), expected)
 
 
 def test_importing_the_module_builds_nothing_and_needs_no_cupy() -> None:

@@ -137,18 +137,24 @@ def test_kernels_are_chosen_by_stated_conditions(cupy: Any) -> None:
     for name in ("cuda", "cuda_fused"):
         with pytest.raises(TypeError, match=rf'expected a CuPy array for "{name}"; got a numpy array.*cupy.asarray'):
             arraybn.moments(X, kernels=name)
-    if cupy.kernels == "reference":  # as with ROCm
-        with pytest.raises(TypeError, match=r'expected a CuPy of CUDA for "cuda"; got one of ROCm'):
+    if cupy.kernels == "reference":  # as on GPUs that do not take the kernels
+        with pytest.raises(
+            TypeError, match=r'a GPU of NVIDIA of compute capability 7.0 or more for "cuda"; got another'
+        ):
             arraybn.moments(x, kernels="cuda")
 
 
-def test_a_cupy_for_rocm_gets_the_reference(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_hip", "capability", "name"), [(True, "90", "reference"), (False, "61", "reference"),
+    (False, "70", "kernels.cuda"), (False, "100", "kernels.cuda")])  # fmt: skip
+def test_amds_gpus_and_those_before_volta_get_the_reference(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, is_hip: bool, capability: str, name: str
+) -> None:
     found = importlib.util.find_spec("arraybn.kernels")
-    again = importlib.util.module_from_spec(found)  # with a `_has_cuda` that nobody has replaced
+    again = importlib.util.module_from_spec(found)  # with an `_is_recent` that nobody has replaced
     found.loader.exec_module(again)
-    for is_hip in (True, False):
-        monkeypatch.setattr(cupy.cuda.runtime, "is_hip", is_hip)
-        assert again._has_cuda.__wrapped__() is not is_hip
+    monkeypatch.setattr(cupy.cuda.runtime, "is_hip", is_hip)
+    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", capability)
+    assert again.select(cupy.asarray(X)).__name__ == f"arraybn.{name}"
 
 
 # ---- Two homes -------------------------------------------------------------------------------------------------------

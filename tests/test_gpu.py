@@ -269,6 +269,22 @@ def test_any_stream_and_several_threads_give_the_same_bits(cupy: Any, kernels: s
     assert set(found) == {want}
 
 
+@pytest.mark.parametrize("kernels", FAST)
+def test_a_new_thread_launches_although_nothing_has_made_it_a_context(cupy: Any, kernels: str) -> None:
+    """Memory that CuPy has put by makes none."""
+    x = some(cupy, 4, 8, 3000)[0]
+
+    def work() -> bytes:
+        y, saved = arraybn.batch_norm(x, kernels=kernels)
+        return bits(y, saved.moments.m2)
+
+    want, found = work(), []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    assert found == [want]
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_second_gpu_serves_its_own_arrays(cupy: Any, kernels: str) -> None:
     if cupy.cuda.runtime.getDeviceCount() < 2:
@@ -314,6 +330,12 @@ def test_a_captured_graph_does_it_again_and_nothing_waits_for_the_gpu(cupy: Any,
             stream.synchronize()
             got = bits(out, dx, *gradients)
             assert got == bits(out, dx, *step())
+    other = cupy.cuda.Stream(non_blocking=True)
+    with other:  # where no such call was made before
+        other.begin_capture()
+        with pytest.raises(RuntimeError, match="make one first"):  # its workspace would be zeroed by the graph alone
+            step()
+        other.end_capture()
     with stream:  # the control: CuPy's own error
         stream.begin_capture()
         with pytest.raises(RuntimeError):

@@ -57,13 +57,13 @@ def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
     """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it (F16C), as
-    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs, and so does "cuda_fused", which has to
-    be asked for. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_fused",
+    which has to be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
             return _module("cpu") if _has_numba() and (x.dtype.char != "e" or _has_half()) else reference
-        return _module("cuda") if is_cupy_array(x) and _has_cuda() and dtype_name(x.dtype) in FLOATS else reference
+        return _module("cuda") if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else reference
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
@@ -103,10 +103,16 @@ def _has_half() -> bool:
     return bool(_module("cpu").HALF)  # type: ignore[attr-defined]
 
 
+def _has_cuda(x: Array) -> bool:
+    """Whether `x` is a CuPy array on a GPU that takes the CUDA kernels."""
+    return is_cupy_array(x) and _is_recent(x.device.id)
+
+
 @functools.cache
-def _has_cuda() -> bool:
-    """Whether the CuPy that is here computes on NVIDIA's GPUs: it can be built for AMD's, whose language is HIP."""
-    return not importlib.import_module("cupy").cuda.runtime.is_hip
+def _is_recent(number: int) -> bool:
+    """Whether that GPU is one of NVIDIA's (CuPy can be built for AMD's, whose language is HIP) since Volta."""
+    cuda = importlib.import_module("cupy").cuda
+    return not cuda.runtime.is_hip and int(cuda.Device(number).compute_capability) >= 70
 
 
 def _check_cuda(x: Array, kernels: str) -> None:
@@ -115,8 +121,11 @@ def _check_cuda(x: Array, kernels: str) -> None:
     if not is_cupy_array(x):
         move = ". Move it there with cupy.asarray" if name == "numpy" else ""
         raise TypeError(f'kernels: expected a CuPy array for "{kernels}"; got a {name} array{move}')
-    if not _has_cuda():
-        raise TypeError(f'kernels: expected a CuPy of CUDA for "{kernels}"; got one of ROCm. Leave kernels=None')
+    if not _has_cuda(x):
+        raise TypeError(
+            f'kernels: expected a GPU of NVIDIA of compute capability 7.0 or more for "{kernels}"; got another.'
+            f" Leave kernels=None"
+        )
 
 
 def _check_cpu(x: Array) -> None:

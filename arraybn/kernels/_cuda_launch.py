@@ -102,7 +102,8 @@ class Launcher:
     """Builds a kernel when it is first launched on a device, and keeps a workspace for each stream.
 
     A workspace is zeroed once; a kernel leaves its counters at zero. Launches on one stream follow each other, so they
-    share it. Two CUDA graphs captured on one stream share it too, and must not run at the same time.
+    share it. A CUDA graph has that of the stream it was captured on, and must not run at the same time as another one,
+    or as a launch on that stream. During a capture none is made: it would be zeroed when the graph runs, not before.
     """
 
     def __init__(self) -> None:
@@ -121,6 +122,10 @@ class Launcher:
     def current(self) -> tuple[int, int]:
         """The number of the current device, and the address of its current stream."""
         raise NotImplementedError
+
+    def capturing(self, stream: int) -> bool:
+        """Whether what is queued on this stream of the current device becomes part of a CUDA graph."""
+        return False
 
     def device(self) -> Device:
         """What the current device has."""
@@ -180,6 +185,8 @@ class Launcher:
         return self.pointer(room.arrays[0]), self.pointer(room.arrays[1])
 
     def _grown(self, key: tuple[int, int, int], grid: Grid) -> _Room:
+        if self.capturing(key[1]):
+            raise RuntimeError("a graph is captured on this stream, where no such call was made before; make one first")
         with self._lock:
             old = self._rooms.get(key)
             sizes = [grid.partials, grid.tickets] if old is None else [old.partials, old.tickets]
@@ -189,6 +196,13 @@ class Launcher:
                 self._outgrown.append(old)
             room = self._rooms[key] = _Room(arrays, partials, tickets)
             return room
+
+
+class _Contexts(threading.local):
+    """The devices whose context a thread has."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
 
 
 _ATTRIBUTES = (16, 38, 97, 81)  # the fields of Device, as cudaDeviceAttr numbers them
@@ -203,6 +217,7 @@ class CuPy(Launcher):
         self._driver = importlib.import_module("cupy_backends.cuda.api.driver")
         self._runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
         self._devices: dict[int, Device] = {}
+        self._contexts = _Contexts()
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Within it, the device of `array` is the current one."""
@@ -211,7 +226,15 @@ class CuPy(Launcher):
 
     def current(self) -> tuple[int, int]:
         """The number of the current device, and the address of its current stream."""
-        return self._runtime.getDevice(), self._cupy.cuda.get_current_stream().ptr
+        device = self._runtime.getDevice()
+        if device not in self._contexts.devices:  # a new thread has no context, and the driver launches nothing then
+            self._runtime.memGetInfo()  # makes it; CuPy's allocator does not, where it has memory put by
+            self._contexts.devices.add(device)
+        return device, self._cupy.cuda.get_current_stream().ptr
+
+    def capturing(self, stream: int) -> bool:
+        """Whether what is queued on this stream of the current device becomes part of a CUDA graph."""
+        return stream > 1 and bool(self._runtime.streamIsCapturing(stream))  # 0 and 1, the old default, never are
 
     def device(self) -> Device:
         """What the current device has."""

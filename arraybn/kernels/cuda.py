@@ -2,10 +2,11 @@
 
 A forward is two launches, and so is a backward: the sums, whose last block to arrive applies the formulas to each
 channel, and the map, which goes over the data backwards, to find in the cache what the sums read last. No launch waits
-for the GPU, so a call can be captured in a CUDA graph, once a call like it has built the kernels.
+for the GPU, so a call can be captured in a CUDA graph, once a call like it on that stream has built the kernels and the
+workspace. float64 has one launch more, whose sums are about the mean of the first.
 
-Work is cut by the shape of the data alone, and parts are pooled in a fixed order, so results have the same bits each
-time and on every GPU.
+Work is cut by shape, dtype and alignment of the data alone, and parts are pooled in a fixed order, so results have the
+same bits each time and on every GPU.
 """
 
 from __future__ import annotations

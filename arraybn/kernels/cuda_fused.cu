@@ -105,6 +105,7 @@ DEVICE void add_round(const Place& start, const Kept<Item>& kept, int& slot, Sum
             const Item x = kept.x(slot), u = Sums::INPUTS == 2 ? kept.u(slot) : x;
 #pragma unroll
             for (int j = 0; j < WIDTH; ++j) sums[Place::CHANNELS == 1 ? 0 : j].add(x[j], u[j]);
+            if (sizeof(typename Sums::Summed) == 4 && Place::CHANNELS < WIDTH) sums[0].add_few();  // as sums_of_planes
             slot += blockDim.x;
         }
     }
