@@ -472,7 +472,8 @@ def test_strategies_draw_what_they_say(kind: str, dtype: str) -> None:
         assert batch.weight.shape == batch.bias.shape == (c,)
         assert n * s >= 2
         spread = [len(np.unique(x[:, i])) for i in range(c)]
-        assert (max(spread) == 1) == (kind == "constant") or dtype == "float16"
+        at_the_end = kind == "huge" and n * s == 2  # of the range, where two values may be cut to one
+        assert (max(spread) == 1) == (kind == "constant") or dtype == "float16" or at_the_end
         assert np.isfinite(x).all() == (kind not in ("nan", "inf"))
         if kind == "tiny":
             assert abs(x).max() <= 2 * np.finfo(dtype).smallest_normal
