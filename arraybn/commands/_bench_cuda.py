@@ -28,7 +28,7 @@ from ._bench_cuda_ranks import SHAPES
 from ._bench_cuda_session import OURS as OUR_NAMES
 from ._bench_cuda_session import Asked, GpuCell, GpuWorker, Session, Settings
 from ._bench_cuda_worker import CUDA
-from ._bench_report import progress_bar
+from ._bench_report import carry_out, progress_bar
 from ._bench_sync import _job, under_mpirun
 from ._check_target import RefusedError
 
@@ -88,21 +88,7 @@ def peers(names: Sequence[str] | None, quick: bool) -> tuple[list[str], list[str
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Measure, print, write what was asked for; 1 if arraybn is wrong, 130 after Ctrl-C."""
-    bench = GpuBench(arguments, plan(arguments), command)
-    try:
-        bench.measure()
-    except KeyboardInterrupt:
-        bench.interrupted = True
-    try:
-        bench.finish()
-    except OSError as error:  # a full disk, a folder that went away
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise RefusedError(f"cannot write: {error}") from error
-    if bench.interrupted:
-        print("interrupted; the figures are of what was measured before", file=sys.stderr)
-        return 130
-    return int(bench.wrong())
+    return carry_out(GpuBench(arguments, plan(arguments), command))
 
 
 class GpuBench:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from ._bench_cases import SMALL_WHATS
 from ._bench_check import OURS, limits
 from ._bench_clock import COPYTO, FEWEST, Cell, Result
+from ._check_target import RefusedError
 
 OUR_ROW = "arraybn"
 TITLES = {
@@ -21,6 +23,42 @@ TITLES = {
     "layer": "layer(x)",
     "step": "layer(x), layer.backward(dy)",
 }
+
+
+# ---- A run of the command --------------------------------------------------------------------------------------------
+
+
+class Run(Protocol):
+    """A run that can be interrupted, and still says what it has measured."""
+
+    interrupted: bool
+
+    def measure(self) -> None:
+        """Do the work."""
+
+    def finish(self) -> None:
+        """Print what is not yet printed, write the files."""
+
+    def wrong(self) -> bool:
+        """Whether anything of arraybn has failed."""
+
+
+def carry_out(bench: Run) -> int:
+    """Measure, print, write what was asked for; 1 if arraybn is wrong, 130 after Ctrl-C."""
+    try:
+        bench.measure()
+    except KeyboardInterrupt:
+        bench.interrupted = True
+    try:
+        bench.finish()
+    except OSError as error:  # a full disk, a folder that went away
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise RefusedError(f"cannot write: {error}") from error
+    if bench.interrupted:
+        print("interrupted; the figures are of what was measured before", file=sys.stderr)
+        return 130
+    return int(bench.wrong())
 
 
 # ---- The figures -----------------------------------------------------------------------------------------------------

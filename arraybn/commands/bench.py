@@ -217,26 +217,10 @@ def run(arguments: argparse.Namespace) -> int:
             from . import _bench_sync
 
             return _bench_sync.run(arguments)
-        sections = plan(arguments)
+        return report.carry_out(Bench(arguments, plan(arguments)))
     except RefusedError as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
-    bench = Bench(arguments, sections)
-    try:
-        bench.measure()
-    except KeyboardInterrupt:
-        bench.interrupted = True
-    try:
-        bench.finish()
-    except OSError as error:  # a full disk, a folder that went away
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"bench: cannot write: {error}", file=sys.stderr)
-        return 2
-    if bench.interrupted:
-        print("interrupted; the figures are of what was measured before", file=sys.stderr)
-        return 130
-    return int(any(cell.failed for cell in bench.cells() if cell.library in (ARRAYBN.name, ladder.LADDER.name)))
 
 
 class Bench:
@@ -267,6 +251,10 @@ class Bench:
     def cells(self) -> list[Cell]:
         """All that were to be measured."""
         return [cell for section in self.sections for result in section.results for cell in result.cells]
+
+    def wrong(self) -> bool:
+        """Whether anything of arraybn has failed."""
+        return any(cell.failed for cell in self.cells() if cell.library in (ARRAYBN.name, ladder.LADDER.name))
 
     def measure(self) -> None:
         """The copy limit, then the sections."""

@@ -12,7 +12,7 @@ same bits each time and on every GPU.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -189,6 +189,16 @@ class _Work:
             shift = mean
         self.run("moments", shift=shift, mean=mean, m2=m2, rstd=rstd, eps=eps)
 
+    def normalize(self, m2: int, eps: float, **given: int) -> None:
+        """(E1, E3) Set m2, and mean and rstd among the given, and write y."""
+        self.moments(given["mean"], m2, given["rstd"], eps)
+        self.run("affine", **given)
+
+    def differentiate(self, **given: int) -> None:
+        """(E5, E6) Set dweight and dbias among the given, and write dx."""
+        self.run("dots", **given)
+        self.run("affine2", **given)
+
 
 _VECTORS = _cuda_launch.POINTERS[3:-2]
 _ZEROS = (0,) * len(_VECTORS)
@@ -244,34 +254,46 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    gpu = _cuda_launch.launcher()
-    with gpu.on(x):
-        work = _Work(gpu, x)
-        y = work.writes(out)
-        mean, m2, rstd = work.vectors(3)
-        means, rstds = gpu.pointer(mean), gpu.pointer(rstd)
-        work.moments(means, gpu.pointer(m2), rstds, eps)
-        work.run("affine", mean=means, rstd=rstds, weight=work.vector(weight), bias=work.vector(bias))
-        return mean, m2, rstd, y
+    return forward_by(_Work, x, weight, bias, eps, out)
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+    return backward_by(_Work, dy, x, mean, rstd, weight, out)
+
+
+def forward_by(
+    kind: type[_Work], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """`forward`, as that kind of work does it."""
     gpu = _cuda_launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x, dy)
+        work = kind(gpu, x)
+        y = work.writes(out)
+        mean, m2, rstd = work.vectors(3)
+        given = {"mean": gpu.pointer(mean), "rstd": gpu.pointer(rstd)}
+        work.normalize(gpu.pointer(m2), eps, weight=work.vector(weight), bias=work.vector(bias), **given)
+        return mean, m2, rstd, y
+
+
+def backward_by(
+    kind: type[_Work], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
+) -> tuple[Array, Array, Array]:
+    """`backward`, as that kind of work does it."""
+    gpu = _cuda_launch.launcher()
+    with gpu.on(x):
+        work = kind(gpu, x, dy)
         dx = work.writes(out)
         dweight, dbias = work.vectors(2)
-        given: dict[str, Any] = {
-            "mean": work.vector(mean),
-            "rstd": work.vector(rstd),
-            "dweight": gpu.pointer(dweight),
-            "dbias": gpu.pointer(dbias),
-        }
-        work.run("dots", **given)
-        work.run("affine2", weight=work.vector(weight), **given)
+        work.differentiate(
+            mean=work.vector(mean),
+            rstd=work.vector(rstd),
+            weight=work.vector(weight),
+            dweight=gpu.pointer(dweight),
+            dbias=gpu.pointer(dbias),
+        )
         return dx, dweight, dbias
 
 

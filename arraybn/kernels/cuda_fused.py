@@ -32,7 +32,6 @@ import functools
 from typing import Any, NamedTuple
 
 from .._arrays import Array
-from . import _cuda_launch
 from ._cuda_launch import SWEEPS, Device, Grid, Kernel
 from .cuda import (
     _VECTORS,
@@ -47,9 +46,11 @@ from .cuda import (
     _Work,
     affine,
     affine2,
+    backward_by,
     cut,
     dots,
     evaluate,
+    forward_by,
     moments,
     update_running_stats,
     widened,
@@ -182,6 +183,16 @@ class _Fused(_Work):
 
     __slots__ = ()
 
+    def normalize(self, m2: int, eps: float, **given: int) -> None:
+        """(E1, E3) In one launch where there is a plan for that."""
+        if not self.fuse(m2=m2, eps=eps, **given):
+            super().normalize(m2, eps, **given)
+
+    def differentiate(self, **given: int) -> None:
+        """(E5, E6) In one launch where there is a plan for that."""
+        if not self.fuse(**given):
+            super().differentiate(**given)
+
     def fuse(self, *, eps: float = 0.0, **vectors: int) -> bool:
         """Do all with one launch; False where there is no plan for that."""
         if not self.size:
@@ -199,36 +210,11 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    gpu = _cuda_launch.launcher()
-    with gpu.on(x):
-        work = _Fused(gpu, x)
-        y = work.writes(out)
-        mean, m2, rstd = work.vectors(3)
-        means, m2s, rstds = gpu.pointer(mean), gpu.pointer(m2), gpu.pointer(rstd)
-        given = {"mean": means, "rstd": rstds, "weight": work.vector(weight), "bias": work.vector(bias)}
-        if not work.fuse(m2=m2s, eps=eps, **given):
-            work.moments(means, m2s, rstds, eps)
-            work.run("affine", **given)
-        return mean, m2, rstd, y
+    return forward_by(_Fused, x, weight, bias, eps, out)
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    gpu = _cuda_launch.launcher()
-    with gpu.on(x):
-        work = _Fused(gpu, x, dy)
-        dx = work.writes(out)
-        dweight, dbias = work.vectors(2)
-        given: dict[str, Any] = {
-            "mean": work.vector(mean),
-            "rstd": work.vector(rstd),
-            "weight": work.vector(weight),
-            "dweight": gpu.pointer(dweight),
-            "dbias": gpu.pointer(dbias),
-        }
-        if not work.fuse(**given):
-            work.run("dots", **given)
-            work.run("affine2", **given)
-        return dx, dweight, dbias
+    return backward_by(_Fused, dy, x, mean, rstd, weight, out)
