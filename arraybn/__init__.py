@@ -4,13 +4,13 @@ from . import network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward
-from .kernels._threads import get_num_threads, set_num_threads
+from .kernels.threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
-from .replicas import average_gradients, broadcast_state
 from .statistics import moments, pool, update_running_stats
 from .sync import SyncError, SyncTimeoutError
+from .sync.replicas import average_gradients, broadcast_state
 from .sync_layers import SyncBatchNorm
 
 __all__ = [

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_jax_array, is_torch_array, is_writeable_array
 
-from ._arrays import (
+from ._arrays.memory import footprint, overlap, same_memory
+from ._arrays.namespaces import (
     FLOATS,
     Array,
     array_namespace,
     class_name,
     device,
     dtype_name,
-    footprint,
     is_array_api_obj,
     is_cupy_array,
     namespace_name,
-    overlap,
-    same_memory,
 )
 
 _NUMPY_FLOATS = {np.dtype(name).num for name in ("float16", "float32", "float64")}

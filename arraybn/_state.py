@@ -8,18 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import (
-    Array,
-    array_namespace,
-    as_numpy,
-    at,
-    class_name,
-    converted,
-    copied,
-    device,
-    dtype_name,
-    is_array_api_obj,
-)
+from ._arrays.copies import as_numpy, converted, copied
+from ._arrays.devices import at
+from ._arrays.namespaces import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
 from ._checks import as_flag
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import as_numpy, class_name, dtype_name
+from ._arrays.copies import as_numpy
+from ._arrays.namespaces import class_name, dtype_name
 from ._state import StateDict
 from .modules import Module
 

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import reference
-from ._arrays import (
-    Array,
-    Layout,
-    array_namespace,
-    at,
-    copied,
-    is_cupy_array,
-    overlap,
-    same_memory,
-    widened,
-)
+from ._arrays.copies import copied, widened
+from ._arrays.devices import at
+from ._arrays.layout import Layout
+from ._arrays.memory import overlap, same_memory
+from ._arrays.namespaces import Array, array_namespace, is_cupy_array
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Kernels, select
 from .reference import Moments

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import FLOATS, as_numpy, class_name, dtype_name
+from ._arrays.copies import as_numpy
+from ._arrays.namespaces import FLOATS, class_name, dtype_name
 from ._state import StateDict
 
 _OURS = ("weight", "bias", "running_mean", "running_var")

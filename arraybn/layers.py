@@ -12,19 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ._arrays import (
-    Array,
-    Namespace,
-    array_namespace,
-    as_dtype,
-    as_namespace,
-    at,
-    check_device,
-    dtype_name,
-    filled,
-    namespace_name,
-    on,
-)
+from ._arrays.copies import filled
+from ._arrays.devices import at, check_device, on
+from ._arrays.namespaces import Array, Namespace, array_namespace, as_dtype, as_namespace, dtype_name, namespace_name
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting
 from .functional import backward_in, forward_in
 from .modules import Module, Parameter

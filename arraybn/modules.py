@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from . import _state
-from ._arrays import Array, Namespace, added, check_dtype, is_array_api_obj, moved
+from ._arrays.copies import added, moved
+from ._arrays.namespaces import Array, Namespace, check_dtype, is_array_api_obj
 from ._checks import as_floating, as_integer, check_like
 
 M = TypeVar("M", bound="Module")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ._arrays import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
+from ._arrays.namespaces import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
 from ._checks import as_flag, as_floating, as_integer, as_number, check_home
 from .modules import Module, Parameter
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ._arrays import Array, array_namespace, at, wide_dtype
+from ._arrays.devices import at
+from ._arrays.namespaces import Array, array_namespace, wide_dtype
 
 # ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import reference
-from ._arrays import Array, Layout, array_namespace, at, copied, dtype_name
+from ._arrays.copies import copied
+from ._arrays.devices import at
+from ._arrays.layout import Layout
+from ._arrays.namespaces import Array, array_namespace, dtype_name
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Kernels, select
 from .reference import Moments

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import sync
-from ._arrays import Array, Namespace, at, dtype_name
+from ._arrays.devices import at
+from ._arrays.namespaces import Array, Namespace, dtype_name
 from ._checks import as_number, check_like
 from .layers import _BatchNorm
 from .modules import Module

@@ -40,7 +40,8 @@ from arraybn.commands import bench
 from arraybn.commands._bench_cases import Case
 from arraybn.commands._bench_clock import Cell, PeerError, Result, Session, Settings, Worker, interleave
 from arraybn.commands._bench_contestants import ARRAYBN, PEERS, Library
-from arraybn.kernels import SWEEPS, _threads
+from arraybn.kernels import SWEEPS
+from arraybn.kernels import threads as _threads
 
 ALL = ("forward", "backward", "eval", "layer", "step")
 FAKES = """

@@ -23,10 +23,12 @@ from conftest import need
 
 import arraybn
 from arraybn import reference
-from arraybn._arrays import FLOATS
+from arraybn._arrays.namespaces import FLOATS
 
 need("numba")
-from arraybn.kernels import _cpu_entries, _cpu_tiles, _threads, cpu  # noqa: E402, needs numba
+from arraybn.kernels import cpu  # noqa: E402, needs numba
+from arraybn.kernels import threads as pool  # noqa: E402, needs numba
+from arraybn.kernels.cpu import entries, tiles  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT") != "1"
@@ -51,8 +53,8 @@ CUTS: dict[str, tuple[tuple[int, int, int], dict[str, int]]] = {
 
 
 if not COMPILED:  # the same cuts of less data, because every step is one of Python, and is counted
-    _cpu_tiles.PIECE = cpu.PIECE = 64
-    _cpu_tiles.BLOCK = cpu.BLOCK = 4
+    tiles.PIECE = cpu.PIECE = 64
+    tiles.BLOCK = cpu.BLOCK = 4
     CUTS |= {
         "channels-last": ((20, 24, 1), {}),
         "channels-last in tiles": ((40, 24, 1), {"LEAST": 1024, "TILE": 1024}),
@@ -190,14 +192,14 @@ def test_a_channel_that_is_summed_again_changes_no_bit_of_the_others(shape: Any,
 def test_the_shift_is_tried_again_only_where_it_was_far() -> None:
     sums = {"near": (np.array([1.0]), np.array([10.0])), "far": (np.array([90.0]), np.array([1000.0]))}
     for name, (s, q) in sums.items():
-        assert _cpu_entries.compiled("d").finish(10, np.array([7.0]), s, q) == (name == "far")
+        assert entries.compiled("d").finish(10, np.array([7.0]), s, q) == (name == "far")
         assert s == 7 + {"near": 0.1, "far": 9.0}[name]
     both = np.array([90.0, 1.0]), np.array([1000.0, 10.0])
-    assert _cpu_entries.compiled("d").finish(10, np.array([7.0, 7.0]), *both)  # the near one does not hide the far one
+    assert entries.compiled("d").finish(10, np.array([7.0, 7.0]), *both)  # the near one does not hide the far one
     for s, q, m2 in [(2.0, 0.4 - 1e-16, 0.0), (np.nan, 1.0, np.nan), (np.inf, np.inf, np.nan)]:
         vectors = np.array([s]), np.array([q])
         with np.errstate(invalid="ignore"):  # said by NumPy alone, where nothing is compiled
-            _cpu_entries.compiled("d").finish(10, np.array([0.0]), *vectors)
+            entries.compiled("d").finish(10, np.array([0.0]), *vectors)
         np.testing.assert_array_equal(vectors[1], [m2])  # never negative, and NaN stays NaN
 
 
@@ -317,9 +319,9 @@ def test_any_shape_is_cut_into_pieces_of_bounded_size(itemsize: int) -> None:
         assert 1 <= cut.group <= channels
         assert 1 <= cut.height <= cut.rows
         assert cut.n == samples * plane
-        width = min(plane, _cpu_tiles.PIECE) * itemsize
+        width = min(plane, tiles.PIECE) * itemsize
         tile = cut.group * min(cut.height, cut.rows) * width
-        assert tile <= max(4 * cpu.TILE, cut.group * _cpu_tiles.BLOCK * width if plane < _cpu_tiles.LONG else width)
+        assert tile <= max(4 * cpu.TILE, cut.group * tiles.BLOCK * width if plane < tiles.LONG else width)
         partial_sums = -(-cut.rows // cut.height) * 16 * channels
         assert cut.height >= cut.rows or partial_sums <= samples * channels * plane * itemsize / 4
 
@@ -340,10 +342,10 @@ def test_places_beyond_2_31_are_reached(shape: tuple[int, int, int]) -> None:
     n = shape[0] * shape[2]
     np.testing.assert_array_equal(mean, [*[0.0] * (shape[1] - 1), 4.0 / n])
     np.testing.assert_allclose(m2[-1], 16.0 - 16.0 / n, rtol=1e-12)
-    cut, entries = cpu._cut(shape, 2), _cpu_entries.compiled("e")
+    cut, code = cpu._cut(shape, 2), entries.compiled("e")
     line, vector = x.reshape(-1).view(np.int16), np.ones(1)
     last = shape[1] - 1, cut.rows - 1, cut.rows
-    entries.affine(line, cut.sample, cut.plane, *last, 0 * vector, vector, vector, line, 1)
+    code.affine(line, cut.sample, cut.plane, *last, 0 * vector, vector, vector, line, 1)
     assert x[-1, -1, -1] == 5.0
     assert x[0, 0, 0] == 0.0
 
@@ -378,9 +380,9 @@ def test_n4_no_bit_depends_on_the_number_of_threads(axis: int, dtype: str, threa
 def test_two_threads_really_run(shape: tuple[int, ...], threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     threads(2)
     seen, meeting = set(), threading.Barrier(2, timeout=30)
-    entries = _cpu_entries.compiled("f")
+    code = entries.compiled("f")
     entry = "forward" if shape[1] > 1 else "spread"  # of whole channels, or of tiles of one
-    original = getattr(entries, entry)
+    original = getattr(code, entry)
 
     def watched(*arguments: Any) -> Any:
         if threading.get_ident() not in seen:
@@ -388,7 +390,7 @@ def test_two_threads_really_run(shape: tuple[int, ...], threads: Any, monkeypatc
             meeting.wait()  # the first call of each thread waits for that of the other
         return original(*arguments)
 
-    monkeypatch.setattr(entries, entry, watched)
+    monkeypatch.setattr(code, entry, watched)
     arraybn.batch_norm(data(shape, "float32"))
     assert len(seen) == 2
 
@@ -415,11 +417,11 @@ def test_what_work_raises_is_raised_and_the_rest_is_left(threads: Any) -> None:
             done.append(item)
 
         with pytest.raises(ValueError, match="five"):
-            _threads.run(work, range(1000))
+            pool.run(work, range(1000))
         assert len(done) < 1000
         assert set(range(5)) <= set(done)
         done.clear()
-        _threads.run(done.append, range(1000))
+        pool.run(done.append, range(1000))
         assert sorted(done) == list(range(1000))
 
 
@@ -434,7 +436,7 @@ def test_an_error_on_a_helper_stops_the_others_too(threads: Any) -> None:
         done.append(item)
 
     with pytest.raises(ValueError, match="helper"):
-        _threads.run(work, range(1000))
+        pool.run(work, range(1000))
     assert len(done) < 500
 
 
@@ -446,10 +448,10 @@ def test_a_call_never_waits_for_helpers_that_are_busy_elsewhere(threads: Any) ->
         held[item].set()
         release.wait(30)
 
-    first = threading.Thread(target=_threads.run, args=(hold, range(2)))
+    first = threading.Thread(target=pool.run, args=(hold, range(2)))
     first.start()
     assert all(event.wait(30) for event in held)  # the only helper is one of them
-    second = threading.Thread(target=_threads.run, args=(done.append, range(10)))
+    second = threading.Thread(target=pool.run, args=(done.append, range(10)))
     second.start()
     second.join(30)
     assert sorted(done) == list(range(10))
@@ -485,7 +487,7 @@ def test_a_rank_takes_its_share_of_the_cores(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert _threads._default_threads() == expected(cores)
+    assert pool._default_threads() == expected(cores)
 
 
 def python(code: str, *arguments: str, **env: str) -> str:
@@ -577,7 +579,7 @@ def test_without_a_folder_for_the_cache_it_says_so_once_and_works() -> None:
             warnings.simplefilter("always")
             print(arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean, end=" ")
             arraybn.batch_norm(numpy.asarray([[1.0], [3.0]]))
-        from arraybn.kernels._cpu_entries import cache_folder
+        from arraybn.kernels.cpu.entries import cache_folder
         print(len(caught), caught[0].category.__name__, "NUMBA_CACHE_DIR" in str(caught[0].message), cache_folder())
     """
     assert python(code).split() == ["[2.]", "1", "RuntimeWarning", "True", "None"]
@@ -587,13 +589,13 @@ def test_without_a_folder_for_the_cache_it_says_so_once_and_works() -> None:
 def test_compiled_code_is_kept_elsewhere_where_the_package_cannot_be_written(tmp_path: Path) -> None:
     code = """
         import numpy, arraybn
-        from arraybn.kernels._cpu_entries import cache_folder
+        from arraybn.kernels.cpu.entries import cache_folder
         arraybn.moments(numpy.ones((2, 1)))
         print(cache_folder())
     """
     folder = Path(python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip())
     assert folder.is_relative_to(tmp_path)
-    assert list(folder.glob("_cpu_entries._moments*.nbc"))
+    assert list(folder.glob("entries._moments*.nbc"))
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
@@ -603,16 +605,16 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
         def magic_tuple() -> tuple[str]:
             return ("cpu",)
 
-    cache = _cpu_entries._Cache(_cpu_entries._forward, ())
+    cache = entries._Cache(entries._forward, ())
     key = cache._index_key("signature", Codegen())
     assert key == cache._index_key("signature", Codegen())
     original = Path.read_bytes
-    for changed in ("reference.py", "_cpu_values.py", "_cpu_tiles.py", "_cpu_entries.py"):
-        _cpu_entries._sources.cache_clear()
+    for changed in ("reference.py", "values.py", "tiles.py", "entries.py"):
+        entries._sources.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, name=changed: original(path) + b"#" * (path.name == name))
             assert cache._index_key("signature", Codegen()) != key
-    _cpu_entries._sources.cache_clear()
+    entries._sources.cache_clear()
 
 
 @pytest.mark.skipif(not COMPILED, reason="it is the run that is started here")
@@ -629,7 +631,7 @@ def test_the_kernels_are_right_uncompiled_as_well() -> None:
 
 
 def test_the_dtypes_are_all_of_them() -> None:
-    assert {data((1,), name).dtype.char for name in FLOATS} == set(_cpu_entries._STORED)
+    assert {data((1,), name).dtype.char for name in FLOATS} == set(entries._STORED)
 
 
 # ---- From the review of the kernels ----
@@ -707,7 +709,7 @@ def test_two_dtypes_that_are_kept_at_once_do_not_take_each_others_files(tmp_path
         early, late = {"f": (1, 5), "d": (3, 0)}[name]  # both read the index before one writes it
         caching.IndexDataCacheFile._save_index = lambda *a: (time.sleep(early), index(*a))[1]
         caching.IndexDataCacheFile._save_data = lambda *a: (time.sleep(late), data(*a))[1]
-        from arraybn.kernels._cpu_entries import compiled
+        from arraybn.kernels.cpu.entries import compiled
         compiled(name).running
     """
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -744,7 +746,7 @@ def test_what_different_processes_have_compiled_is_right_together(tmp_path: Path
 
 
 def test_loops_have_names_of_their_own() -> None:
-    loops = [getattr(_cpu_tiles, name) for name in dir(_cpu_tiles) if name.endswith(("_of_planes", "_of_lines"))]
+    loops = [getattr(tiles, name) for name in dir(tiles) if name.endswith(("_of_planes", "_of_lines"))]
     assert len({getattr(loop, "py_func", loop).__qualname__ for loop in loops}) == len(loops) == 8
 
 

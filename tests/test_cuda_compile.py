@@ -14,11 +14,11 @@ import pytest
 from conftest import REQUIRED
 from cuda import shim
 
-from arraybn.kernels import _cuda_launch
-from arraybn.kernels._cuda_launch import Kernel
+from arraybn.kernels.cuda import launch
+from arraybn.kernels.cuda.launch import Kernel
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]  # A100, H100 and H200, B200
-OPTIONS = [*_cuda_launch.OPTIONS, "-ftz=true"]  # which CuPy adds
+OPTIONS = [*launch.OPTIONS, "-ftz=true"]  # which CuPy adds
 REGISTERS = 65536 // (2 * 256)  # of a thread, so that two blocks of 256 threads fit into a multiprocessor
 
 
@@ -89,7 +89,7 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
     kernels = shim.all_kernels()
     if architecture != "sm_90":  # the widths between the widest and 1 differ little from them
         kernels = [kernel for kernel in kernels if kernel.width != 4 or kernel.dtype == "float32"]
-    found = resources(compiled(_cuda_launch.source(*kernels), architecture, tmp_path))
+    found = resources(compiled(launch.source(*kernels), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in kernels}
     assert in_local_memory(found) == []
     assert max(of["registers"] for of in found.values()) <= REGISTERS
@@ -97,30 +97,30 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
 
 def test_a_t4_which_has_fewer_conversions_is_served_too(tmp_path: Path) -> None:
     kernels = [kernel for kernel in shim.all_kernels() if kernel.name in ("moments_planes", "affine2_lines")]
-    found = resources(compiled(_cuda_launch.source(*kernels), "sm_75", tmp_path))
+    found = resources(compiled(launch.source(*kernels), "sm_75", tmp_path))
     assert set(found) == {kernel.entry for kernel in kernels}
     assert in_local_memory(found) == []
 
 
 def test_spills_are_found(tmp_path: Path) -> None:
-    source = _cuda_launch.source(Kernel("dots_lines", "float16", 8))
+    source = launch.source(Kernel("dots_lines", "float16", 8))
     crowded = source.replace("__launch_bounds__(MOST_THREADS, 2)", "__launch_bounds__(MOST_THREADS, 6)")  # 42 registers
     found = resources(compiled(crowded, "sm_90", tmp_path))
     assert in_local_memory(found) == ["dots_lines_float16_8"]
 
 
 def test_an_error_of_the_source_is_named_with_its_file_and_line(tmp_path: Path) -> None:
-    text = _cuda_launch.source(Kernel("running", "float32", 1)).replace("DEVICE int items_in(", "DEVICE oops items_in(")
-    line = (Path(_cuda_launch.__file__).parent / "cuda_sweeps.cu").read_text().split("DEVICE int items_in(")[0]
-    with pytest.raises(AssertionError, match=rf'cuda_sweeps.cu"?[(, a-z]*{line.count(chr(10)) + 1}\b.*\n?.*oops'):
+    text = launch.source(Kernel("running", "float32", 1)).replace("DEVICE int items_in(", "DEVICE oops items_in(")
+    line = (Path(launch.__file__).parent / "sweeps.cu").read_text().split("DEVICE int items_in(")[0]
+    with pytest.raises(AssertionError, match=rf'sweeps.cu"?[(, a-z]*{line.count(chr(10)) + 1}\b.*\n?.*oops'):
         compiled(text, "sm_90", tmp_path)
 
 
 def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
-    for file in _cuda_launch.SWEEPS:
-        text = _cuda_launch._text(file)
+    for file in launch.SWEEPS:
+        text = launch._text(file)
         assert text.isascii()
         assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)
         assert max(map(len, text.splitlines())) <= 120
         without = re.sub(r"#ifndef ON_CPU.*?#endif  // ON_CPU", "", text, flags=re.DOTALL)
-        assert ("asm" in text, "asm" in without) == (file == "cuda_values.cuh", False)
+        assert ("asm" in text, "asm" in without) == (file == "values.cuh", False)

@@ -25,9 +25,11 @@ from test_cuda_kernels import NO_RESERVE, SUM, assert_map, assert_sum, coefficie
 
 import arraybn
 from arraybn import reference
-from arraybn._arrays import FLOATS
-from arraybn.kernels import _cuda_launch, cuda, cuda_fused, select
-from arraybn.kernels._cuda_launch import Device, Grid, Kernel
+from arraybn._arrays.namespaces import FLOATS
+from arraybn.kernels import cuda, select
+from arraybn.kernels.cuda import fused
+from arraybn.kernels.cuda import launch as launching
+from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 ROOT = Path(__file__).parents[1]
 H200 = shim.H200
@@ -75,19 +77,19 @@ def libraries() -> list[Path]:
 
 def installed(libraries: list[Path], **options: Any) -> Any:
     """Within it, NumPy arrays go through the fused kernels."""
-    return mock.patch.object(_cuda_launch, "launcher", mock.Mock(return_value=shim.Shim(*libraries, **options)))
+    return mock.patch.object(launching, "launcher", mock.Mock(return_value=shim.Shim(*libraries, **options)))
 
 
 @pytest.fixture(autouse=True)
 def gpu(libraries: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[shim.Shim]:
     def by_default(x: Any, kernels: Any = None) -> Any:
-        return select(x, cuda_fused if kernels is None else kernels)
+        return select(x, fused if kernels is None else kernels)
 
     monkeypatch.setattr("arraybn.functional.select", by_default)
     monkeypatch.setattr("arraybn.statistics.select", by_default)
     with installed(libraries):
-        yield _cuda_launch.launcher()
-    cuda_fused.plan.cache_clear()
+        yield launching.launcher()
+    fused.plan.cache_clear()
 
 
 def set_case(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[int, int, int], Device]:
@@ -100,10 +102,10 @@ def set_case(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[int, int
 def set_sizes(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], way: str) -> None:
     """Set sizes of the module, and let nothing be resident where the way is another."""
     for size, value in sizes.items():
-        monkeypatch.setattr(cuda_fused, size, value)
+        monkeypatch.setattr(fused, size, value)
     if way != "resident":
-        monkeypatch.setattr(cuda_fused, "_resident", lambda *_: None)
-    cuda_fused.plan.cache_clear()
+        monkeypatch.setattr(fused, "_resident", lambda *_: None)
+    fused.plan.cache_clear()
 
 
 @pytest.fixture(params=CASES)
@@ -113,7 +115,7 @@ def case(request: pytest.FixtureRequest, gpu: shim.Shim, monkeypatch: pytest.Mon
     return shape
 
 
-def both(shape: tuple[int, int, int], dtype: str, kernels: Any = cuda_fused) -> list[Any]:
+def both(shape: tuple[int, int, int], dtype: str, kernels: Any = fused) -> list[Any]:
     """mean, m2, rstd, y, dx, dweight and dbias."""
     dy, x = data(shape, dtype, 1, 0.5), data(shape, dtype)
     weight, bias = coefficients(shape[1])[:2]
@@ -126,7 +128,7 @@ def assert_forward(shape: tuple[int, int, int], dtype: str) -> None:
     n, eps, (weight, bias) = shape[0] * shape[2], 1e-5, coefficients(shape[1])[:2]
     x = data(shape, dtype)
     (exact_x,) = exact_of(x)
-    mean, m2, rstd, y = cuda_fused.forward(x, weight, bias, eps)
+    mean, m2, rstd, y = fused.forward(x, weight, bias, eps)
     exact_mean = exact_x.sum(axis=(0, 2)) / n
     assert np.all(np.abs(mean - exact_mean) <= SUM[dtype] * 4 + 2.0**-50)
     exact_m2 = ((exact_x - exact_mean[:, None]) ** 2).sum(axis=(0, 2))
@@ -145,7 +147,7 @@ def assert_backward(shape: tuple[int, int, int], dtype: str) -> None:
     exact_dy, exact_x = exact_of(dy, x)
     mean = x.astype("f8").mean(axis=(0, 2))
     rstd = reference.rstd(x.astype("f8").var(axis=(0, 2)), 1e-5)
-    dx, dweight, dbias = cuda_fused.backward(dy, x, mean, rstd, weight)
+    dx, dweight, dbias = fused.backward(dy, x, mean, rstd, weight)
     d = exact_x - mean[:, None]
     assert_sum(dbias, exact_dy, dtype)
     a, b, c = (vector[:, None] for vector in reference.input_gradient(dweight, dbias, n, rstd, weight))
@@ -206,15 +208,15 @@ def test_the_bits_are_the_same_each_time_whichever_blocks_run_first(
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_result_in_place_has_the_same_bits(case: Any, dtype: str) -> None:
     dy, x = data(case, dtype, 1, 0.5), data(case, dtype)
-    mean, _, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
-    dx = cuda_fused.backward(dy, x, mean, rstd, None)[0]
+    mean, _, rstd, y = fused.forward(x, None, None, 1e-5)
+    dx = fused.backward(dy, x, mean, rstd, None)[0]
     for target in ("dy", "x"):
         inputs = {"dy": dy.copy(), "x": x.copy()}
-        result = cuda_fused.backward(**inputs, mean=mean, rstd=rstd, weight=None, out=inputs[target])[0]
+        result = fused.backward(**inputs, mean=mean, rstd=rstd, weight=None, out=inputs[target])[0]
         assert result is inputs[target]
         np.testing.assert_array_equal(result, dx)
     target = x.copy()
-    assert cuda_fused.forward(target, None, None, 1e-5, target)[3] is target
+    assert fused.forward(target, None, None, 1e-5, target)[3] is target
     np.testing.assert_array_equal(target, y)
 
 
@@ -224,7 +226,7 @@ def test_outliers_among_the_first_values_cost_no_digit_that_is_promised(case: An
     x[:1, :, :8] = 1e4  # the shift of some threads and blocks
     (exact,) = exact_of(x)
     exact_m2 = ((exact - (exact.sum(axis=(0, 2)) / (case[0] * case[2]))[:, None]) ** 2).sum(axis=(0, 2))
-    error = np.abs(cuda_fused.forward(x, None, None, 1e-5)[1] - exact_m2)
+    error = np.abs(fused.forward(x, None, None, 1e-5)[1] - exact_m2)
     assert np.all(error <= 8 * SUM[dtype] * exact_m2)
     if dtype == "float64":
         assert np.all(error <= 4 * np.spacing(exact_m2.astype(np.float64)))
@@ -234,7 +236,7 @@ def test_outliers_among_the_first_values_cost_no_digit_that_is_promised(case: An
 def test_n3_constant_channels_give_exactly_bias(case: Any, dtype: str) -> None:
     x = np.broadcast_to(np.linspace(-3.3, 1e4, case[1])[:, None], case).astype(data((1,), dtype).dtype)
     bias = coefficients(case[1])[0]
-    mean, m2, _, y = cuda_fused.forward(x, None, bias, 1e-5)
+    mean, m2, _, y = fused.forward(x, None, bias, 1e-5)
     np.testing.assert_array_equal(mean, x[0, :, 0].astype("f8"))
     np.testing.assert_array_equal(m2, 0)
     rounded = bias if dtype == "float64" else bias.astype("f4")
@@ -244,11 +246,11 @@ def test_n3_constant_channels_give_exactly_bias(case: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nan_and_inf_stay_in_their_channel(case: Any, dtype: str) -> None:
     x = data(case, dtype)
-    clean = cuda_fused.forward(x, None, None, 1e-5)
+    clean = fused.forward(x, None, None, 1e-5)
     for place, value in itertools.product((0, -1), (np.nan, np.inf, -np.inf)):
         spoiled = x.copy()
         spoiled[place, 0, place] = value
-        mean, m2, _, y = cuda_fused.forward(spoiled, None, None, 1e-5)
+        mean, m2, _, y = fused.forward(spoiled, None, None, 1e-5)
         np.testing.assert_array_equal(mean[0], value)
         assert np.isnan(m2[0])
         assert np.all(np.isnan(y[:, 0]))
@@ -300,7 +302,7 @@ def test_n2_float64(shape: str, scale: str, gpu: shim.Shim) -> None:
 def test_a_layer_trains_and_evaluates_as_with_the_reference(axis: int, gpu: shim.Shim) -> None:
     shape = (6, 4, 7, 7) if axis == 1 else (6, 7, 7, 4)
     results = []
-    for kernels in (cuda_fused, reference):
+    for kernels in (fused, reference):
         with pytest.MonkeyPatch.context() as patch:
             for room in ("functional", "statistics"):
                 patch.setattr(f"arraybn.{room}.select", lambda x, _=None, kernels=kernels: kernels)
@@ -327,8 +329,8 @@ def test_any_alignment_of_the_values_will_do(
 ) -> None:
     shape, gpu.has = set_case(name, monkeypatch)
     values, weight = data(shape, dtype), coefficients(shape[1])[0]
-    mean, _, rstd, y = cuda_fused.forward(values, weight, None, 1e-5)
-    dx = cuda_fused.backward(values, values, mean, rstd, weight)[0]
+    mean, _, rstd, y = fused.forward(values, weight, None, 1e-5)
+    dx = fused.backward(values, values, mean, rstd, weight)[0]
     itemsize = values.itemsize
     tolerance = {2: 2.0**-7, 4: 1e-6, 8: 1e-14}[itemsize]
     for offset in (itemsize, 8):
@@ -337,33 +339,33 @@ def test_any_alignment_of_the_values_will_do(
         gpu.launches.clear()
         for backward, want in [(False, y), (True, dx)]:
             if backward:
-                result = cuda_fused.backward(x, x, mean, rstd, weight, out)[0]
+                result = fused.backward(x, x, mean, rstd, weight, out)[0]
             else:
-                result = cuda_fused.forward(x, weight, None, 1e-5, out)[3]
+                result = fused.forward(x, weight, None, 1e-5, out)[3]
             assert result is out
             shim.assert_guards(out)
             np.testing.assert_allclose(result.astype("f8"), want.astype("f8"), rtol=tolerance, atol=4 * tolerance)
         width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
         if name == "lines in parts" and width > 1 and itemsize < 8:
-            width = cuda_fused.SIDE // itemsize
+            width = fused.SIDE // itemsize
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
 
 
 def test_arrays_that_a_kernel_cannot_take_as_they_are_give_the_same_bits() -> None:
     x = data((6, 4, 40), "float32")
-    mean, _, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+    mean, _, rstd, y = fused.forward(x, None, None, 1e-5)
     strided = np.repeat(x, 2, axis=2)[:, :, ::2]
-    np.testing.assert_array_equal(cuda_fused.forward(strided, None, None, 1e-5)[3], y)
-    want = cuda_fused.backward(x, x, mean, rstd, None)
-    for got, expected in zip(cuda_fused.backward(strided, strided, mean, rstd, None), want, strict=True):
+    np.testing.assert_array_equal(fused.forward(strided, None, None, 1e-5)[3], y)
+    want = fused.backward(x, x, mean, rstd, None)
+    for got, expected in zip(fused.backward(strided, strided, mean, rstd, None), want, strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
 def test_nothing_in_gives_nothing_out(gpu: shim.Shim) -> None:
     for shape in [(0, 3, 5), (4, 3, 0), (0, 3, 1)]:
         x = np.empty(shape, np.float32)
-        mean, m2, _, y = cuda_fused.forward(x, None, None, 1e-5)
-        dx, dweight, dbias = cuda_fused.backward(x, x, mean, mean, None)
+        mean, m2, _, y = fused.forward(x, None, None, 1e-5)
+        dx, dweight, dbias = fused.backward(x, x, mean, mean, None)
         assert y.shape == dx.shape == x.shape
         for vector in (mean, m2, dweight, dbias):
             np.testing.assert_array_equal(vector, np.zeros(3))
@@ -383,15 +385,15 @@ def test_places_beyond_2_31_are_reached(
     where = np.arange(3)[:, None] * stride + np.arange(shape[1] * shape[2])
     x = data(shape, "float16")
     line[where] = x.reshape(3, -1)
-    plan = cuda_fused.plan(shape, x.dtype, 0, 1, H200)
+    plan = fused.plan(shape, x.dtype, 0, 1, H200)
     assert plan is not None
     assert way in plan.kernel.name
-    place = _cuda_launch.NUMBERS.index("stride")
+    place = launching.NUMBERS.index("stride")
     numbers = (*plan.numbers[:place], stride, *plan.numbers[place + 1 :])
-    mean, m2, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+    mean, m2, rstd, y = fused.forward(x, None, None, 1e-5)
     got = np.zeros((3, shape[1]))
     vectors = dict(zip(("mean", "m2", "rstd"), (gpu.pointer(vector) for vector in got), strict=True))
-    pointers = tuple(vectors.get(vector, 0) for vector in _cuda_launch.POINTERS[3:-2])
+    pointers = tuple(vectors.get(vector, 0) for vector in launching.POINTERS[3:-2])
     address = gpu.pointer(line)
     gpu.launch(plan.kernel, plan.grid, (address, 0, address, *pointers), (1e-5, 0.0, *numbers))
     np.testing.assert_allclose(got, [mean, m2, rstd], rtol=1e-6)
@@ -429,12 +431,12 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.runtime", runtime)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.driver", SimpleNamespace(launchKernel=launch))
-    launcher = _cuda_launch.CuPy()
+    launcher = launching.CuPy()
     for name in ("on", "empty", "zeros", "pointer"):
         monkeypatch.setattr(launcher, name, getattr(gpu, name))
-    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    monkeypatch.setattr(launching, "launcher", lambda: launcher)
     weight, bias = coefficients(3)[:2]
-    y = cuda_fused.forward(x, weight, bias, 1e-5)[3]
+    y = fused.forward(x, weight, bias, 1e-5)[3]
     assert launcher.device() == H200
     np.testing.assert_array_equal(y, expected[3])
     assert launched == [("forward_resident_planes_float32_4", x.nbytes // 3)]
@@ -467,7 +469,7 @@ def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> N
     images, lines = (32, channels, side * side), (32 * side * side, channels, 1)
     ways = []
     for shape, inputs in itertools.product((images, lines), (1, 2)):
-        plan = cuda_fused.plan(shape, np.dtype(f"f{itemsize}"), 0, inputs, H200)
+        plan = fused.plan(shape, np.dtype(f"f{itemsize}"), 0, inputs, H200)
         ways.append("split" if plan is None else plan.kernel.name.split("_")[1])
     assert " ".join(ways) == RESNET[key]
 
@@ -475,15 +477,15 @@ def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> N
 def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
     for channels, side, itemsize in RESNET:
         for inputs in (1, 2):
-            plan = cuda_fused.plan((32, channels, side * side), np.dtype(f"f{itemsize}"), 0, inputs, H200)
+            plan = fused.plan((32, channels, side * side), np.dtype(f"f{itemsize}"), 0, inputs, H200)
             assert plan is not None
             if "resident" in plan.kernel.name:
-                together = H200.shared_in_all // (plan.grid.shared + cuda_fused.ROOM)
+                together = H200.shared_in_all // (plan.grid.shared + fused.ROOM)
                 assert together >= (2 if plan.grid.shared < 100 * 2**10 else 1)
                 assert min(together, 2048 // plan.grid.threads) * plan.grid.threads >= 256
             else:
-                assert plan.grid.blocks == cuda_fused.BLOCKS * 132
-                assert H200.shared_in_all // (plan.grid.shared + cuda_fused.ROOM) >= cuda_fused.BLOCKS
+                assert plan.grid.blocks == fused.BLOCKS * 132
+                assert H200.shared_in_all // (plan.grid.shared + fused.ROOM) >= fused.BLOCKS
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -495,7 +497,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
         inputs, has = int(rng.integers(1, 3)), [H200, SMALL, LONELY, NARROW][rng.integers(4)]
         address = int(rng.choice([0, kind.itemsize, 8]))
-        plan = cuda_fused.plan.__wrapped__(shape, kind, address, inputs, has)
+        plan = fused.plan.__wrapped__(shape, kind, address, inputs, has)
         if plan is None:
             found["split"] += 1
             continue
@@ -513,16 +515,16 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         found[plan.kernel.name.split("_")[1]] += 1
         if "resident" in plan.kernel.name:
             assert (blocks, parts, tickets, partials) == (groups, 1, 0, 0)
-            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - cuda_fused.ROOM
+            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - fused.ROOM
         else:
             rounds = {1: 4, 2: 2}[inputs] * (4 if width > 1 else 8)  # as the source has them
-            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - cuda_fused.ROOM
+            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - fused.ROOM
             assert shared & shared - 1 == 0
             assert groups * parts >= ahead >= parts  # so the sums of a group come before its maps
             assert tickets == 2 * groups + 2
             assert partials == (16 * groups * parts * slots if parts > 1 else 0)
-            assert ahead * part * columns * width * kind.itemsize * inputs <= cuda_fused.KEPT * has.cache
-            assert 0 < blocks <= cuda_fused.BLOCKS * has.multiprocessors
+            assert ahead * part * columns * width * kind.itemsize * inputs <= fused.KEPT * has.cache
+            assert 0 < blocks <= fused.BLOCKS * has.multiprocessors
     assert min(found[way] for way in found if (way, dtype) != ("pipeline", "float64")) > 50, found
 
 
@@ -560,7 +562,7 @@ def test_a_planted_error_is_found(
     old, new, name = PLANTED[planted]
     shape, gpu.has = set_case(name, monkeypatch)
     inputs, check = (2, assert_backward) if "dy" in planted else (1, assert_forward)
-    plan = cuda_fused.plan(shape, np.dtype("f4"), 0, inputs, gpu.has)
+    plan = fused.plan(shape, np.dtype("f4"), 0, inputs, gpu.has)
     assert plan is not None
     library = shim.build((plan.kernel,), "-O0", changed=(old, new))
     found = 0
@@ -581,19 +583,20 @@ SANITIZED = """
     from pathlib import Path
     import numpy as np
     from cuda import shim
-    from arraybn.kernels import _cuda_launch, cuda_fused
-    cuda_fused.LEAST = cuda_fused.TASK = 512
-    resident = cuda_fused._resident
+    from arraybn.kernels.cuda import fused
+    from arraybn.kernels.cuda import launch as launching
+    fused.LEAST = fused.TASK = 512
+    resident = fused._resident
     with shim.install(Path(sys.argv[1])) as installed:
-        installed.device = lambda: _cuda_launch.Device(3, 2**40, 2**18, 2**18)
-        for cuda_fused._resident in (resident, lambda *_: None):
-            cuda_fused.plan.cache_clear()
+        installed.device = lambda: launching.Device(3, 2**40, 2**18, 2**18)
+        for fused._resident in (resident, lambda *_: None):
+            fused.plan.cache_clear()
             for shape in [(9, 3, 64), (9, 3, 49), (203, 24, 1), (203, 5, 1), (7, 4, 196)]:
                 size = int(np.prod(shape))
                 x, dy = (np.random.default_rng(k).standard_normal(size).astype("f4").reshape(shape) for k in (0, 1))
-                mean, m2, rstd, y = cuda_fused.forward(x, None, None, 1e-5)
+                mean, m2, rstd, y = fused.forward(x, None, None, 1e-5)
                 if len(sys.argv) == 2:
-                    cuda_fused.backward(dy, x, mean, rstd, None)
+                    fused.backward(dy, x, mean, rstd, None)
     print("clean", len(set(name for name, _ in installed.launches)))
 """
 
@@ -623,10 +626,10 @@ def test_address_sanitizer_finds_nothing_but_what_is_planted(changed: tuple[str,
 
 # Those that were nearest to a spill; all of them, which takes a minute, where ARRAYBN_COMPILE=all.
 COMPILED = [
-    Kernel("backward_pipeline_lines", "float16", 4, cuda_fused.FILES),
-    Kernel("backward_pipeline_lines", "float32", 2, cuda_fused.FILES),
-    Kernel("backward_pipeline_planes", "bfloat16", 8, cuda_fused.FILES),
-    Kernel("forward_resident_planes", "float64", 2, cuda_fused.FILES),
+    Kernel("backward_pipeline_lines", "float16", 4, fused.FILES),
+    Kernel("backward_pipeline_lines", "float32", 2, fused.FILES),
+    Kernel("backward_pipeline_planes", "bfloat16", 8, fused.FILES),
+    Kernel("forward_resident_planes", "float64", 2, fused.FILES),
 ]
 REGISTERS = 65536 // (3 * 256)  # of a thread, so that three blocks of 256 threads fit into a multiprocessor
 
@@ -635,14 +638,14 @@ REGISTERS = 65536 // (3 * 256)  # of a thread, so that three blocks of 256 threa
 def test_the_kernels_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
     everything = os.environ.get("ARRAYBN_COMPILE") == "all"
     kernels = [*shim.fused_kernels("forward"), *shim.fused_kernels("backward")] if everything else COMPILED
-    found = resources(compiled(_cuda_launch.source(*kernels), architecture, tmp_path))
+    found = resources(compiled(launching.source(*kernels), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in kernels}
     assert in_local_memory(found) == []
     assert max(of["registers"] for of in found.values()) <= REGISTERS
 
 
 def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
-    text = _cuda_launch._text("cuda_fused.cu")
+    text = launching._text("fused.cu")
     assert text.isascii()
     assert not re.search(r"^\s*#\s*include|\basm\b", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120

@@ -24,9 +24,10 @@ from cuda import shim
 
 import arraybn
 from arraybn import reference
-from arraybn._arrays import FLOATS
-from arraybn.kernels import _cuda_launch, cuda, select
-from arraybn.kernels._cuda_launch import Grid, Kernel
+from arraybn._arrays.namespaces import FLOATS
+from arraybn.kernels import cuda, select
+from arraybn.kernels.cuda import launch
+from arraybn.kernels.cuda.launch import Grid, Kernel
 from arraybn.testing import check_batch_norm, scenarios, ulp, worst
 
 ROOT = Path(__file__).parents[1]
@@ -532,13 +533,13 @@ def test_places_beyond_2_31_are_reached(gpu: shim.Shim, name: str, width: int) -
     line[where] = x.reshape(3, -1)
     cut = cuda.cut(shape, 2, 0 if width > 1 else 2)
     assert cut.width == width
-    place = _cuda_launch.NUMBERS.index("stride")
+    place = launch.NUMBERS.index("stride")
     numbers = (*cut.numbers[:place], stride, *cut.numbers[place + 1 :])
     mean, m2, rstd, y = cuda.forward(x, None, None, 1e-5)
     got = np.zeros((3, shape[1]))
     vectors = dict(zip(("mean", "m2", "rstd"), (gpu.pointer(vector) for vector in got), strict=True))
     for sweep in ("moments", "affine"):
-        pointers = tuple(vectors.get(vector, 0) for vector in _cuda_launch.POINTERS[3:-2])
+        pointers = tuple(vectors.get(vector, 0) for vector in launch.POINTERS[3:-2])
         kernel, address = Kernel(f"{sweep}_{name}", "float16", width), gpu.pointer(line)
         gpu.launch(kernel, cut.grid, (address, 0, address, *pointers), (1e-5, 0.0, *numbers))
     np.testing.assert_allclose(got, [mean, m2, rstd], rtol=1e-6)
@@ -555,7 +556,7 @@ def test_the_table_has_every_way_of_cutting(name: str, monkeypatch: pytest.Monke
     shape, sizes = CUTS[name]
     set_sizes(monkeypatch, sizes)
     cut = cuda.cut(shape, 4, 0)
-    numbers = dict(zip(_cuda_launch.NUMBERS, cut.numbers[:9], strict=False))
+    numbers = dict(zip(launch.NUMBERS, cut.numbers[:9], strict=False))
     assert (cut.layout == "lines") == (shape[2] == 1 < shape[1])
     assert (numbers["parts"] > 1) == (cut.grid.tickets > 0) == ("in parts" in name)
     assert (numbers["groups"] > 1) == ((cut.layout == "planes" and shape[1] > 1) or "in groups" in name)
@@ -617,13 +618,13 @@ def test_a_divisor_divides() -> None:
 
 
 def test_the_parameters_are_packed_as_the_source_has_them() -> None:
-    text = (ROOT / "arraybn" / "kernels" / "cuda_values.cuh").read_text()
+    text = (ROOT / "arraybn" / "kernels" / "cuda" / "values.cuh").read_text()
     body = re.search(r"struct Parameters \{(.*?)\n\};", text, re.DOTALL)[1]
     fields = re.findall(r"^    (.+?[ *])(\w+);", body, re.MULTILINE)
-    assert tuple(name for _, name in fields) == _cuda_launch.POINTERS + _cuda_launch.FLOATS + _cuda_launch.NUMBERS
+    assert tuple(name for _, name in fields) == launch.POINTERS + launch.FLOATS + launch.NUMBERS
     kinds = {"double ": "d", "int64 ": "q", "Divisor ": "Qq"}
     assert "=" + "".join(kinds.get(kind, "Q") for kind, _ in fields) == re.sub(
-        r"(\d+)(\w)", lambda match: int(match[1]) * match[2], _cuda_launch._STRUCT.format
+        r"(\d+)(\w)", lambda match: int(match[1]) * match[2], launch._STRUCT.format
     )
 
 
@@ -716,7 +717,7 @@ class OnDevice(np.ndarray):
 
 
 class StandIn:
-    """What `_cuda_launch.CuPy` calls of CuPy, with the kernels of a Shim."""
+    """What `launch.CuPy` calls of CuPy, with the kernels of a Shim."""
 
     def __init__(self, gpu: shim.Shim) -> None:
         self.gpu, self.device, self.stream, self.log = gpu, 0, 1234, []
@@ -761,12 +762,12 @@ class StandIn:
         self.gpu.start(function, Grid(bx, tx), stream, arguments)
 
 
-def stand_in(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> tuple[StandIn, _cuda_launch.CuPy]:
+def stand_in(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> tuple[StandIn, launch.CuPy]:
     cupy = StandIn(gpu)
     for name in ("cupy", "cupy_backends.cuda.api.driver", "cupy_backends.cuda.api.runtime"):
         monkeypatch.setitem(sys.modules, name, cupy)
-    launcher = _cuda_launch.CuPy()
-    monkeypatch.setattr(_cuda_launch, "launcher", lambda: launcher)
+    launcher = launch.CuPy()
+    monkeypatch.setattr(launch, "launcher", lambda: launcher)
     return cupy, launcher
 
 

@@ -29,6 +29,7 @@ from test_mpi import environment, passes, variables
 
 import arraybn
 from arraybn import kernels, reference
+from arraybn._arrays.copies import as_numpy
 from arraybn.commands import info
 from arraybn.testing import ThreadComm
 
@@ -64,7 +65,7 @@ def waits(log: list[str]) -> list[str]:
 
 
 def state(model: Any) -> dict[str, Any]:
-    values = {name: arraybn._arrays.as_numpy(name, value).tobytes() for name, value in model.state_dict().items()}
+    values = {name: as_numpy(name, value).tobytes() for name, value in model.state_dict().items()}
     grads = {name: None if p.grad is None else p.grad.get().tobytes() for name, p in model.named_parameters()}
     return {**values, "grads": grads, "remembered": id(model._remembered)}
 
@@ -223,9 +224,9 @@ def test_a_kernel_that_fails_leaves_the_layer_as_it_was(cupy: Any, monkeypatch: 
             if cupy.kernels == "reference":
                 patch.setattr("arraybn.reference." + {"moments": name, "running": "update_running"}[name], fails)
             else:
-                from arraybn.kernels import _cuda_launch
+                from arraybn.kernels.cuda import launch
 
-                launcher = _cuda_launch.launcher()
+                launcher = launch.launcher()
                 patch.setattr(launcher, "launch", functools.partial(unless, name, fails, launcher.launch))
             with pytest.raises(RuntimeError, match="CUDA kernel"):
                 layer(x)

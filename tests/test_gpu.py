@@ -391,13 +391,13 @@ def test_wrong_input_is_refused_and_leaves_the_layer_as_it_was(cupy: Any, monkey
     room = cupy.zeros((5, 6, 5, 5), dtype="f4")
     refused(ValueError, r"out: .*partial overlap", lambda: arraybn.batch_norm(room[:4], out=room[1:]))
 
-    from arraybn.kernels import _cuda_launch
+    from arraybn.kernels.cuda import launch
 
     def gone(*arguments: Any) -> None:
         raise RuntimeError("an illegal address")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(_cuda_launch.launcher()), "start", gone)
+        patch.setattr(type(launch.launcher()), "start", gone)
         refused(RuntimeError, r"the CUDA kernel \w+ could not be launched: an illegal address", layer, x)
     layer.backward(x)
     y, saved = arraybn.batch_norm(x)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import REQUIRED, need
 
-from arraybn import _mpi
+from arraybn.sync.mpi import LAUNCHERS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "mpi"
@@ -226,7 +226,7 @@ def test_processes_that_believe_to_be_alone_are_told(mpi: Mpi) -> None:
         first, second = run.stdout.strip().splitlines()
         assert first.startswith(f"synchronizing over 2 processes ({name}=2), but MPI's world has one rank here"), run
         assert second == "2"  # who asks for one rank gets one
-    assert "PMI_SIZE" in _mpi.LAUNCHERS
+    assert "PMI_SIZE" in LAUNCHERS
 
 
 def test_the_mpirun_of_another_mpi_is_told_or_ends_at_once(tmp_path: Path) -> None:

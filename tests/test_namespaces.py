@@ -12,7 +12,7 @@ import pytest
 from conftest import Home, need
 
 import arraybn
-from arraybn._arrays import at, on
+from arraybn._arrays.devices import at, on
 from arraybn.testing import exact_moments, scenarios
 
 SHAPES = [shape for shape in scenarios.SHAPES if shape != "one value"]

@@ -23,7 +23,8 @@ from hypothesis.extra import numpy as hnp
 from mpi import faults, whole
 
 import arraybn
-from arraybn import SyncBatchNorm, _frames, reference
+from arraybn import SyncBatchNorm, reference
+from arraybn.sync import frames
 from arraybn.testing import ThreadComm, exact_moments, strategies, worst
 from arraybn.testing.oracle import as_long
 
@@ -36,24 +37,24 @@ numbers = hnp.arrays("f8", (2, 3), elements=st.floats(-1e9, 1e9) | st.sampled_fr
 
 
 @st.composite
-def frames(draw: st.DrawFn, operation: str = "forward") -> Any:
-    fields = [_frames.FORMAT, 1, _frames.code(operation), *(0,) * (len(_frames.FIELDS) - 3)]
+def drawn_frames(draw: st.DrawFn, operation: str = "forward") -> Any:
+    fields = [frames.FORMAT, 1, frames.code(operation), *(0,) * (len(frames.FIELDS) - 3)]
     rows = draw(numbers)
     n = draw(st.integers(0, 5))
     if operation == "forward":
         rows = np.stack([rows[0], abs(rows[1])]) if n else np.zeros((2, 3))
-    return _frames.frame(fields, 0, n, rows)
+    return frames.frame(fields, 0, n, rows)
 
 
 def together(a: Any, b: Any) -> bytes:
-    result = _frames.combine(a, b.copy())
-    _frames.canonical(_frames.body(result))
+    result = frames.combine(a, b.copy())
+    frames.canonical(frames.body(result))
     return result.tobytes()
 
 
 @given(st.sampled_from(["forward", "backward"]), st.data())
 def test_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
-    a, b = data.draw(frames(operation)), data.draw(frames(operation))
+    a, b = data.draw(drawn_frames(operation)), data.draw(drawn_frames(operation))
     assert together(a, b) == together(b, a)
 
 
@@ -63,8 +64,8 @@ def test_without_the_ordering_of_e2_the_bits_depend_on_the_order(monkeypatch: py
         return arraybn.Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.n * b.n / n))
 
     rng = np.random.default_rng(0)
-    fields = [_frames.FORMAT, *(0,) * (len(_frames.FIELDS) - 1)]
-    a, b = (_frames.frame(fields, 0, n, rng.standard_normal((2, 256)) ** 2) for n in (3, 4))
+    fields = [frames.FORMAT, *(0,) * (len(frames.FIELDS) - 1)]
+    a, b = (frames.frame(fields, 0, n, rng.standard_normal((2, 256)) ** 2) for n in (3, 4))
     assert together(a, b) == together(b, a)
     monkeypatch.setattr(reference, "pool", unordered)
     assert together(a, b) != together(b, a)
@@ -76,7 +77,7 @@ def tree(draw: Any, parts: list[Any]) -> Any:
     while len(parts) > 1:
         a = parts.pop(draw(st.integers(0, len(parts) - 1)))
         b = parts.pop(draw(st.integers(0, len(parts) - 1)))
-        parts.append(_frames.combine(a, b))
+        parts.append(frames.combine(a, b))
     return parts[0]
 
 
@@ -84,14 +85,14 @@ def tree(draw: Any, parts: list[Any]) -> Any:
 def test_a_disagreement_is_seen_whatever_the_order_and_agreement_is_not_a_disagreement(
     headers: Any, data: st.DataObject
 ) -> None:
-    flags = [data.draw(st.sampled_from([0, 0, 0, _frames.ERROR, _frames.BROKEN])) for _ in headers]
+    flags = [data.draw(st.sampled_from([0, 0, 0, frames.ERROR, frames.BROKEN])) for _ in headers]
     expected = 0
     for index in range(9):
         expected |= (len({header[index] for header in headers}) > 1) << index
     for flag in flags:
         expected |= flag
-    parts = [_frames.frame(header, flag, 1) for header, flag in zip(headers, flags, strict=True)]
-    results = [_frames.flags_and_n(tree(data.draw, parts)) for _ in range(3)]
+    parts = [frames.frame(header, flag, 1) for header, flag in zip(headers, flags, strict=True)]
+    results = [frames.flags_and_n(tree(data.draw, parts)) for _ in range(3)]
     assert {flags for flags, _ in results} == {expected}
     assert results[0][1] == (0 if expected else len(headers))
 
@@ -102,10 +103,10 @@ def test_every_order_of_pooling_keeps_n1(batch: Any, data: st.DataObject) -> Non
     samples, c, _ = batch.x.shape
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=6)))
     parts = [arraybn.moments(part) for part in np.split(batch.x, cuts)]
-    sent = [_frames.frame([_frames.FORMAT, *(0,) * 8], 0, m.n, np.stack([m.mean, m.m2])) for m in parts]
+    sent = [frames.frame([frames.FORMAT, *(0,) * 8], 0, m.n, np.stack([m.mean, m.m2])) for m in parts]
     result = tree(data.draw, sent)
-    n = _frames.flags_and_n(result)[1]
-    mean, m2 = _frames.body(result)[:, :c]
+    n = frames.flags_and_n(result)[1]
+    mean, m2 = frames.body(result)[:, :c]
     for channel in range(c):
         exact_mean, exact_m2 = exact_moments(batch.x[:, channel])
         var = as_long(exact_m2 / n)
@@ -115,16 +116,16 @@ def test_every_order_of_pooling_keeps_n1(batch: Any, data: st.DataObject) -> Non
 
 
 def test_messages_name_ranks_and_group_what_is_alike() -> None:
-    texts = [_frames.text_of_error(ValueError(text)) for text in ("a", "b", "a", "a", "a")]
-    assert _frames.message(texts, _frames.ERROR) == "ranks 0, 2–4: a\nrank 1: b"
-    calls = [_frames.text_of_call({"layer": "x", "eps": 1, "call": call}) for call in (7, 7, 8)]
-    assert _frames.message([*calls, texts[1]], 0) == "rank 3: b"  # an error explains a disagreement
-    assert _frames.message(calls, 2).endswith("they disagree on call: 7 on ranks 0–1 and 8 on rank 2")
-    assert _frames.message(calls[:2], 0b100000001).endswith("they disagree on format, bits")
-    long = _frames.text_of_error(MemoryError("ü" * 5000))
-    assert len(long) == _frames.TEXT
-    assert _frames.message([long], 1).startswith("rank 0: MemoryError: üü")
-    assert _frames.message([_frames.text_of_error(ValueError("a file \udc80"))], 1) == "rank 0: a file ?"
+    texts = [frames.text_of_error(ValueError(text)) for text in ("a", "b", "a", "a", "a")]
+    assert frames.message(texts, frames.ERROR) == "ranks 0, 2–4: a\nrank 1: b"
+    calls = [frames.text_of_call({"layer": "x", "eps": 1, "call": call}) for call in (7, 7, 8)]
+    assert frames.message([*calls, texts[1]], 0) == "rank 3: b"  # an error explains a disagreement
+    assert frames.message(calls, 2).endswith("they disagree on call: 7 on ranks 0–1 and 8 on rank 2")
+    assert frames.message(calls[:2], 0b100000001).endswith("they disagree on format, bits")
+    long = frames.text_of_error(MemoryError("ü" * 5000))
+    assert len(long) == frames.TEXT
+    assert frames.message([long], 1).startswith("rank 0: MemoryError: üü")
+    assert frames.message([frames.text_of_error(ValueError("a file \udc80"))], 1) == "rank 0: a file ?"
 
 
 # ---- One batch over several ranks ------------------------------------------------------------------------------------
@@ -263,9 +264,9 @@ def test_one_collective_of_one_length_each_way_and_two_beyond_256_channels() -> 
                 found.append(list(counting.calls))
         return found
 
-    frame = ("allreduce", _frames.LENGTH)
-    assert _frames.LENGTH < 4300
-    more = [("allreduce", _frames.LENGTH - 16 * (256 - beyond)) for beyond in (1, 1792)]
+    frame = ("allreduce", frames.LENGTH)
+    assert frames.LENGTH < 4300
+    more = [("allreduce", frames.LENGTH - 16 * (256 - beyond)) for beyond in (1, 1792)]
     expected = [[frame]] * 6 + [[frame, more[0]]] * 2 + [[frame, more[1]]] * 2
     for ranks in (2, 5):
         assert ThreadComm.run(ranks, work) == [expected] * ranks
@@ -580,8 +581,8 @@ def test_texts_have_a_time_limit_too() -> None:
         layer = faults.layer_on(comm)
         layer.timeout = 0.2
         if comm.rank == 1:  # it takes part in the frame, and is gone before the texts
-            fields = [_frames.FORMAT, *(0,) * 8]
-            comm.channel.reducer.allreduce(_frames.frame(fields, _frames.ERROR, 0), None)
+            fields = [frames.FORMAT, *(0,) * 8]
+            comm.channel.reducer.allreduce(frames.frame(fields, frames.ERROR, 0), None)
             return
         with pytest.raises(arraybn.SyncTimeoutError, match=r"rank 0 of 2 waited 0.2 s .* \(call 1 on this"):
             layer(np.ones((2, 3)))
@@ -611,7 +612,7 @@ def test_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> Non
         def off(frame: Any, deadline: Any) -> None:
             allreduce(frame, deadline)
             if comm.rank == 1:
-                body = _frames.body(frame)
+                body = frames.body(frame)
                 body[0, 0] = np.nextafter(body[0, 0], 9)
 
         comm.channel.reducer.allreduce = off
@@ -632,8 +633,8 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
 
         def off(numbers: Any, deadline: Any) -> None:
             original(numbers, deadline)
-            if comm.rank == 1 and len(numbers) != _frames.LENGTH:
-                last = numbers[-1:] if kind == "gradients" else _frames.body(numbers)[0, -1:]
+            if comm.rank == 1 and len(numbers) != frames.LENGTH:
+                last = numbers[-1:] if kind == "gradients" else frames.body(numbers)[0, -1:]
                 last[:] = np.nextafter(last, 9)
 
         layer.bias.grad = np.ones(3, "f4")
@@ -1016,4 +1017,4 @@ def test_only_one_file_imports_mpi4py() -> None:
         if path.parent.name != "commands"  # which start ranks of their own
         and re.search(r"^ *(from|import) mpi4py", path.read_text(), re.MULTILINE)
     }
-    assert found == {"_mpi.py"}
+    assert found == {"mpi.py"}

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays import as_numpy
+from .._arrays.copies import as_numpy
 from ..functional import batch_norm, batch_norm_backward
-from ..kernels import _threads
+from ..kernels import threads as _threads
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ._bench_cases import Array, Case, Problem, parts
 

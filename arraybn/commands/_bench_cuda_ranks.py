@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import as_numpy
+from .._arrays.copies import as_numpy
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..sync_layers import SyncBatchNorm
 from ._bench_cases import RESNET

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..functional import batch_norm, batch_norm_backward
-from ..kernels import _threads
+from ..kernels import threads as _threads
 from ._bench_cases import Case, Problem
 from ._bench_clock import Result
 from ._bench_contestants import Call, Library, Prepared, channels_first, copying, numpy_calls

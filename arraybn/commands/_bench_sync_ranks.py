@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import sync
-from ..kernels._threads import set_num_threads
+from ..kernels.threads import set_num_threads
 from ..layers import BatchNorm1d
 from ..reference import Moments
 from ..sync_layers import SyncBatchNorm

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import as_numpy
+from .._arrays.copies import as_numpy
 from ._bench_cases import Case, make_problem
 from ._bench_contestants import Call, Prepared
 

@@ -26,7 +26,7 @@ import numpy as np
 from array_api_compat import to_device
 
 from .. import functional, kernels
-from .._arrays import as_numpy
+from .._arrays.copies import as_numpy
 from ..testing.scenarios import Batch
 
 Array = np.ndarray[Any, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, Namespace, array_namespace
+from .._arrays.namespaces import Array, Namespace, array_namespace
 from ..modules import Module
 
 DEVICES = ("cpu", "cuda")

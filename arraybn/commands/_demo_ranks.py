@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from .. import sync
-from .._arrays import as_numpy
-from ..kernels._threads import set_num_threads
+from .._arrays.copies import as_numpy
+from ..kernels.threads import set_num_threads
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
-from ..replicas import average_gradients, broadcast_state
+from ..sync.replicas import average_gradients, broadcast_state
 from ..sync_layers import SyncBatchNorm
 from . import _demo_device, demo, info
 from ._demo_device import beside

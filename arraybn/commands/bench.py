@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..kernels import _threads
+from ..kernels import threads as _threads
 from . import _bench_growth as growth
 from . import _bench_ladder as ladder
 from . import _bench_machine as machine

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checkpoint
-from .._arrays import as_numpy
+from .._arrays.copies import as_numpy
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy

@@ -44,7 +44,7 @@ NAMESPACES = {  # module: what to do where it is missing
 
 _NAMESPACE_PROBE = """
 import importlib, json, sys
-from arraybn._arrays import FLOATS, as_namespace, dtype_name, wide_dtype
+from arraybn._arrays.namespaces import FLOATS, as_namespace, dtype_name, wide_dtype
 xp = as_namespace(importlib.import_module(sys.argv[1]))
 wide = dtype_name(wide_dtype(xp.ones(1)))
 found = [name for name in FLOATS if hasattr(xp, name) and name in (wide, "float16", "bfloat16", "float32")]
@@ -60,7 +60,7 @@ print(json.dumps([version, found]))
 """
 _NUMBA_PROBE = """
 from arraybn import get_num_threads
-from arraybn.kernels._cpu_entries import cache_folder
+from arraybn.kernels.cpu.entries import cache_folder
 threads = get_num_threads()
 folder = cache_folder() or "no folder, because none can be written"
 print(f"{threads} thread{'s' * (threads > 1)}, compiled once and kept in {folder}")
@@ -126,7 +126,7 @@ def _compile() -> bool:
     if not _is_there("numba"):
         print('--compile: expected numba; it is not installed. Run: pip install "arraybn[cpu]"', file=sys.stderr)
         return False
-    from ..kernels._cpu_entries import compile_all
+    from ..kernels.cpu.entries import compile_all
 
     start = time.monotonic()
     for name in compile_all():

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from .. import reference
-from .._arrays import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
+from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 
 
 class Kernels(Protocol):
@@ -49,7 +49,7 @@ MODULES = {  # imported when first used
     "reference": "arraybn.reference",
     "cpu": "arraybn.kernels.cpu",
     "cuda": "arraybn.kernels.cuda",
-    "cuda_fused": "arraybn.kernels.cuda_fused",
+    "cuda_fused": "arraybn.kernels.cuda.fused",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Namespace, as_namespace
+from .._arrays.namespaces import Namespace, as_namespace
 from .._checks import as_integer, as_number
 from .diagnosis import cause_of
 from .oracle import LONG

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import array_namespace, as_numpy, device, dtype_name, is_array_api_obj, namespace_name
+from .._arrays.copies import as_numpy
+from .._arrays.namespaces import array_namespace, device, dtype_name, is_array_api_obj, namespace_name
 from . import oracle
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import dtype_name
+from .._arrays.namespaces import dtype_name
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Namespace, array_namespace, as_namespace, as_numpy, is_array_api_obj, namespace_name
+from .._arrays.copies import as_numpy
+from .._arrays.namespaces import Namespace, array_namespace, as_namespace, is_array_api_obj, namespace_name
 from . import scenarios
 from .oracle import LONG, Exact, exact_batch_norm, worst
 from .scenarios import Batch

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import _frames
-from .._arrays import Array
+from .._arrays.namespaces import Array
 from .._checks import as_integer
-from ..sync import Channel, SyncError
+from ..sync import Channel, SyncError, frames
 
 T = TypeVar("T")
 
@@ -161,9 +160,9 @@ class _ThreadReducer:
         return list(self._table.meet(self.rank, text, list, deadline))
 
 
-def _combined(frames: list[Array]) -> Array:
+def _combined(parts: list[Array]) -> Array:
     """Two halves, each combined in the same way, as MPI does it over a tree."""
-    if len(frames) == 1:
-        return frames[0].copy()
-    half = len(frames) // 2
-    return np.asarray(_frames.combine(_combined(frames[:half]), _combined(frames[half:])))
+    if len(parts) == 1:
+        return parts[0].copy()
+    half = len(parts) // 2
+    return np.asarray(frames.combine(_combined(parts[:half]), _combined(parts[half:])))

@@ -11,8 +11,8 @@ from unittest import mock
 
 import shim
 
-from arraybn.kernels import _cuda_launch
-from arraybn.kernels._cuda_launch import Grid
+from arraybn.kernels.cuda import launch
+from arraybn.kernels.cuda.launch import Grid
 
 
 class FakeGpu(shim.Shim):
@@ -51,5 +51,5 @@ class FakeGpu(shim.Shim):
 def install(**options: int) -> Iterator[FakeGpu]:
     """Within it, arraybn.kernels.cuda and cuda_fused take arrays of the fake CuPy."""
     gpu = FakeGpu(*shim.libraries(), **options)
-    with mock.patch.object(_cuda_launch, "launcher", return_value=gpu):
+    with mock.patch.object(launch, "launcher", return_value=gpu):
         yield gpu

@@ -331,7 +331,7 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
 
-// ---- What cuda_values.cuh says in PTX -------------------------------------------------------------------------------
+// ---- What values.cuh says in PTX -------------------------------------------------------------------------------
 
 template <int BYTES> struct Words;
 struct Pair;

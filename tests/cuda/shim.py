@@ -21,9 +21,10 @@ from unittest import mock
 
 import numpy as np
 
-from arraybn._arrays import FLOATS
-from arraybn.kernels import _cuda_launch, cuda, cuda_fused
-from arraybn.kernels._cuda_launch import Device, Grid, Kernel
+from arraybn._arrays.namespaces import FLOATS
+from arraybn.kernels import cuda
+from arraybn.kernels.cuda import fused, launch
+from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
 GUARD = 64  # bytes before and behind an array, which nobody may write to
@@ -49,7 +50,7 @@ def fused_kernels(direction: str) -> tuple[Kernel, ...]:
     """Every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
     names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
     return tuple(
-        Kernel(f"{direction}_{way}_{layout}", dtype, width, cuda_fused.FILES, True)
+        Kernel(f"{direction}_{way}_{layout}", dtype, width, fused.FILES, True)
         for way, layout, dtype in names
         for width in _fused_widths(way, layout, _ITEMSIZE[dtype])
     )
@@ -59,7 +60,7 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """The numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (cuda_fused.SIDE // itemsize, 1)
+    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDE // itemsize, 1)
 
 
 def libraries() -> list[Path]:
@@ -77,7 +78,7 @@ def compiler() -> str | None:
 @functools.cache
 def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] | None = None) -> Path:
     """The shared library of these kernels, made once for each source. `changed`: a text in it, and what replaces it."""
-    text = _cuda_launch.source(*kernels)
+    text = launch.source(*kernels)
     if changed is not None:
         assert text.count(changed[0]) == 1, f"{changed[0]!r} stands {text.count(changed[0])} times in the source"
         text = text.replace(*changed)
@@ -130,7 +131,7 @@ def assert_outside(room: Any, start: int, size: int) -> None:
     assert np.all(outside == PATTERN), "a kernel wrote outside its array"
 
 
-class Shim(_cuda_launch.Launcher):
+class Shim(launch.Launcher):
     """Launches on the CPU, of NumPy arrays, on a GPU that a test describes."""
 
     def __init__(self, *libraries: Path, has: Device = H200, resident: int = 3, seed: int = 0) -> None:
@@ -198,5 +199,5 @@ class Shim(_cuda_launch.Launcher):
 def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
     """Within it, arraybn.kernels.cuda takes NumPy arrays and runs on the CPU."""
     shim = Shim(library or build(tuple(all_kernels())), **options)
-    with mock.patch.object(_cuda_launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
+    with mock.patch.object(launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
         yield shim

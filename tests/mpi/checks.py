@@ -23,7 +23,8 @@ import whole
 from mpi4py import MPI
 
 import arraybn
-from arraybn import _frames, _mpi, sync
+from arraybn import sync
+from arraybn.sync import frames, mpi
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -297,7 +298,7 @@ def interrupts() -> None:
 
 def signalled(number: int, call: Any) -> Any:
     """What `call` raises, with a signal as soon as this rank combines frames."""
-    combine, count, raised = _frames.combine, 0, None
+    combine, count, raised = frames.combine, 0, None
 
     def pressed(a: Any, b: Any) -> Any:
         nonlocal count
@@ -307,12 +308,12 @@ def signalled(number: int, call: Any) -> Any:
         return combine(a, b)
 
     WORLD.Barrier()  # whoever waits long for the others is interrupted while it waits
-    _frames.combine = pressed
+    frames.combine = pressed
     try:
         call()
     except (KeyboardInterrupt, SystemExit, arraybn.SyncError) as error:
         raised = type(error)
-    _frames.combine = combine
+    frames.combine = combine
     assert (raised in (KeyboardInterrupt, SystemExit)) == (count > 0)
     assert any(WORLD.allgather(count))  # not every rank has something to combine
     return raised
@@ -323,7 +324,7 @@ def begun() -> None:
     comm = WORLD.Dup()
     layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
     faults.good(layer, comm)
-    run, own = _mpi.Reducer._run, []
+    run, own = mpi.Reducer._run, []
 
     def pressed(self: Any, start: Any, *rest: Any) -> None:
         def begin() -> None:
@@ -333,11 +334,11 @@ def begun() -> None:
         run(self, begin, *rest)
 
     if RANK == 0:
-        _mpi.Reducer._run = pressed
+        mpi.Reducer._run = pressed
         try:
             layer(x)
         except KeyboardInterrupt:
-            own = [np.zeros(_frames.LENGTH, np.uint8) for _ in range(8)]
+            own = [np.zeros(frames.LENGTH, np.uint8) for _ in range(8)]
         assert own
     WORLD.Barrier()
     if RANK != 0:
@@ -345,9 +346,9 @@ def begun() -> None:
     WORLD.Barrier()
     time.sleep(0.1)
     WORLD.Barrier()
-    assert len(_mpi._given_up) == (RANK == 0)
+    assert len(mpi._given_up) == (RANK == 0)
     assert not any(array.any() for array in own)
-    atexit.unregister(_mpi._end_job)  # for no rank waits
+    atexit.unregister(mpi._end_job)  # for no rank waits
 
 
 def broken() -> None:
@@ -371,7 +372,7 @@ def broken() -> None:
         else:
             raise SystemExit("nothing was raised")
     WORLD.Barrier()
-    atexit.unregister(_mpi._end_job)  # for there is no rank that waits
+    atexit.unregister(mpi._end_job)  # for there is no rank that waits
     if RANK == 0:
         print("passed", *sys.argv[1:], flush=True)
     MPI.Finalize()

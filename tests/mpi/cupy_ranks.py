@@ -16,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 import arraybn
-from arraybn import _mpi
+from arraybn.sync import mpi
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -81,13 +81,13 @@ def starts_and_steps_together() -> None:
 
 def from_the_host() -> contextlib.AbstractContextManager[Any]:
     """Assert that MPI gets nothing but host memory."""
-    run = _mpi.Reducer._run
+    run = mpi.Reducer._run
 
     def checked(self: Any, start: Any, deadline: Any, *buffers: Any) -> None:
         assert all(isinstance(buffer, np.ndarray | bytes | bytearray) for buffer in buffers), buffers
         run(self, start, deadline, *buffers)
 
-    return mock.patch.object(_mpi.Reducer, "_run", checked)
+    return mock.patch.object(mpi.Reducer, "_run", checked)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import config, njit, types
 from numba.extending import intrinsic, overload
 
-from .._arrays import array_namespace
+from ..._arrays.namespaces import array_namespace
 
 
 def _has_half() -> bool:

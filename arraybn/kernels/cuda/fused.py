@@ -31,9 +31,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from .._arrays import Array
-from ._cuda_launch import SWEEPS, Device, Grid, Kernel
-from .cuda import (
+from ..._arrays.namespaces import Array
+from . import (
     _VECTORS,
     _ZEROS,
     DTYPES,
@@ -55,10 +54,11 @@ from .cuda import (
     update_running_stats,
     widened,
 )
+from .launch import SWEEPS, Device, Grid, Kernel
 
 __all__ = ["affine", "affine2", "backward", "dots", "evaluate", "forward", "moments", "update_running_stats", "widened"]
 
-FILES = (*SWEEPS, "cuda_fused.cu")
+FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
 ROWS_DRAWN = (128, 64, 32)  # that a task of the pipeline takes
 ALONE = 2**16  # bytes that one block reads about as fast as a second launch starts

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import reference
-from .._arrays import Array
-from . import _cuda_launch
-from ._cuda_launch import Grid, Kernel
+from ... import reference
+from ..._arrays.namespaces import Array
+from . import launch
+from .launch import Grid, Kernel
 
 PART = 2**16  # bytes of x that a block takes of a channel, about
 LEAST = 2**14  # bytes that are worth a block
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
     layout: str  # "planes" or "lines"
     width: int  # values in an item
     grid: Grid
-    numbers: tuple[int, ...]  # in the order of `_cuda_launch.NUMBERS`, divisors in two
+    numbers: tuple[int, ...]  # in the order of `launch.NUMBERS`, divisors in two
 
 
 @functools.lru_cache(maxsize=1024)
@@ -129,7 +129,7 @@ class _Work:
 
     __slots__ = ("dtype", "gpu", "kept", "shape", "size", "u", "x", "y")
 
-    def __init__(self, gpu: _cuda_launch.Launcher, x: Array, u: Array | None = None) -> None:
+    def __init__(self, gpu: launch.Launcher, x: Array, u: Array | None = None) -> None:
         self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
         self.size = x.size
         self.kept: list[Array] = []
@@ -200,7 +200,7 @@ class _Work:
         self.run("affine2", **given)
 
 
-_VECTORS = _cuda_launch.POINTERS[3:-2]
+_VECTORS = launch.POINTERS[3:-2]
 _ZEROS = (0,) * len(_VECTORS)
 
 
@@ -209,7 +209,7 @@ _ZEROS = (0,) * len(_VECTORS)
 
 def moments(x: Array) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = _Work(gpu, x)
         mean, m2 = work.vectors(2)
@@ -219,7 +219,7 @@ def moments(x: Array) -> tuple[Array, Array]:
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
     """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = _Work(gpu, x, u)
         s, q = work.vectors(2)
@@ -229,7 +229,7 @@ def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = _Work(gpu, x)
         result = work.writes(out)
@@ -239,7 +239,7 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
     """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = _Work(gpu, x, u)
         result = work.writes(out)
@@ -268,7 +268,7 @@ def forward_by(
     kind: type[_Work], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
 ) -> tuple[Array, Array, Array, Array]:
     """`forward`, as that kind of work does it."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = kind(gpu, x)
         y = work.writes(out)
@@ -282,7 +282,7 @@ def backward_by(
     kind: type[_Work], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
 ) -> tuple[Array, Array, Array]:
     """`backward`, as that kind of work does it."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = kind(gpu, x, dy)
         dx = work.writes(out)
@@ -305,7 +305,7 @@ def update_running_stats(
     if dtype.char not in "fd" or running_var.dtype != dtype or {mean.dtype, var.dtype} != {np.dtype("f8")}:
         update = reference.update_running
         return update(running_mean, mean, momentum), update(running_var, var, momentum)
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(running_mean):
         work = _Work(gpu, running_mean, running_var)
         new = gpu.empty((2, size), dtype)
@@ -333,7 +333,7 @@ def evaluate(
     x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array | None, Array]:
     """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
-    gpu = _cuda_launch.launcher()
+    gpu = launch.launcher()
     with gpu.on(x):
         work = _Work(gpu, x)
         y = work.writes(out)
@@ -354,7 +354,7 @@ def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array 
     there = [vector for vector in vectors if vector is not None]
     if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
         return None
-    gpu, size = _cuda_launch.launcher(), there[0].size
+    gpu, size = launch.launcher(), there[0].size
     with gpu.on(there[0]):
         rows = gpu.empty((5, size), "f8")
         x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)

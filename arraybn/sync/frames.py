@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
-from ._arrays import Array
-from .reference import Moments
+from .. import reference
+from .._arrays.namespaces import Array
+from ..reference import Moments
 
 CHANNELS = 256  # whose numbers go into the first frame of a call
 TEXT = 1024  # bytes of what a rank says when something is wrong

@@ -16,14 +16,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._arrays import Array
+from ..._arrays.namespaces import Array
 
 # CuPy adds -ftz=true, so float32 numbers below 2⁻¹²⁶ count as 0. Without -fmad=false each compiler would choose which
 # products and sums it fuses; where it matters the source says so.
 OPTIONS = ("-std=c++17", "-fmad=false")
-SWEEPS = ("cuda_values.cuh", "cuda_formulas.cuh", "cuda_sweeps.cu")
+SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
 
-# The fields of struct Parameters in cuda_values.cuh.
+# The fields of struct Parameters in values.cuh.
 POINTERS = (
     "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "dweight", "dbias", "a", "b", "c",
     "partials", "tickets",

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _frames
-from ._arrays import Array, class_name
-from .sync import FORKED, Comm, SyncError
+from .._arrays.namespaces import Array, class_name
+from . import FORKED, Comm, SyncError, frames
 
 # How launchers tell a process how many of them there are.
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PALS_SIZE")
@@ -133,7 +132,7 @@ def _freed(comm: Comm, key: int, channel: Any) -> None:
 
 @_once
 def _op() -> Any:
-    """`_frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process.
+    """`frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process.
 
     Declared not commutative, so that MPI combines in the order of the ranks, the same in every run, and does not choose
     an algorithm that cuts a message into parts, of which we have one. All ranks then have the same bits, as the MPI
@@ -180,7 +179,7 @@ def _combine(a: Any, b: Any, datatype: Any) -> None:
     theirs, together = np.frombuffer(b, np.uint8), None
     while together is None:
         try:
-            together = _frames.combine(a, theirs.copy())
+            together = frames.combine(a, theirs.copy())
         except BaseException as interrupt:  # Ctrl-C, SystemExit on SIGTERM, …
             if isinstance(interrupt, MemoryError) or len(_interrupts) > 99:  # no interrupt: it would come for ever
                 raise

@@ -1,4 +1,4 @@
-// A forward or a backward in one launch that reads each value from memory once. It stands behind cuda_sweeps.cu.
+// A forward or a backward in one launch that reads each value from memory once. It stands behind sweeps.cu.
 //
 // Resident: a block takes one channel (planes) or some channels side by side (lines), copies their values into shared
 // memory, sums them up while they arrive, applies the formulas, and maps what it has kept.

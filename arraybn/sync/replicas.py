@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from . import sync
-from ._arrays import Array, array_namespace, as_numpy, converted, device, dtype_name
-from ._checks import as_number
-from .modules import Module, Parameter
-from .sync import Comm
+from .. import sync
+from .._arrays.copies import as_numpy, converted
+from .._arrays.namespaces import Array, array_namespace, device, dtype_name
+from .._checks import as_number
+from ..modules import Module, Parameter
+from . import Comm
 
 
 def broadcast_state(model: Module, comm: Comm | None) -> None:

@@ -1,7 +1,7 @@
 // What all kernels are made of: the parameters of a launch, the four types of values, loads and stores, sums over a
 // block, and how the last of several blocks is found.
 //
-// Plain CUDA C++ without an #include, so that a kernel compiles in a tenth of a second. _cuda_launch.py puts this file
+// Plain CUDA C++ without an #include, so that a kernel compiles in a tenth of a second. launch.py puts this file
 // before the others. tests/cuda/shim.h gives the same words a meaning on a CPU: it defines ON_CPU, and what stands
 // under #ifndef ON_CPU here.
 //
@@ -24,7 +24,7 @@ struct Divisor {
     int64 shift;
 };
 
-// Every field has 8 bytes, and FIELDS in _cuda_launch.py is the same list. A pointer that a kernel can do without is
+// Every field has 8 bytes, and FIELDS in launch.py is the same list. A pointer that a kernel can do without is
 // null where there is nothing.
 struct Parameters {
     const void* x;   // (N, C, S)
@@ -54,7 +54,7 @@ struct Parameters {
     int64 plane;     // items in a plane
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
-    int64 ahead;     // tasks that are summed before the first is mapped (cuda_fused.cu)
+    int64 ahead;     // tasks that are summed before the first is mapped (fused.cu)
     Divisor by_groups;
     Divisor by_plane;
 };

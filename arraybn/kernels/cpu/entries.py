@@ -19,9 +19,9 @@ from numba import config, types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 
-from .. import reference
-from . import _cpu_tiles, _cpu_values
-from ._cpu_tiles import (
+from ... import reference
+from . import tiles, values
+from .tiles import (
     LONG,
     affine2_of_lines,
     affine2_of_planes,
@@ -34,7 +34,7 @@ from ._cpu_tiles import (
     moments_of_planes,
     plain,
 )
-from ._cpu_values import HALF, wide
+from .values import HALF, wide
 
 # ---- The sweeps --------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, _cpu_tiles.__file__, _cpu_values.__file__, reference.__file__)
+    files = (__file__, tiles.__file__, values.__file__, reference.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

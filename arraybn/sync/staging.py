@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, array_namespace, as_numpy, converted, device, is_cupy_array
+from .._arrays.copies import as_numpy, converted
+from .._arrays.namespaces import Array, array_namespace, device, is_cupy_array
 
 
 class Staging:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import reference
-from .._arrays import Array
-from . import _threads
-from ._cpu_entries import compiled
-from ._cpu_tiles import BLOCK, LONG, PIECE
-from ._cpu_values import HALF as HALF
+from ... import reference
+from ..._arrays.namespaces import Array
+from .. import threads
+from .entries import compiled
+from .tiles import BLOCK, LONG, PIECE
+from .values import HALF as HALF
 
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in cache
 RUN = 2048  # bytes side by side that are worth going to
@@ -120,11 +120,11 @@ class _Work:
         channels, group = cut.channels, cut.group
         if group == channels:
             if cut.n:
-                work(0, _threads.run, *vectors)
+                work(0, threads.run, *vectors)
             return
-        firsts, threads = range(0, channels, group), _threads.get_num_threads()
-        apart = cut.height == cut.rows or (len(firsts) >= 4 * threads and cut.group_bytes * threads <= CACHE)
-        inner, outer = (_one_after_another, _threads.run) if apart else (_threads.run, _one_after_another)
+        firsts, count = range(0, channels, group), threads.get_num_threads()
+        apart = cut.height == cut.rows or (len(firsts) >= 4 * count and cut.group_bytes * count <= CACHE)
+        inner, outer = (_one_after_another, threads.run) if apart else (threads.run, _one_after_another)
         outer(lambda c: work(c, inner, *(vector[c : c + group] for vector in vectors)), firsts)
 
     def moments(self, c0: int, run: Run, mean: Array, m2: Array) -> None:

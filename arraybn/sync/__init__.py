@@ -1,8 +1,8 @@
 """The synchronized mode: the numbers per channel that a batch norm needs, pooled over the ranks of a communicator.
 
-Every call is one exchange of frames (``_frames.py``). Before it, everything that can fail has been done, and an error
+Every call is one exchange of frames (``frames.py``). Before it, everything that can fail has been done, and an error
 goes to all ranks instead of the numbers; the same reduced header tells each of them whether they are in the same call.
-MPI itself is in ``_mpi.py``, which the first synchronized call imports; `arraybn.testing.ThreadComm` goes through the
+MPI itself is in ``mpi.py``, which the first synchronized call imports; `arraybn.testing.ThreadComm` goes through the
 same protocol.
 """
 
@@ -20,13 +20,14 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from . import _frames, reference
-from ._arrays import Array, dtype_name
-from ._staging import Staging
-from .reference import Moments
+from .. import reference
+from .._arrays.namespaces import Array, dtype_name
+from ..reference import Moments
+from . import frames
+from .staging import Staging
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm, what wraps one, or a rank of arraybn.testing.ThreadComm
-FORWARD, BACKWARD, AVERAGE, BROADCAST = _frames.OPERATIONS
+FORWARD, BACKWARD, AVERAGE, BROADCAST = frames.OPERATIONS
 TIMEOUT = 600.0  # seconds, as in torch.distributed
 
 
@@ -86,7 +87,7 @@ class Reducer(Protocol):
         """Wait until the ranks are connected; called before each exchange."""
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
-        """Replace the frame by `_frames.combine` over all ranks."""
+        """Replace the frame by `frames.combine` over all ranks."""
 
     def add(self, numbers: Array, deadline: float | None) -> None:
         """Replace float64 numbers by their sums over all ranks."""
@@ -140,7 +141,7 @@ class Channel:
 
     def fail_later(self, call: Call, error: BaseException) -> None:
         """After a failure behind the exchange, or an interrupt before it: the next frame tells the other ranks."""
-        what = _frames.text_of_error(error).rstrip(b"\0").decode(errors="ignore")[1:]
+        what = frames.text_of_error(error).rstrip(b"\0").decode(errors="ignore")[1:]
         if call.number:
             self._untold = f"after the exchange in {call} this rank alone failed, so that its state differs: {what}"
         else:
@@ -193,17 +194,17 @@ class Channel:
         fields = call.fields(self.calls + 1, channels, self._bits)
         if self._untold:
             error = SyncError(self._untold)
-        flags = (_frames.ERROR if error else 0) | (_frames.BROKEN if self._untold else 0)
-        frame = _frames.frame(fields, flags, n, rows[:, : _frames.CHANNELS])
+        flags = (frames.ERROR if error else 0) | (frames.BROKEN if self._untold else 0)
+        frame = frames.frame(fields, flags, n, rows[:, : frames.CHANNELS])
         reducer.allreduce(frame, deadline)
         self.calls += 1
         call.number = self.calls
-        flags, total = _frames.flags_and_n(frame)
+        flags, total = frames.flags_and_n(frame)
         if flags:
             self._disagree(call, flags, channels, error, deadline)
         result = self._result(frame)[:, :channels]
-        if channels > _frames.CHANNELS:
-            frame = _frames.frame(fields, 0, n, rows[:, _frames.CHANNELS :], channels - _frames.CHANNELS)
+        if channels > frames.CHANNELS:
+            frame = frames.frame(fields, 0, n, rows[:, frames.CHANNELS :], channels - frames.CHANNELS)
             reducer.allreduce(frame, deadline)
             result = np.concatenate([result, self._result(frame)], axis=1)
         if after is not None:
@@ -211,8 +212,8 @@ class Channel:
         return result, total
 
     def _result(self, frame: Array) -> Array:
-        numbers = _frames.body(frame)
-        _frames.canonical(numbers)
+        numbers = frames.body(frame)
+        frames.canonical(numbers)
         self._bits = zlib.crc32(frame, self._bits)
         return numbers
 
@@ -220,12 +221,12 @@ class Channel:
         self, call: Call, flags: int, channels: int, error: BaseException | None, deadline: float | None
     ) -> None:
         """Hear what every rank has to say, and raise it: the same on all."""
-        length = _frames.length_of_text(flags)
-        own = _frames.text_of_call(call.description(self.calls, channels, self._bits), length)
-        texts = self.reducer.allgather(_frames.text_of_error(error, length) if error else own, deadline)
-        text = _frames.message(texts, flags)
+        length = frames.length_of_text(flags)
+        own = frames.text_of_call(call.description(self.calls, channels, self._bits), length)
+        texts = self.reducer.allgather(frames.text_of_error(error, length) if error else own, deadline)
+        text = frames.message(texts, flags)
         call.alike = True
-        if flags & _frames.BROKEN:
+        if flags & frames.BROKEN:
             self._broken, self._untold = text, ""
         raise SyncError(text)
 
@@ -267,11 +268,11 @@ class Call:
         return call
 
     def fields(self, number: int, channels: int, bits: int) -> tuple[int, ...]:
-        """What the header says, in the order of `_frames.FIELDS`."""
-        settings = _frames.word("\n".join(f"{name} {value}" for name, value in self.settings.items()))
+        """What the header says, in the order of `frames.FIELDS`."""
+        settings = frames.word("\n".join(f"{name} {value}" for name, value in self.settings.items()))
         batches = -1 if self.batches is None else self.batches
-        layer, operation = _frames.word(self.layer), _frames.code(self.operation)
-        return _frames.FORMAT, number, operation, layer, channels, settings, batches, self.of, bits
+        layer, operation = frames.word(self.layer), frames.code(self.operation)
+        return frames.FORMAT, number, operation, layer, channels, settings, batches, self.of, bits
 
     def description(self, number: int, channels: int, bits: int) -> dict[str, Any]:
         """The same for people."""
@@ -343,7 +344,7 @@ class Call:
 
         def after(reducer: Reducer, deadline: float | None) -> Array:
             reducer.add(numbers, deadline)
-            _frames.canonical(numbers)
+            frames.canonical(numbers)
             return numbers
 
         rows, _ = self.channel.exchange(self, np.full((2, 1), weight), after=after)
@@ -365,20 +366,20 @@ def said(value: Any) -> Any:
 def check_comm(name: str, comm: Comm | None) -> None:
     """Raise unless one can synchronize over `comm`, or it is None for the world."""
     if comm is not None and not isinstance(getattr(comm, "channel", None), Channel):
-        from . import _mpi
+        from . import mpi
 
-        _mpi.check(name, comm)
+        mpi.check(name, comm)
 
 
 def channel_of(name: str, comm: Comm | None) -> Channel | None:
     """The channel of a communicator, of the world where it is None; None where there is but one rank."""
     channel = getattr(comm, "channel", None)  # of a thread's
     if not isinstance(channel, Channel):
-        from . import _mpi
+        from . import mpi
 
-        if comm is None and (comm := _mpi.world()) is None:
+        if comm is None and (comm := mpi.world()) is None:
             return None
-        channel = _mpi.channel(name, comm, Channel)
+        channel = mpi.channel(name, comm, Channel)
     return None if channel is None or channel.reducer.size == 1 else channel
 
 

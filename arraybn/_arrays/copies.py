@@ -1,0 +1,100 @@
+"""Copies of arrays: in another dtype, on another device, in another namespace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array, to_device
+
+from .devices import at, check_device, on_default_device
+from .namespaces import (
+    FLOATS,
+    Array,
+    Namespace,
+    array_namespace,
+    as_dtype,
+    as_namespace,
+    class_name,
+    device,
+    dtype_name,
+    is_array_api_obj,
+    is_cupy_array,
+    wide_dtype,
+)
+
+
+def widened(array: Array) -> Array:
+    """`array` in `wide_dtype`: a new array, never the caller's own."""
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float64)
+    return array_namespace(array).astype(array, wide_dtype(array), copy=True)
+
+
+def added(total: Array | None, array: Array, dtype: Any) -> Array:
+    """A new array with the values of `array` in `dtype`, added to `total` if there is one."""
+    if isinstance(array, np.ndarray):
+        array = array.astype(dtype)
+        return array if total is None else total + array
+    with at(array):
+        array = array_namespace(array).astype(array, dtype)
+        return array if total is None else total + array
+
+
+def filled(array: Array, value: float) -> Array:
+    """A new array like `array`, full of `value`."""
+    with at(array):
+        return array_namespace(array).full_like(array, value)
+
+
+def copied(array: Array) -> Array:
+    """A new array with the values of `array`."""
+    if isinstance(array, np.ndarray):
+        return array.copy()
+    with at(array):
+        return array_namespace(array).asarray(array, copy=True)
+
+
+def as_numpy(name: str, value: Any) -> Any:
+    """`value` in host memory as a NumPy array, or one TypeError that names it."""
+    try:
+        if is_torch_array(value):
+            value = value.detach().cpu()
+            return (value.float() if dtype_name(value.dtype) == "bfloat16" else value).numpy()
+        if is_cupy_array(value):
+            return value.get()
+        if is_array_api_obj(value) and not isinstance(value, np.ndarray):
+            value = on_default_device(value)
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name}: expected what numpy.asarray or DLPack takes; got {class_name(value)}") from error
+    if array.dtype.kind == "O":
+        raise TypeError(f"{name}: expected what numpy.asarray or DLPack takes; got {class_name(value)}")
+    return array
+
+
+def converted(name: str, value: Array, xp: Namespace, where: Any, dtype: Any) -> Array:
+    """A copy of the array `value` in the namespace `xp` on the device `where` (None: its default), of that dtype."""
+    if array_namespace(value) is not xp:
+        value = as_numpy(name, value).astype("float32" if dtype_name(dtype) == "bfloat16" else dtype_name(dtype))
+        return xp.asarray(value, dtype=dtype, device=where)
+    if where is not None and device(value) != where:
+        value = to_device(value, where)
+    if is_torch_array(value):
+        value = value.detach()
+    with at(value):
+        return xp.astype(value, dtype, copy=True)
+
+
+def moved(name: str, array: Array, xp: Namespace | None, where: Any, dtype: Any) -> Array:
+    """A copy of `array` with what is not None changed."""
+    old = array_namespace(array)
+    xp = old if xp is None else as_namespace(xp)
+    check_device(xp, where)
+    if where is None and xp is old:
+        where = device(array)
+    if (own := dtype_name(array.dtype)) not in FLOATS:  # indices and masks keep their dtype
+        return converted(name, array, xp, where, getattr(xp, own))
+    return converted(name, array, xp, where, as_dtype(own if dtype is None else dtype, xp))

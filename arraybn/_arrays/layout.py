@@ -1,0 +1,77 @@
+"""The layout of an array: any order of the axes, seen as (N, C, S)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .memory import strides_of
+from .namespaces import Array, array_namespace
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """How an array of any layout is seen as (N, C, S), and how a result is put back into that layout.
+
+    The axes are first brought into the order they have in memory, so that a transposed view of contiguous memory
+    is not copied and the result lies in memory as the input does.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None  # the axes from the slowest to the fastest in memory; None: as they are
+    ncs: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, x: Array, channel_axis: int) -> Layout:
+        """The layout of `x` (N, C, *S), whose channels are on `channel_axis`."""
+        shape, ndim = tuple(x.shape), x.ndim
+        if ndim < 2:
+            raise ValueError(f"x: expected at least 2 dimensions, (N, C, *S); got shape {shape}")
+        if not -ndim <= channel_axis < ndim:
+            raise ValueError(
+                f"channel_axis: expected {-ndim} … {ndim - 1} for x of {ndim} dimensions; got {channel_axis}"
+            )
+        axis = int(channel_axis) % ndim
+        if shape[axis] == 0:
+            raise ValueError(f"x: expected at least one channel on axis {channel_axis}; got shape {shape}")
+        order, memory_shape = _memory_order(x), shape
+        if order is not None:
+            memory_shape, axis = tuple(shape[i] for i in order), order.index(axis)
+        before, after = math.prod(memory_shape[:axis]), math.prod(memory_shape[axis + 1 :])
+        return cls(shape, order, (before, memory_shape[axis], after))
+
+    @property
+    def n(self) -> int:
+        """How many values each channel has."""
+        return self.ncs[0] * self.ncs[2]
+
+    def view(self, array: Array) -> Array:
+        """`array`, of the user's shape, as (N, C, S)."""
+        if self.order is not None:
+            array = array_namespace(array).permute_dims(array, self.order)
+        return _reshaped(array, self.ncs)
+
+    def restore(self, array: Array) -> Array:
+        """`array` (N, C, S) in the user's shape and axis order."""
+        if self.order is None:
+            return _reshaped(array, self.shape)
+        array = _reshaped(array, tuple(self.shape[i] for i in self.order))
+        return array_namespace(array).permute_dims(array, tuple(self.order.index(i) for i in range(len(self.order))))
+
+
+def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    if isinstance(array, np.ndarray):
+        return array.reshape(shape)
+    return array_namespace(array).reshape(array, shape)
+
+
+def _memory_order(array: Array) -> tuple[int, ...] | None:
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        return None
+    strides = strides_of(array)
+    if strides is None:
+        return None
+    order = tuple(sorted(range(len(strides)), key=lambda axis: -abs(strides[axis])))
+    return None if order == tuple(range(len(order))) else order

@@ -1,0 +1,64 @@
+"""The memory of an array: addresses and strides, and the overlap of two arrays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+from array_api_compat import is_torch_array
+
+from .namespaces import Array, is_cupy_array
+
+
+def strides_of(array: Array) -> tuple[int, ...] | None:
+    """Bytes between neighbours on each axis, or None where the namespace keeps them to itself."""
+    if is_torch_array(array):
+        return tuple(int(step) * int(array.element_size()) for step in array.stride())
+    return getattr(array, "strides", None)
+
+
+def footprint(array: Array) -> Array | None:
+    """A NumPy array over the same addresses, for arithmetic on them alone; None where they are not told."""
+    if isinstance(array, np.ndarray):
+        return array
+    if is_torch_array(array):
+        pointer, itemsize = array.data_ptr(), array.element_size()
+    elif is_cupy_array(array):
+        pointer, itemsize = array.data.ptr, array.itemsize
+    else:
+        return None
+    if pointer == 0:
+        return None
+    shape, strides = tuple(array.shape), strides_of(array)
+    interface = {"version": 3, "data": (pointer, False), "shape": shape, "strides": strides, "typestr": f"|V{itemsize}"}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether `a` and `b` are element for element the same memory."""
+    if a is b:
+        return True
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
+        return False
+    a, b = footprint(a), footprint(b)
+    if a is None or b is None or a.size == 0:
+        return False
+    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
+        return False
+    steps = [[step for step, size in zip(t.strides, t.shape, strict=True) if size > 1] for t in (a, b)]
+    return steps[0] == steps[1] and (a.shape, a.itemsize) == (b.shape, b.itemsize)
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether some byte of `a` is one of `b`, as far as can be seen."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
+        return False
+    if is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous:  # told quickly
+        return bool(a.data.ptr < b.data.ptr + b.nbytes and b.data.ptr < a.data.ptr + a.nbytes)
+    a, b = footprint(a), footprint(b)
+    if a is None or b is None:
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:  # strides so tangled that the answer would take long: be safe
+        return True

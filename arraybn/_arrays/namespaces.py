@@ -1,0 +1,82 @@
+"""Namespaces and dtypes: the answers that differ from one array library to another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, TypeAlias
+
+import array_api_compat
+import array_api_compat.numpy
+import numpy as np
+from array_api_compat import device as device
+from array_api_compat import is_array_api_obj as is_array_api_obj
+from array_api_compat import is_cupy_array as is_cupy_array
+from array_api_compat import is_cupy_namespace
+
+Array: TypeAlias = Any  # any array of the standard: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
+Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def array_namespace(array: Array) -> Namespace:
+    """The array API namespace of `array`."""
+    if type(array) is np.ndarray:  # a small batch norm spends a third of its time on this question
+        return array_api_compat.numpy
+    return cupy_namespace() if is_cupy_array(array) else array_api_compat.array_namespace(array)
+
+
+@functools.cache
+def cupy_namespace() -> Namespace:
+    return importlib.import_module("array_api_compat.cupy")
+
+
+def namespace_name(xp: Namespace) -> str:
+    """'numpy' for array_api_compat.numpy, 'jax.numpy' for jax.numpy."""
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+def dtype_name(dtype: Any) -> str:
+    """'float32' for 'float32', numpy.dtype('float32'), numpy.float32, torch.float32 and array_api_strict.float32."""
+    return getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+
+
+def class_name(value: object) -> str:
+    """'list' or 'torch.Tensor'."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def wide_dtype(array: Array) -> Any:
+    """float64 where the namespace and device of `array` have it, else float32: what statistics are kept in."""
+    if isinstance(array, np.ndarray) or is_cupy_array(array):
+        return np.dtype("f8")
+    xp = array_namespace(array)
+    found = xp.__array_namespace_info__().dtypes(device=device(array), kind="real floating")
+    return found.get("float64", xp.float32)
+
+
+def as_namespace(xp: Namespace) -> Namespace:
+    """The array API namespace behind a module such as numpy or torch."""
+    try:
+        return cupy_namespace() if is_cupy_namespace(xp) else array_namespace(xp.asarray(0.0))
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"xp: expected an array namespace such as numpy, cupy, torch or jax.numpy; got {xp!r}"
+        ) from error
+
+
+def as_dtype(dtype: Any, xp: Namespace) -> Any:
+    """`dtype`, one of `xp` or the name of one, as a dtype of `xp`."""
+    name = {"float": "float64"}.get(found := dtype_name(dtype), found)  # Python's float, as in NumPy
+    if name not in FLOATS or not hasattr(xp, name):
+        raise TypeError(f"dtype: expected a real floating dtype of {namespace_name(xp)}; got {dtype!r}")
+    if name == "float64" and name not in xp.__array_namespace_info__().dtypes(kind="real floating"):
+        raise TypeError(f"dtype: expected float32, because {namespace_name(xp)} has no float64 here; got {dtype!r}")
+    return getattr(xp, name)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless `dtype` is None or a floating dtype of some namespace."""
+    if dtype is not None and dtype_name(dtype) not in FLOATS:
+        raise TypeError(f"dtype: expected a real floating dtype; got {dtype!r}")
