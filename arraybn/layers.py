@@ -178,8 +178,8 @@ class _BatchNorm(_NormBase):
         weight, bias = weight and weight.data, bias and bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
-            if call is not None:
-                call.alike = moments.n == 1  # which every rank refuses
+            if call is not None and moments.n == 1:
+                call.every_rank_raises()
             self._buffers.update(self._tracked(moments, x, tracking))
         self._remember(saved)
         return y

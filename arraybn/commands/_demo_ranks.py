@@ -187,7 +187,7 @@ def world() -> Comm:
         raise ImportError(
             f'--data-parallel needs mpi4py ({error}): {sys.executable} -m pip install "arraybn[mpi]"'
         ) from error
-    if sync.channel_of("comm", None) is None:  # or a SyncError: several processes that believe to be alone
+    if sync.exchange_over("comm", None) is None:  # or a SyncError: several processes that believe to be alone
         raise RuntimeError(f"--data-parallel: expected 2 ranks or more; this is one process. Run:\n  {command}")
     from mpi4py import MPI
 
