@@ -55,7 +55,7 @@ class Reducer(Protocol):
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
 
-More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns what came of it
+More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
 
 
 class Exchange:
@@ -296,7 +296,7 @@ class Call:
 def begin(
     exchange: Exchange | None, operation: str, layer: object, settings: Mapping[str, Any], **options: Any
 ) -> Call | None:
-    """Return a call of all ranks, or None where there is one rank. `layer` is a path, or a layer without a path."""
+    """Return a call of all ranks, or None where there is one rank; `layer` is a path, or a layer without a path."""
     if exchange is None:
         return None
     exchange.check()

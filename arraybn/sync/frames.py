@@ -17,9 +17,9 @@ from .. import reference
 from .._arrays.namespaces import Array
 from ..reference import Moments
 
-FIRST_FRAME_CHANNELS = 256  # that the first frame of a call has room for
+FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header has the index
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header holds the index
 FORWARD, BACKWARD, AVERAGE, BROADCAST = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
@@ -97,8 +97,10 @@ def canonical(numbers: Array) -> None:
 
 
 def length_of_text(flags: int) -> int:
-    """Return the number of bytes that each rank sends, the same on all ranks, which have the same flags."""
-    # the settings of a model are a line for each parameter
+    """Return the bytes of the text of each rank: more for settings, which are a line for each parameter of a model.
+
+    The number is the same on all ranks, because the reduced flags are.
+    """
     return 64 * TEXT if flags >> FIELDS.index("settings") & 1 else TEXT
 
 
@@ -111,7 +113,7 @@ def text_of_error(error: BaseException, length: int = TEXT) -> bytes:
 
 
 def text_of_call(description: Mapping[str, Any], length: int = TEXT) -> bytes:
-    """Return the call of a rank without an error, a line for each name."""
+    """Return the description of a call, a line for each name, from a rank without an error."""
     return _cut("\n".join(f"{name}\t{value}" for name, value in description.items()), length)
 
 
@@ -120,7 +122,7 @@ def _cut(text: str, length: int) -> bytes:
 
 
 def read_text(text: bytes) -> str:
-    """Return the text that a rank has sent; that of an error begins with "!"."""
+    """Return the text that a rank has sent; the text of an error begins with "!"."""
     return text.rstrip(b"\0").decode(errors="ignore")
 
 

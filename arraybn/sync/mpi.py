@@ -238,7 +238,7 @@ class Reducer:
         return [bytes(found[start : start + len(text)]) for start in range(0, len(found), len(text))]
 
     def _run(self, start: Callable[[], Any], deadline: float | None, *buffers: Any) -> None:
-        """Start a request and wait for it. One that does not complete is kept with its buffers: MPI may still write."""
+        """Start a request and wait. If the wait fails, keep the request and its buffers: MPI may still write there."""
         kept: list[Any] = [buffers]
         _under_way[id(kept)] = kept  # before the request starts: an interrupt may follow at once
         try:

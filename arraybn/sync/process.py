@@ -16,7 +16,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_alone(reason: str) -> None:
-    """Raise if a launcher says that it started several processes, which `reason` keeps from finding each other."""
+    """Raise if a launcher has started several processes; `reason` says why they cannot find each other."""
     for name in LAUNCHERS:
         if (size := os.environ.get(name, "")).isdigit() and int(size) > 1:
             raise SyncError(

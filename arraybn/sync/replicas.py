@@ -24,7 +24,7 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     model : Module
         A model of the same structure on all ranks. Its values are replaced, never written into; gradients stay.
     comm : mpi4py communicator or None
-        The ranks; None for all of them.
+        The ranks; None for all ranks.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     model : Module
         A model with the same parameters on all ranks.
     comm : mpi4py communicator or None
-        The ranks; None for all of them.
+        The ranks; None for all ranks.
     weight : float
         This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not read.
 
@@ -86,11 +86,12 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     A gradient that is None counts as 0, and stays None if it is None on every rank. Where all weights are 0 the
     gradients become 0, but with one rank, or without MPI, they stay as they are. The sums are taken in float64.
 
-    With gradients of the mean loss of each rank's batch, and its size as weight, this is the gradient of the mean over
-    all batches, as long as no rank's output depends on the batch of another. With `SyncBatchNorm` it does: then the
-    loss gradients that enter `backward` have to be of one scale on all ranks. Divide the loss of each rank by the size
-    of all batches together, not of its own; the gradients of the ranks are to be added up, which is `weight=1` and the
-    loss times the number of ranks. With batches of one size there is no difference.
+    Where each rank has the gradients of the mean loss over its batch, and the size of its batch as weight, the result
+    is the gradient of the mean loss over all batches, as long as no rank's output depends on the batch of another rank.
+    With `SyncBatchNorm` every output does. The loss gradients that enter `backward` then need one scale on all ranks:
+    divide the loss of each rank by the size of all batches together, not by the size of its own. The gradients of the
+    ranks then have to be added up: use `weight=1` and the loss times the number of ranks. With batches of one size
+    there is no difference.
 
     Examples
     --------
