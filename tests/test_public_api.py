@@ -189,7 +189,6 @@ ORDER = [
     "sync",
     "functional",
     "layers",
-    "sync_layers",
     "network",
     "checkpoint",
     "interchange",

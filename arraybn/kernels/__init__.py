@@ -76,7 +76,7 @@ def as_backend(module: Module, name: str) -> Backend:
         backward=_backward_of(module),
         evaluate=_offered(module, "evaluate") or compose(reference.evaluate, module),
         evaluation_backward=compose(reference.evaluation_backward, module),
-        update_running_stats=_offered(module, "update_running_stats") or _update_running_stats,
+        update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
         preallocate_result=_no_result if module is reference else _preallocate_result,
     )
@@ -116,14 +116,6 @@ def _backward_of(module: Module) -> Callable[..., tuple[Array, Array, Array]]:
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
-
-
-def _update_running_stats(
-    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
-) -> tuple[Array, Array]:
-    """(E4) The running statistics after one more batch."""
-    update = reference.update_running
-    return update(running_mean, mean, momentum), update(running_var, var, momentum)
 
 
 def _widened(*vectors: Array | None) -> list[Array | None]:

@@ -1,6 +1,6 @@
-"""What Python calls of the compiled kernels: the sweeps over a tile, and two of them with the formulas between.
+"""The compiled functions that Python calls: the sweeps over a tile, and two sweeps with the formulas between.
 
-Each is compiled for a dtype when it is first called, and kept on disk.
+Each is compiled for a dtype at its first call, and kept on disk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import numpy as np
 from numba import config, types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
+from numba.extending import overload
 
 from ... import reference
-from . import tiles, values
+from ..._arrays.namespaces import Array
+from . import half, scalars, tiles
+from .half import HALF, wide
 from .tiles import (
     LONG,
     affine2_of_lines,
@@ -34,7 +37,6 @@ from .tiles import (
     moments_of_planes,
     plain,
 )
-from .values import HALF, wide
 
 # ---- The sweeps --------------------------------------------------------------------------------------
 
@@ -141,7 +143,14 @@ def _affine2(
 # ---- Two sweeps over whole channels, where they are one tile, with the formulas of ``reference.py`` between ----------
 # The formulas are compiled for the numbers of one channel.
 
-_rstd, _normalize, _update_running = plain(reference.rstd), plain(reference.normalize), plain(reference.update_running)
+
+@overload(reference.rstd, jit_options={"error_model": "numpy"})
+def _rstd_compiled(var: Array, eps: float) -> Array:
+    return reference.rstd
+
+
+_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
 
@@ -165,7 +174,7 @@ def _forward(
     _moments(x, sample, plane, n, c0, rows, mean, m2)
     a, c = np.empty(mean.size), np.empty(mean.size)
     for j in range(mean.size):
-        rstd[j] = _rstd(m2[j] / n, eps)
+        rstd[j] = _batch_rstd(m2[j], n, eps)
         a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
     _affine(x, sample, plane, c0, 0, rows, mean, a, c, out, in_place)
 
@@ -301,7 +310,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, tiles.__file__, values.__file__, reference.__file__)
+    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .values import narrow, wide
+from .half import narrow, wide
 
 LONG = 32  # planes of this many values are runs of their own
 WIDE = 1024  # values in a run over short planes: its coefficients stay in the first-level cache

@@ -303,8 +303,7 @@ def update_running_stats(
     """(E4) The running statistics (C,) after one more batch, in their dtypes."""
     dtype, size = running_mean.dtype, running_mean.size
     if dtype.char not in "fd" or running_var.dtype != dtype or {mean.dtype, var.dtype} != {np.dtype("f8")}:
-        update = reference.update_running
-        return update(running_mean, mean, momentum), update(running_var, var, momentum)
+        return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     gpu = launch.launcher()
     with gpu.on(running_mean):
         work = _Work(gpu, running_mean, running_var)
