@@ -181,8 +181,8 @@ class _BatchNorm(_NormBase):
         weight, bias = weight and weight.data, bias and bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
-            if call is not None:
-                call.alike = moments.n == 1  # which every rank refuses
+            if call is not None and moments.n == 1:
+                call.every_rank_raises()
             self._buffers.update(self._tracked(moments, x, tracking))
         self._remember(saved)
         return y
@@ -527,21 +527,21 @@ class SyncBatchNorm(_BatchNorm):
         return not evaluation or (self.running_mean is None and self.running_var is None)
 
     def _begin(self, operation: str) -> Call | None:
-        if (channel := sync.channel_of("process_group", self.process_group)) is None:
+        if (exchange := sync.exchange_over("process_group", self.process_group)) is None:
             return None
         count, array = self.num_batches_tracked, self._an_array()
         settings = {
-            "num_features": sync.said(self.num_features).removesuffix(".0"),
-            "eps": sync.said(self.eps),
-            "momentum": sync.said(self.momentum),
+            "num_features": sync.settings_text(self.num_features).removesuffix(".0"),
+            "eps": sync.settings_text(self.eps),
+            "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
-            "track_running_stats": sync.said(self.track_running_stats),
+            "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
-            "training": sync.said(self.training),
+            "training": sync.settings_text(self.training),
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
-        return sync.begin(channel, operation, self._path or self, settings, **options)
+        return sync.begin(exchange, operation, self._path or self, settings, **options)
 
     def extra_repr(self) -> str:
         """As PyTorch prints it, and the time limit where it is not the default."""

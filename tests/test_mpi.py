@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import REQUIRED, need
 
-from arraybn.sync.mpi import LAUNCHERS
+from arraybn.sync.process import LAUNCHERS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "mpi"

@@ -24,7 +24,7 @@ from ..kernels.threads import set_num_threads
 from ..layers import SyncBatchNorm
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
-from ..sync.replicas import average_gradients, broadcast_state
+from ..sync import average_gradients, broadcast_state
 from . import _demo_device, demo, info
 from ._demo_device import beside
 
@@ -187,7 +187,7 @@ def world() -> Comm:
         raise ImportError(
             f'--data-parallel needs mpi4py ({error}): {sys.executable} -m pip install "arraybn[mpi]"'
         ) from error
-    if sync.channel_of("comm", None) is None:  # or a SyncError: several processes that believe to be alone
+    if sync.exchange_over("comm", None) is None:  # or a SyncError: several processes that believe to be alone
         raise RuntimeError(f"--data-parallel: expected 2 ranks or more; this is one process. Run:\n  {command}")
     from mpi4py import MPI
 
