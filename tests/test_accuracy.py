@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn.testing import exact_batch_norm, exact_moments, scenarios, ulp, worst

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import need
+from support.bits import bits
+from support.libraries import need
 
 import arraybn
 from arraybn import kernels, network
 from arraybn.__main__ import main
-from arraybn.functional import Saved
 from arraybn.layers import _BatchNorm, _NormBase
 
 
@@ -1374,29 +1374,6 @@ def namespace(row: Bad) -> dict[str, Any]:
         if row.needs == "jax":
             need("jax.numpy")
     return names
-
-
-def bits(value: Any) -> Any:  # noqa: PLR0911
-    """`value` so that == compares it to the bit; objects that are only referred to by their identity."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, arraybn.Moments):
-        return bits((value.n, value.mean, value.m2))
-    if isinstance(value, arraybn.Parameter):
-        return id(value), bits((value.data, value.grad))
-    if isinstance(value, arraybn.Module):
-        return [(path, id(module), bits(vars(module))) for path, module in value.named_modules()]
-    if isinstance(value, Saved):
-        return id(value), [bits(getattr(value, name)) for name in Saved.__slots__]
-    if isinstance(value, network.SGD):
-        return bits(vars(value))
-    if isinstance(value, dict):
-        return [(key, bits(part)) for key, part in value.items() if key != "_modules"]
-    if isinstance(value, list | tuple):
-        return [bits(part) for part in value]
-    if isinstance(value, bool | int | float | str | None):
-        return type(value), repr(value)
-    return id(value)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.setup[-30:]} | {row.call}"[-70:])

@@ -20,7 +20,7 @@ import pytest
 import test_accuracy
 import test_cuda_kernels
 from cuda import shim
-from test_cuda_compile import ARCHITECTURES, compiled, in_local_memory, resources
+from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
 from test_cuda_kernels import NO_RESERVE, SUM, assert_map, assert_sum, coefficients, data, exact_of
 
 import arraybn

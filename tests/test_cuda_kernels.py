@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import test_accuracy
-from conftest import REQUIRED, need
 from cuda import shim
+from support.libraries import REQUIRED, need
 
 import arraybn
 from arraybn import reference

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAKE_CUPY, REQUIRED, _real_cupy, cupy_here
-from test_mpi import environment, passes
+from support.gpu import FAKE_CUPY, cupy_here, real_cupy
+from support.libraries import REQUIRED
+from support.ranks import mpi_of, passes
 
 import arraybn
 from arraybn.kernels import MODULES
@@ -45,7 +46,7 @@ RNG = np.random.default_rng(20)
 @pytest.fixture(scope="module")
 def cupy() -> Iterator[Any]:
     """CuPy with a GPU; a skip, or a failure, without."""
-    if _real_cupy() is None and not ON_FAKE:
+    if real_cupy() is None and not ON_FAKE:
         assert "cupy" not in REQUIRED, "CuPy finds no GPU, or is not installed"
         pytest.skip("CuPy finds no GPU, or is not installed")
     with cupy_here("cuda") as found:
@@ -433,7 +434,7 @@ def test_ranks_as_threads_agree_with_the_whole_batch(cupy: Any, size: int) -> No
 @pytest.mark.parametrize("kernels", ["reference", "cuda"])
 def test_ranks_under_mpirun_share_the_gpu(cupy: Any, kernels: str) -> None:
     pytest.importorskip("mpi4py")
-    mpi = environment(sys.executable)
+    mpi = mpi_of(sys.executable)
     if mpi is None:
         pytest.skip("there is no mpirun")
     path = [ROOT, ROOT / "tests", ROOT / "tests" / "cuda", *([FAKE_CUPY] if hasattr(cupy, "_fake") else [])]

@@ -9,7 +9,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
-from conftest import Home, need
+from support.homes import Home
+from support.libraries import need
 
 import arraybn
 from arraybn._arrays.devices import at, on

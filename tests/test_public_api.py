@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn import kernels, reference

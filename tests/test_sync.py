@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOMES, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mpi import faults, whole
+from support.homes import HOMES
+from support.libraries import need
 
 import arraybn
 from arraybn import SyncBatchNorm, reference

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
+from support.libraries import need
 
 import arraybn
 

@@ -1,0 +1,43 @@
+"""The order among the tests: a test file imports from tests/support, and from no other test file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+BEING_MENDED = {"test_cuda_kernels.py", "test_cuda_fused.py"}
+
+
+def imported_tests(source: str) -> set[str]:
+    """Return the test files, and the conftest, that some Python source imports anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[-1].startswith(("test_", "conftest"))}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_no_test_file_imports_from_another(path: Path) -> None:
+    if path.name not in BEING_MENDED:
+        assert imported_tests(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import test_arrays",
+        "from test_arrays import data",
+        "from conftest import need",
+        "from . import test_arrays",
+        "def work():\n    from tests.test_arrays import data",
+        "if TYPE_CHECKING:\n    import numpy, test_arrays as arrays",
+    ],
+)
+def test_a_planted_import_is_found(planted: str) -> None:
+    assert len(imported_tests(f"import pytest\nfrom support.libraries import need\n{planted}\n")) == 1
