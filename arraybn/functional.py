@@ -5,26 +5,22 @@ Each takes arrays and returns arrays; none keeps or changes anything. The maths 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from . import reference
-from ._arrays.copies import copied, widened
+from ._arrays.copies import copied
 from ._arrays.devices import at
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, is_cupy_array
+from ._arrays.namespaces import Array, array_namespace
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
-from .kernels import Kernels, select
+from .kernels import Backend, Module, select
 from .reference import Moments
-from .statistics import reduce
 
 if TYPE_CHECKING:
     from .sync import Call, Comm
+    from .sync.pooling import RankPool
 
 
 _ALONE = nullcontext()
@@ -41,7 +37,7 @@ class Saved:
     """
 
     _moments: Moments | None = field(repr=False)
-    _kernels: Kernels = field(repr=False)
+    _backend: Backend = field(repr=False)
     _layout: Layout = field(repr=False)
     _x: Array = field(repr=False)  # (N, C, *S), the caller's own; None once it is overwritten
     _overwritten: str | None = field(repr=False)  # by what
@@ -49,7 +45,7 @@ class Saved:
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
-    _call: Call | None = field(repr=False)  # the forward's; None where nothing was synchronized
+    _pool: RankPool | None = field(repr=False)  # the forward's; None where nothing was synchronized
     _shown: Moments | None = field(default=None, repr=False)
 
     @property
@@ -60,7 +56,7 @@ class Saved:
         return self._shown
 
     def _backward_call(self) -> Call | None:
-        return None if self._call is None else self._call.backward()
+        return None if self._pool is None else self._pool.call.backward()
 
 
 def batch_norm(
@@ -74,7 +70,7 @@ def batch_norm(
     channel_axis: int = 1,
     comm: Comm | None = None,
     out: Array | None = None,
-    kernels: str | Kernels | None = None,
+    kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of x over its batch: y = weight·(x − mean)/√(var + eps) + bias (E3).
 
@@ -164,7 +160,7 @@ def forward_in(
     eps: float,
     channel_axis: int,
     out: Array | None = None,
-    kernels: str | Kernels | None = None,
+    kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """`batch_norm` as a part of `call`, or alone."""
     x = as_floating("x", x)
@@ -179,75 +175,23 @@ def forward_in(
         mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
         check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    ops = select(x, kernels)
+    backend = select(x, kernels)
 
     view, target = layout.view(x), None if out is None else layout.view(out)
-    if mean is None:
-        weight, bias = _widened(ops, weight, bias)
-        moments, rstd, y = _normalized(call, ops, view, layout.n, weight, bias, eps, target)
-        mean = moments.mean
+    if mean is not None:
+        moments = pool = None
+        mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
-        moments = None
-        mean, rstd, weight, y = _evaluated(ops, view, mean, var, weight, bias, eps, target)
-    y = _place(y, layout, out, target)
+        pool = None if call is None else call.pool()
+        if pool is not None and target is None:  # after the exchange it is too late to find out that memory is short
+            target = backend.preallocate_result(view)
+        weight, bias = backend.widened(weight, bias)
+        moments, rstd, y = backend.forward(view, weight, bias, eps, pool, target)
+        mean = moments.mean
+    y = _write_result(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
-    return y, Saved(moments, ops, layout, kept, lost, mean, rstd, weight, bias is not None, call)
-
-
-def _widened(ops: Kernels, *vectors: Array | None) -> Iterable[Any]:
-    """Copies of the vectors in the dtype of statistics, in one launch where the module offers that; None for None."""
-    together: Callable[..., Iterable[Any]] | None = getattr(ops, "widened", None)
-    return [v if v is None else widened(v) for v in vectors] if together is None else together(*vectors)
-
-
-def _normalized(
-    call: Call | None,
-    ops: Kernels,
-    x: Array,
-    n: int,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None,
-) -> tuple[Moments, Array, Array]:
-    """The moments of x (N, C, S) (E1), of all ranks in a call (E2), rstd, and y (E3)."""
-    if call is None and (forward := getattr(ops, "forward", None)) is not None:
-        mean, m2, rstd, y = forward(x, weight, bias, eps, out)
-        return Moments(n, mean, m2), rstd, y
-    moments = reduce(ops, x, n)
-    if call is None:
-        rstd = reference.rstd(moments.m2 / max(n, 1), eps)
-    else:
-        out = _room(ops, x, out)
-        moments, rstd = call.pool(moments, eps)
-    a, c = reference.normalize(rstd, weight, bias, moments.mean_low)
-    return moments, rstd, ops.affine(x, moments.mean, a, c, out)
-
-
-def _evaluated(
-    ops: Kernels,
-    x: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None,
-) -> tuple[Array, Array, Array | None, Array]:
-    """(E7) Copies of mean, rstd and weight in the dtype of statistics, and y, with fixed statistics."""
-    if (evaluate := getattr(ops, "evaluate", None)) is not None:
-        return evaluate(x, mean, var, weight, bias, eps, out)  # type: ignore[no-any-return]
-    mean, var, weight, bias = _widened(ops, mean, var, weight, bias)
-    rstd = reference.rstd(var, eps)
-    return mean, rstd, weight, ops.affine(x, mean, *reference.normalize(rstd, weight, bias), out)
-
-
-def _room(ops: Kernels, x: Array, out: Array | None) -> Array | None:
-    """Where the result will go: after the exchange it is too late to find out that memory is short."""
-    if out is None and ops is not reference and (isinstance(x, np.ndarray) or is_cupy_array(x)):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return out
+    return y, Saved(moments, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool)
 
 
 def batch_norm_backward(
@@ -324,45 +268,27 @@ def backward_in(
 
     target = None if out is None else layout.view(out)
     dx, dweight, dbias = _gradients(call, saved, layout.view(dy), layout.view(x), target)
-    dx = _place(dx, layout, out, target)
+    dx = _write_result(dx, layout, out, target)
     if over_x:
         saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
     return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
 
 
 def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
-    """dx, dweight and dbias (E5, E6) from dy and x (N, C, S)."""
-    ops, moments, weight, mean, rstd = saved._kernels, saved._moments, saved._weight, saved._mean, saved._rstd
-    if moments is None:
-        dweight, dbias = reference.parameter_gradients(*ops.dots(dy, x, mean), rstd)
-        a, zero = reference.normalize(rstd, weight, None)
-        return ops.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
-
-    backward: Callable[..., tuple[Array, Array, Array]] | None = getattr(ops, "backward", None)
-    if call is None and backward is not None:
-        return backward(dy, x, mean, rstd, weight, out)
-    n, low, sums = max(moments.n, 1), moments.mean_low, ops.dots(dy, x, mean)
-    dweight, dbias = reference.parameter_gradients(*sums, rstd, low)
-    if call is None:
-        a, b, c = reference.input_gradient(dweight, dbias, n, rstd, weight, low)
-    else:
-        out = _room(ops, x, out)
-        a, b, c = _of_all_ranks(call, sums, n, weight)
-    return ops.affine2(dy, x, mean, a, b, c, out), dweight, dbias
+    """dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
+    backend, rstd, weight = saved._backend, saved._rstd, saved._weight
+    if saved._moments is None:
+        return backend.evaluation_backward(dy, x, saved._mean, rstd, weight, out)
+    pool = None if call is None else call.pool(saved._pool)
+    if pool is not None and out is None:
+        out = backend.preallocate_result(x)
+    return backend.backward(dy, x, saved._moments, rstd, weight, pool, out)
 
 
-def _of_all_ranks(call: Call, sums: tuple[Array, Array], n: int, weight: Array | None) -> Iterable[Array]:
-    """(E6) a, b and c of dx, from the sums of all ranks: for a weight of 1 on the host, where these numbers are."""
-    sum_dy, sum_dy_x = call.sum(*sums)
-    totals = reference.parameter_gradients(sum_dy, sum_dy_x, call.rstd, call.mean_low)
-    coefficients = call.home(*reference.input_gradient(*totals, n, call.rstd, None, call.mean_low))
-    return coefficients if weight is None else [weight * number for number in coefficients]
-
-
-def _place(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:
-    """The sweep's `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
+def _write_result(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:
+    """Return `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
         return layout.restore(result)
-    if result is not target or not overlap(target, out):  # or it is there already
+    if result is not target or not overlap(target, out):  # otherwise the sweep has written into `out`
         out[...] = layout.restore(result)
     return out

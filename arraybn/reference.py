@@ -1,22 +1,157 @@
 """The maths of batch normalization, E1 to E7, as pure functions of arrays.
 
-This file and ``docs/maths.md`` are all that a reader needs. It has three parts: the four sweeps over the data, the
-moments with their pooling and running average, and the formulas for the few numbers per channel that the sweeps are
-given. Nothing here writes into an array, chooses a backend or branches on a value in an array. The calls are those of
-the Python array API, so the same lines run on NumPy, CuPy, torch, JAX, …
+This file and ``docs/maths.md`` are all that a reader needs. The file has four parts:
 
-Shapes: data is seen as (N, C, S), everything per channel is (C,). ``mean[:, None]`` is a channel's number beside its
-values. Statistics are kept in float64 where the namespace has it. Where it has not, the mean is kept as the unevaluated
-sum ``mean + mean_low`` of two float32 numbers, because a mean rounded to the precision of the data would shift every
-``x - mean`` alike, by up to |mean|/std·2⁻²⁴ standard deviations.
+1. batch norm itself: `forward`, `backward` and evaluation, which read from top to bottom as the paper does;
+2. the four sweeps, which alone touch data of the size of x;
+3. the moments of a batch, their pooling and their running average;
+4. the formulas for the vectors (C,) that the sweeps are given.
+
+Nothing here writes into an array, chooses a backend or branches on a value in an array. The calls are those of the
+Python array API, so the same lines run on NumPy, CuPy, torch, JAX, … Faster sweeps come from ``arraybn.kernels``, where
+the formulas of the fourth part are compiled for kernels that need them.
+
+Shapes: data is seen as (N, C, S), a number per channel as (C,). ``mean[:, None]`` places the mean of a channel beside
+the values of that channel. Statistics are kept in float64 where the namespace has float64. Elsewhere the mean is kept
+as the unevaluated sum ``mean + mean_low`` of two float32 numbers: a mean rounded to the precision of the data would
+shift every ``x - mean`` of a channel by the same amount, up to |mean|/std·2⁻²⁴ standard deviations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from ._arrays.copies import widened
 from ._arrays.devices import at
-from ._arrays.namespaces import Array, array_namespace, wide_dtype
+from ._arrays.namespaces import Array, array_namespace, dtype_name, wide_dtype
+
+
+class Sweeps(Protocol):
+    """The four sweeps over data (N, C, S) that the functions below share, under the same names as in this file."""
+
+    def moments(self, x: Array) -> tuple[Array, Array]:
+        """(E1) Return mean and m2."""
+
+    def dots(self, u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
+        """(E5) Return Σu and Σu·(x−mean)."""
+
+    def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+        """(E3, E7) Return a·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
+
+    def affine2(self, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+        """(E6) Return a·u + b·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
+
+
+class Pool(Protocol):
+    """The ranks that hold the parts of a batch. Their vectors (C,) meet on the host, in float64."""
+
+    kept: tuple[Array, Array | None]  # rstd and mean_low on the host, from a forward to its backward
+
+    def moments(self, part: Moments) -> Moments:
+        """(E2) Return the moments of all parts together, on the host."""
+
+    def sums(self, *parts: Array) -> Sequence[Array]:
+        """Return the sum of each vector over all parts, on the host."""
+
+    def split(self, mean: Array) -> tuple[Array, Array | None]:
+        """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""
+
+    def keep(self, rstd: Array, mean_low: Array | None) -> None:
+        """Keep the host's statistics for the backward."""
+
+    def home(self, *vectors: Array) -> Sequence[Array]:
+        """Return the host's vectors on the device and in the dtype of the part's statistics."""
+
+
+# ---- Batch norm ------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    sweeps: Sweeps,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    pool: Pool | None = None,
+    out: Array | None = None,
+) -> tuple[Moments, Array, Array]:
+    """(E1–E3) The moments of the batch, rstd (C,), and y = weight·xhat + bias (N, C, S)."""
+    batch = batch_moments(sweeps, x)  # (E1)
+    if pool is None:
+        r = batch_rstd(batch.m2, batch.n, eps)  # (E3)
+    else:
+        batch, r = _pooled(batch, eps, pool)  # (E2, E3)
+    a, c = normalize(r, weight, bias, batch.mean_low)
+    return batch, r, sweeps.affine(x, batch.mean, a, c, out)  # (E3)
+
+
+def backward(
+    sweeps: Sweeps,
+    dy: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    pool: Pool | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx (N, C, S), and dweight and dbias (C,), which are sums over this part of the batch alone."""
+    sums = sweeps.dots(dy, x, batch.mean)
+    dweight, dbias = parameter_gradients(*sums, rstd, batch.mean_low)  # (E5)
+    if pool is None:
+        a, b, c = input_gradient(dweight, dbias, batch.n, rstd, weight, batch.mean_low)  # (E6)
+    else:
+        a, b, c = _pooled_input_gradient(sums, batch.n, weight, pool)
+    return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias
+
+
+def evaluate(
+    sweeps: Sweeps,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E3, E7) Copies of mean, rstd and weight (C,) in the dtype of statistics, and y, with fixed statistics."""
+    mean, var = widened(mean), widened(var)
+    weight, bias = (vector if vector is None else widened(vector) for vector in (weight, bias))
+    r = rstd(var, eps)
+    return mean, r, weight, sweeps.affine(x, mean, *normalize(r, weight, bias), out)
+
+
+def evaluation_backward(
+    sweeps: Sweeps, dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(E5, E7) dx = weight·rstd·dy (N, C, S), and dweight and dbias (C,), with fixed statistics."""
+    dweight, dbias = parameter_gradients(*sweeps.dots(dy, x, mean), rstd)  # (E5)
+    a, zero = normalize(rstd, weight, None)
+    return sweeps.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
+
+
+def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
+    """(E2, E3) The moments of all ranks together, and rstd, which is taken where the ranks' numbers meet."""
+    batch = pool.moments(part)  # (E2)
+    r, (mean, low) = batch_rstd(batch.m2, batch.n, eps), pool.split(batch.mean)  # (E3)
+    pool.keep(r, low)
+    if low is not None:
+        mean, m2, r, low = pool.home(mean, batch.m2, r, low)
+    else:
+        mean, m2, r = pool.home(mean, batch.m2, r)
+    return Moments(batch.n, mean, m2, mean_low=low), r
+
+
+def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Pool) -> Sequence[Array]:
+    """(E6) a, b and c of dx from the sums of all ranks. The weight is not on the host: a, b, c are linear in it."""
+    (sum_dy, sum_dy_x), (r, low) = pool.sums(*sums), pool.kept
+    totals = parameter_gradients(sum_dy, sum_dy_x, r, low)
+    coefficients = pool.home(*input_gradient(*totals, n, r, None, low))
+    return coefficients if weight is None else [weight * number for number in coefficients]
+
 
 # ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
 
@@ -124,6 +259,17 @@ class Moments:
             return self.m2 / (self.n - correction)
 
 
+def batch_moments(sweeps: Sweeps, x: Array) -> Moments:
+    """(E1) The moments of x (N, C, S), with the low part of the mean where float32 is the widest dtype."""
+    n = x.shape[0] * x.shape[2]
+    mean, m2 = sweeps.moments(x)
+    if n == 0 or dtype_name(mean.dtype) == "float64":
+        return Moments(n, mean, m2)
+    xp = array_namespace(x)
+    _, rest = sweeps.dots(xp.ones_like(x), x, mean)
+    return Moments(n, mean, m2, mean_low=xp.where(xp.isfinite(mean), rest / n, xp.zeros_like(mean)))
+
+
 def pool(a: Moments, b: Moments) -> Moments:
     """(E2) The moments of two disjoint batches together; pool(a, b) and pool(b, a) have the same bits.
 
@@ -160,7 +306,7 @@ def update_running(running: Array, value: Array, momentum: float) -> Array:
     return xp.astype(average, running.dtype, copy=False)
 
 
-# ---- The numbers per channel that the sweeps are given ---------------------------------------------------------------
+# ---- The formulas: the vectors (C,) that the sweeps are given --------------------------------------------------------
 
 
 def rstd(var: Array, eps: float) -> Array:
@@ -170,6 +316,11 @@ def rstd(var: Array, eps: float) -> Array:
         return 1 / xp.sqrt(total)
     zero = total == 0
     return xp.where(zero, xp.zeros_like(total), 1 / xp.sqrt(xp.where(zero, xp.ones_like(total), total)))
+
+
+def batch_rstd(m2: Array, n: int, eps: float) -> Array:
+    """(E3) 1/√(m2/n + eps) (C,), from the biased variance of a batch; an empty batch has variance 0."""
+    return rstd(m2 / max(n, 1), eps)
 
 
 def normalize(
@@ -194,7 +345,7 @@ def input_gradient(
     dweight: Array, dbias: Array, n: int, rstd: Array, weight: Array | None, mean_low: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E6) a, b and c (C,) of dx = weight·rstd·(dy − dbias/n − xhat·dweight/n) = a·dy + b·(x−mean) + c."""
-    a = rstd if weight is None else weight * rstd
+    a, n = rstd if weight is None else weight * rstd, max(n, 1)
     b = -a * rstd * (dweight / n)
     c = -a * (dbias / n)
     return a, b, c if mean_low is None else c - b * mean_low

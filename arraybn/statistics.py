@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from . import reference
 from ._arrays.copies import copied
 from ._arrays.devices import at
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array, array_namespace, dtype_name
+from ._arrays.namespaces import Array
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
-from .kernels import Kernels, select
+from .kernels import Module, select
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Kernels | None = None) -> Moments:
+def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
     """n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -50,17 +48,7 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Kernels | None = 
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     with at(x):
-        return reduce(select(x, kernels), layout.view(x), layout.n)
-
-
-def reduce(ops: Kernels, x: Array, n: int) -> Moments:
-    """(E1) of x (N, C, S), with the low part of the mean where float32 is the widest dtype."""
-    mean, m2 = ops.moments(x)
-    if n == 0 or dtype_name(mean.dtype) == "float64":
-        return Moments(n, mean, m2)
-    xp = array_namespace(x)
-    _, rest = ops.dots(xp.ones_like(x), x, mean)
-    return Moments(n, mean, m2, mean_low=xp.where(xp.isfinite(mean), rest / n, xp.zeros_like(mean)))
+        return reference.batch_moments(select(x, kernels), layout.view(x))
 
 
 def pool(*moments: Moments) -> Moments:
@@ -166,13 +154,8 @@ def updated(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, correction: int = 1
 ) -> tuple[Array, Array]:
     """(E4) `update_running_stats` of arguments that are known to be right."""
-    update: Callable[..., tuple[Array, Array]] | None = getattr(select(moments.mean), "update_running_stats", None)
-    if update is not None:
-        return update(running_mean, running_var, moments.mean, moments.var(correction), momentum)
-    return (
-        reference.update_running(running_mean, moments.mean, momentum),
-        reference.update_running(running_var, moments.var(correction), momentum),
-    )
+    update = select(moments.mean).update_running_stats
+    return update(running_mean, running_var, moments.mean, moments.var(correction), momentum)
 
 
 def _check_moments(name: str, value: object) -> None:

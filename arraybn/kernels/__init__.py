@@ -1,6 +1,8 @@
-"""The speed: who does the four sweeps over the data.
+"""The speed: the backends, which do the sweeps over the data, and the one function that chooses among them.
 
-A kernel module offers the sweeps of ``arraybn.reference`` under the same names and signatures, for one kind of array.
+A kernel module offers the four sweeps of ``arraybn.reference`` under the same names and with the same arguments, for
+one kind of array. A `Backend` makes of a module every operation that a batch norm needs: the module's own where the
+module has one, otherwise the composition of ``reference.py`` over the module's sweeps.
 """
 
 from __future__ import annotations
@@ -9,41 +11,18 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .. import reference
+from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
+from ..reference import Moments, Pool
 
-
-class Kernels(Protocol):
-    """The four sweeps. u and x are (N, C, S); mean, a, b, c and the sums are (C,), in `arraybn._arrays.wide_dtype`.
-
-    `out`, where given, is an array like x that the module may write into; the result is what is returned. A module may
-    offer more, which is used where no rank is waited for (or have None under these names):
-
-    - `forward`, `backward`, as in ``kernels/cpu.py``: two sweeps with the formulas of ``reference.py`` between, so that
-      it can take a few channels through both before the next;
-    - `evaluate(x, mean, var, weight, bias, eps, out) -> mean, rstd, weight, y`: with fixed statistics (E7), of any
-      dtype, of which it returns copies in that dtype;
-    - `update_running_stats(running_mean, running_var, mean, var, momentum) -> running_mean, running_var` (E4);
-    - `widened(*vectors)`: copies of the vectors (C,) in that dtype, None for None, where one call for all costs less.
-    """
-
-    def moments(self, x: Array) -> tuple[Array, Array]:
-        """(E1) mean and m2."""
-
-    def dots(self, u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-        """(E5) Σu and Σu·(x−mean)."""
-
-    def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
-        """(E3, E7) a·(x−mean) + c, in the dtype of x."""
-
-    def affine2(self, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-        """(E6) a·u + b·(x−mean) + c, in the dtype of x."""
-
-
+Module: TypeAlias = Any  # a module, or any object, with the four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2")
 MODULES = {  # imported when first used
     "reference": "arraybn.reference",
@@ -53,17 +32,125 @@ MODULES = {  # imported when first used
 }
 
 
-def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
-    """The kernel module that serves the array `x`: the one asked for, otherwise the fastest that takes such arrays.
+@dataclass(frozen=True, slots=True, eq=False)
+class Backend:
+    """Every operation that batch norm needs, for one kind of array. u, x, dy and y are (N, C, S), vectors are (C,).
 
-    "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts it (F16C), as
+    `out`, where given, is an array like x that may be written into; the result is the array that is returned. The
+    vectors that sweeps are given are in `arraybn._arrays.namespaces.wide_dtype`.
+    """
+
+    name: str
+    moments: Callable[[Array], tuple[Array, Array]]  # the sweeps, as in ``reference.py``; and so are the next four
+    dots: Callable[..., tuple[Array, Array]]
+    affine: Callable[..., Array]
+    affine2: Callable[..., Array]
+    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
+    evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
+    evaluation_backward: Callable[..., tuple[Array, Array, Array]]
+    update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
+    widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
+    preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
+
+
+def as_backend(module: Module, name: str) -> Backend:
+    """Return the backend that a kernel module makes.
+
+    Beside the sweeps the module may offer, as ``kernels/cpu`` does:
+
+    - `forward(x, weight, bias, eps, out) -> mean, m2, rstd, y` and `backward(dy, x, mean, rstd, weight, out) -> dx,
+      dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
+      the next channels;
+    - `evaluate`, as in ``reference.py``, without its first argument;
+    - `update_running_stats` and `widened`, as in `Backend`.
+    """
+    compose = functools.partial
+    return Backend(
+        name,
+        moments=module.moments,
+        dots=module.dots,
+        affine=module.affine,
+        affine2=module.affine2,
+        forward=_forward_of(module),
+        backward=_backward_of(module),
+        evaluate=_offered(module, "evaluate") or compose(reference.evaluate, module),
+        evaluation_backward=compose(reference.evaluation_backward, module),
+        update_running_stats=_offered(module, "update_running_stats") or _update_running_stats,
+        widened=_offered(module, "widened") or _widened,
+        preallocate_result=_no_result if module is reference else _preallocate_result,
+    )
+
+
+def _offered(module: Module, name: str) -> Any:
+    """Return a kernel module's own operation; the reference has its compositions under the same names."""
+    return None if module is reference else getattr(module, name, None)
+
+
+def _forward_of(module: Module) -> Callable[..., tuple[Moments, Array, Array]]:
+    composed, fused = functools.partial(reference.forward, module), _offered(module, "forward")
+    if fused is None:
+        return composed
+
+    def forward(
+        x: Array, weight: Array | None, bias: Array | None, eps: float, pool: Pool | None, out: Array | None
+    ) -> tuple[Moments, Array, Array]:
+        if pool is not None:
+            return composed(x, weight, bias, eps, pool, out)
+        mean, m2, rstd, y = fused(x, weight, bias, eps, out)
+        return Moments(x.shape[0] * x.shape[2], mean, m2), rstd, y
+
+    return forward
+
+
+def _backward_of(module: Module) -> Callable[..., tuple[Array, Array, Array]]:
+    composed, fused = functools.partial(reference.backward, module), _offered(module, "backward")
+    if fused is None:
+        return composed
+
+    def backward(
+        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Pool | None, out: Array | None
+    ) -> tuple[Array, Array, Array]:
+        if pool is not None:
+            return composed(dy, x, batch, rstd, weight, pool, out)
+        return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
+
+    return backward
+
+
+def _update_running_stats(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
+) -> tuple[Array, Array]:
+    """(E4) The running statistics after one more batch."""
+    update = reference.update_running
+    return update(running_mean, mean, momentum), update(running_var, var, momentum)
+
+
+def _widened(*vectors: Array | None) -> list[Array | None]:
+    return [vector if vector is None else widened(vector) for vector in vectors]
+
+
+def _no_result(x: Array) -> None:
+    return None
+
+
+def _preallocate_result(x: Array) -> Array | None:
+    if isinstance(x, np.ndarray) or is_cupy_array(x):
+        return array_namespace(x).empty(x.shape, dtype=x.dtype)
+    return None
+
+
+def select(x: Array, kernels: str | Module | None = None) -> Backend:
+    """Return the backend that serves the array `x`: the one asked for, otherwise the fastest that takes x.
+
+    "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
     nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_fused",
     which has to be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
-            return _module("cpu") if _has_numba() and (x.dtype.char != "e" or _has_half()) else reference
-        return _module("cuda") if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else reference
+            return backend("cpu" if _has_numba() and (x.dtype.char != "e" or _has_half()) else "reference")
+        return backend("cuda" if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else "reference")
     if isinstance(kernels, str):
         if kernels not in MODULES:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
@@ -71,18 +158,23 @@ def select(x: Array, kernels: str | Kernels | None = None) -> Kernels:
             _check_cpu(x)
         elif kernels != "reference":
             _check_cuda(x, kernels)
-        return _module(kernels)
+        return backend(kernels)
+    if isinstance(kernels, Backend):
+        return kernels
     if missing := [name for name in SWEEPS if not callable(getattr(kernels, name, None))]:
         raise TypeError(
             f"kernels: expected a module with the sweeps {', '.join(SWEEPS)};"
             f" got {kernels!r} without {', '.join(missing)}"
         )
-    return kernels
+    name = getattr(kernels, "__name__", type(kernels).__name__)
+    own = {path: short for short, path in MODULES.items()}.get(name)
+    return as_backend(kernels, name) if own is None else backend(own)
 
 
 @functools.cache
-def _module(name: str) -> Kernels:
-    return cast(Kernels, importlib.import_module(MODULES[name]))
+def backend(name: str) -> Backend:
+    """Return the backend of that name, one of `MODULES`; its module is imported now."""
+    return as_backend(importlib.import_module(MODULES[name]), name)
 
 
 @functools.cache
@@ -100,7 +192,7 @@ def _has_numba() -> bool:
 
 
 def _has_half() -> bool:
-    return bool(_module("cpu").HALF)  # type: ignore[attr-defined]
+    return bool(importlib.import_module(MODULES["cpu"]).HALF)
 
 
 def _has_cuda(x: Array) -> bool:

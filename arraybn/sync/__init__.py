@@ -15,16 +15,14 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from .. import reference
-from .._arrays.namespaces import Array, dtype_name
-from ..reference import Moments
+from .._arrays.namespaces import Array
 from . import frames
-from .staging import Staging
+from .pooling import RankPool
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm, what wraps one, or a rank of arraybn.testing.ThreadComm
 FORWARD, BACKWARD, AVERAGE, BROADCAST = frames.OPERATIONS
@@ -253,8 +251,6 @@ class Call:
         self.settings, self.batches, self.timeout, self.of = settings, batches, timeout, of
         self.number = 0  # of the exchange, once it has been made
         self.alike = False  # whether an error from now on is one that every rank sees
-        self.rstd: Array | None = None  # of the forward, on the host, as the next one
-        self.mean_low: Array | None = None
 
     def __str__(self) -> str:
         number = self.number or self.channel.calls + 1
@@ -263,9 +259,7 @@ class Call:
     def backward(self) -> Call:
         """The call of the backward of this forward."""
         options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "of": self.number}
-        call = Call(self.channel, BACKWARD, self.layer, self.settings, **options)
-        call.rstd, call.mean_low = self.rstd, self.mean_low
-        return call
+        return Call(self.channel, BACKWARD, self.layer, self.settings, **options)
 
     def fields(self, number: int, channels: int, bits: int) -> tuple[int, ...]:
         """What the header says, in the order of `frames.FIELDS`."""
@@ -302,33 +296,13 @@ class Call:
         except SyncError as told:
             raise told from error
 
-    def pool(self, moments: Moments, eps: float) -> tuple[Moments, Array]:
-        """(E2, E3) The moments of all ranks together, and rstd, which is taken where the numbers are: on the host."""
-        mean, m2, low = moments.mean, moments.m2, moments.mean_low
-        staging = Staging(mean, 4)
-        rows = staging.host(mean, m2, *([] if low is None else [low]))
-        if low is not None:
-            rows[0] += rows[2]
-        (wide, m2), n = self.channel.exchange(self, rows[:2], moments.n)
-        self.rstd = reference.rstd(m2 / max(n, 1), eps)
-        if dtype_name(mean.dtype) == "float64":
-            mean, m2, rstd = staging.home(wide, m2, self.rstd)
-            return Moments(n, mean, m2), rstd
-        with np.errstate(all="ignore"):  # in float32 a moment may be infinite
-            mean = wide.astype(np.float32)
-            self.mean_low = np.where(np.isfinite(wide), wide - mean, 0.0)
-        mean, m2, rstd, low = staging.home(mean, m2, self.rstd, self.mean_low)
-        return Moments(n, mean, m2, mean_low=low), rstd
+    def pool(self, forward: RankPool | None = None) -> RankPool:
+        """Return the pool of this call's ranks, with the host's statistics of the forward where there was one."""
+        return RankPool(self, forward)
 
-    def sum(self, a: Array, b: Array) -> Array:
-        """Σa and Σb over all ranks (2, C), on the host."""
-        self._staging = Staging(a, 3)
-        rows, _ = self.channel.exchange(self, self._staging.host(a, b))
-        return rows
-
-    def home(self, *rows: Array) -> Sequence[Array]:
-        """What the host has made of these sums (C,), where the data is."""
-        return self._staging.home(*rows)
+    def exchange(self, rows: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the rows (2, C) and n of all ranks together: moments pooled, other numbers summed."""
+        return self.channel.exchange(self, rows, n)
 
     def broadcast(self, octets: Array) -> None:
         """Replace the bytes by those of rank 0."""

@@ -26,7 +26,6 @@ TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in ca
 RUN = 2048  # bytes side by side that are worth going to
 LEAST = 2**18  # bytes of a tile at least, so that starting it does not show
 _F8 = np.dtype(np.float64)
-widened = evaluate = None  # not offered; to be asked for a name that it lacks takes a module longer than either
 CACHE = 24 * 2**20  # bytes that all threads together may hope to find in cache again
 Run = Callable[[Callable[[int], None], Iterable[int]], None]  # calls a function with each item
 
