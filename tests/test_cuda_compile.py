@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda import shim
+import shim
 from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
 
 from arraybn.kernels.cuda import launch

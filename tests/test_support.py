@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-BEING_MENDED = {"test_cuda_kernels.py", "test_cuda_fused.py"}
 
 
 def imported_tests(source: str) -> set[str]:
@@ -24,8 +23,7 @@ def imported_tests(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
 def test_no_test_file_imports_from_another(path: Path) -> None:
-    if path.name not in BEING_MENDED:
-        assert imported_tests(path.read_text()) == set()
+    assert imported_tests(path.read_text()) == set()
 
 
 @pytest.mark.parametrize(
