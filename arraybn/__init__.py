@@ -5,13 +5,12 @@ from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward
 from .kernels.threads import get_num_threads, set_num_threads
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
 from .statistics import moments, pool, update_running_stats
 from .sync import SyncError, SyncTimeoutError
 from .sync.replicas import average_gradients, broadcast_state
-from .sync_layers import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",

@@ -299,6 +299,13 @@ def _low(m: Moments) -> Array:
     return array_namespace(m.mean).zeros_like(m.mean) if m.mean_low is None else m.mean_low
 
 
+def update_running_stats(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
+) -> tuple[Array, Array]:
+    """(E4) The running mean and variance (C,) after one more batch."""
+    return update_running(running_mean, mean, momentum), update_running(running_var, var, momentum)
+
+
 def update_running(running: Array, value: Array, momentum: float) -> Array:
     """(E4) (1−momentum)·running + momentum·value (C,), in the dtype of `running`."""
     xp = array_namespace(running)

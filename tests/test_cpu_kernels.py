@@ -395,7 +395,7 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
     key = cache._index_key("signature", Codegen())
     assert key == cache._index_key("signature", Codegen())
     original = Path.read_bytes
-    for changed in ("reference.py", "values.py", "tiles.py", "entries.py"):
+    for changed in ("reference.py", "half.py", "scalars.py", "tiles.py", "entries.py"):
         entries._sources.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, name=changed: original(path) + b"#" * (path.name == name))

@@ -34,7 +34,7 @@ NOT_RUN = {  # page, how often, and what the comment before the block says
     ("how-to/mpirun.md", "needs ranks"): 1,
     ("how-to/install.md", "needs a GPU"): 1,
 }
-PEERS = {"how-to/pytorch.md": "torch"}  # pages whose blocks need more than the tests do
+PEERS = {"how-to/pytorch.md": "torch", "how-to/jax.md": "jax"}  # pages whose blocks need more than the tests do
 
 
 class Block(NamedTuple):

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays.copies import as_numpy
-from ..layers import BatchNorm1d, BatchNorm2d
-from ..sync_layers import SyncBatchNorm
+from ..layers import BatchNorm1d, BatchNorm2d, SyncBatchNorm
 from ._bench_cases import RESNET
 from ._bench_cuda_cases import GpuCase
 from ._bench_cuda_check import truths, worst

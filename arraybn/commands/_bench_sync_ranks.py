@@ -22,9 +22,8 @@ import numpy as np
 
 from .. import sync
 from ..kernels.threads import set_num_threads
-from ..layers import BatchNorm1d
+from ..layers import BatchNorm1d, SyncBatchNorm
 from ..reference import Moments
-from ..sync_layers import SyncBatchNorm
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)
 ROWS = 2  # of x on each rank: what is timed is the synchronization, not the sweeps

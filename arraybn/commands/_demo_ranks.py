@@ -21,10 +21,10 @@ import numpy as np
 from .. import sync
 from .._arrays.copies import as_numpy
 from ..kernels.threads import set_num_threads
+from ..layers import SyncBatchNorm
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
 from ..sync.replicas import average_gradients, broadcast_state
-from ..sync_layers import SyncBatchNorm
 from . import _demo_device, demo, info
 from ._demo_device import beside
 

@@ -76,7 +76,7 @@ def as_backend(module: Module, name: str) -> Backend:
         backward=_backward_of(module),
         evaluate=_offered(module, "evaluate") or compose(reference.evaluate, module),
         evaluation_backward=compose(reference.evaluation_backward, module),
-        update_running_stats=_offered(module, "update_running_stats") or _update_running_stats,
+        update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
         preallocate_result=_no_result if module is reference else _preallocate_result,
     )
@@ -116,14 +116,6 @@ def _backward_of(module: Module) -> Callable[..., tuple[Array, Array, Array]]:
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
-
-
-def _update_running_stats(
-    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
-) -> tuple[Array, Array]:
-    """(E4) The running statistics after one more batch."""
-    update = reference.update_running
-    return update(running_mean, mean, momentum), update(running_var, var, momentum)
 
 
 def _widened(*vectors: Array | None) -> list[Array | None]:
@@ -179,7 +171,7 @@ def backend(name: str) -> Backend:
 
 @functools.cache
 def _has_numba() -> bool:
-    """Whether numba can be used: one that was not made for this NumPy cannot be imported."""
+    """Return whether numba can be imported: a numba that was not made for this NumPy cannot."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -196,13 +188,13 @@ def _has_half() -> bool:
 
 
 def _has_cuda(x: Array) -> bool:
-    """Whether `x` is a CuPy array on a GPU that takes the CUDA kernels."""
+    """Return whether `x` is a CuPy array on a GPU that runs the CUDA kernels."""
     return is_cupy_array(x) and _is_recent(x.device.id)
 
 
 @functools.cache
 def _is_recent(number: int) -> bool:
-    """Whether that GPU is one of NVIDIA's (CuPy can be built for AMD's, whose language is HIP) since Volta."""
+    """Return whether that GPU is NVIDIA's, Volta or later. (CuPy can also be built for AMD's GPUs, in HIP.)"""
     cuda = importlib.import_module("cupy").cuda
     return not cuda.runtime.is_hip and int(cuda.Device(number).compute_capability) >= 70
 

@@ -96,22 +96,22 @@ CPU_CUTS: Cuts = {
     "rows side by side, and some left over": ((67, 5, 3), {}),
     "more short planes than a run takes": ((5, 350, 7), {}),
     "channels-last": ((150, 24, 1), {}),
-    "channels-last in tiles": ((600, 24, 1), {"LEAST": 4096, "TILE": 4096}),
-    "channels-last in groups": ((30, 40, 1), {"LEAST": 512, "TILE": 4096, "RUN": 16}),
+    "channels-last in tiles": ((600, 24, 1), {"MIN_TILE_BYTES": 4096, "TILE": 4096}),
+    "channels-last in groups": ((30, 40, 1), {"MIN_TILE_BYTES": 512, "TILE": 4096, "MIN_CONTIGUOUS_BYTES": 16}),
     "planes": ((9, 3, 49), {}),
-    "planes in groups": ((9, 7, 33), {"LEAST": 2048, "TILE": 4096}),
-    "planes in tiles": ((150, 3, 40), {"LEAST": 512, "TILE": 2048}),
+    "planes in groups": ((9, 7, 33), {"MIN_TILE_BYTES": 2048, "TILE": 4096}),
+    "planes in tiles": ((150, 3, 40), {"MIN_TILE_BYTES": 512, "TILE": 2048}),
     "long planes, cut into pieces": ((2, 2, 8200), {}),
-    "long planes in tiles": ((1, 2, 16500), {"LEAST": 4096, "TILE": 4096}),
+    "long planes in tiles": ((1, 2, 16500), {"MIN_TILE_BYTES": 4096, "TILE": 4096}),
 }
 if not COMPILED:  # the same cuts of less data, because every step is one of Python, and is counted by coverage
     CPU_CUTS |= {
         "channels-last": ((20, 24, 1), {}),
-        "channels-last in tiles": ((40, 24, 1), {"LEAST": 1024, "TILE": 1024}),
+        "channels-last in tiles": ((40, 24, 1), {"MIN_TILE_BYTES": 1024, "TILE": 1024}),
         "more short planes than a run takes": ((3, 350, 7), {}),
-        "planes in tiles": ((20, 3, 40), {"LEAST": 512, "TILE": 1024}),
+        "planes in tiles": ((20, 3, 40), {"MIN_TILE_BYTES": 512, "TILE": 1024}),
         "long planes, cut into pieces": ((2, 2, 72), {}),
-        "long planes in tiles": ((1, 2, 330), {"LEAST": 256, "TILE": 256}),
+        "long planes in tiles": ((1, 2, 330), {"MIN_TILE_BYTES": 256, "TILE": 256}),
     }
 CUDA_CUTS: Cuts = {
     "one value a channel": ((1, 3, 1), {}),

@@ -1,10 +1,10 @@
 """The sweeps for NumPy arrays: compiled by Numba, spread over the cores, cut so that data is found in cache again.
 
-A group of channels is taken through both sweeps before the next, so that main memory sees one read and one write of the
-data in a forward. Where one channel is larger than the caches, all threads go through it together, and the second sweep
-goes backwards, to find in cache what the first has read last.
+A group of channels is taken through both sweeps before the next group, so that main memory sees one read and one write
+of the data in a forward. Where one channel is larger than the caches, all threads go through that channel together, and
+the second sweep goes backwards, to find in cache the values that the first sweep read last.
 
-Work is cut by data alone, and the sums of tiles are added in a fixed order, so no bit depends on the threads.
+Work is cut by data alone, and the sums of tiles are added in a fixed order, so no bit depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import numpy as np
 
 from ... import reference
 from ..._arrays.namespaces import Array
+from ...reference import Moments
 from .. import threads
 from .entries import compiled
+from .half import HALF as HALF
 from .tiles import BLOCK, LONG, PIECE
-from .values import HALF as HALF
 
-TILE = 2**21  # bytes of a tile at most, so that the second sweep finds it in cache
-RUN = 2048  # bytes side by side that are worth going to
-LEAST = 2**18  # bytes of a tile at least, so that starting it does not show
-_F8 = np.dtype(np.float64)
+TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile in cache
+MIN_CONTIGUOUS_BYTES = 2048  # bytes side by side that memory delivers at full speed
+MIN_TILE_BYTES = 2**18  # bytes of a tile at least, so that starting a task does not show
 CACHE = 24 * 2**20  # bytes that all threads together may hope to find in cache again
+_F8 = np.dtype(np.float64)
 Run = Callable[[Callable[[int], None], Iterable[int]], None]  # calls a function with each item
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
 
 
 class _Cut(NamedTuple):
-    """Groups of channels, each of tiles of rows; the same for every number of threads."""
+    """Groups of channels, each cut into tiles of rows; the same for every number of threads."""
 
     sample: int  # values of a sample, C·S
     plane: int  # values of a plane, S
@@ -47,20 +48,20 @@ class _Cut(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _cut(shape: tuple[int, int, int], itemsize: int) -> _Cut:
-    """How (N, C, S) is cut: into tiles for some sixteen threads at least, unless starting them would take longer."""
+    """Cut (N, C, S) into tiles for some sixteen threads at least, unless starting the tasks would take longer."""
     samples, channels, plane = shape
     n = samples * plane
     if n == 0:
         return _Cut(channels * plane, plane, 0, channels, channels, 0, 1, 0)
     channel, width = n * itemsize, min(plane, PIECE) * itemsize  # bytes of a channel, and of its run in a row
-    tile = min(max(channels * channel // 16, LEAST), TILE)
+    tile = min(max(channels * channel // 16, MIN_TILE_BYTES), TILE)
     group = min(max(tile // channel, 1), channels)
     rows, least, whole = samples, BLOCK, group * channel <= 2 * tile
     if plane >= LONG:
         rows, least = samples * -(-plane // PIECE), 1
     elif group < min(
-        run := -(-RUN // width), channels
-    ):  # the values of so many channels in a row are read at full speed
+        run := -(-MIN_CONTIGUOUS_BYTES // width), channels
+    ):  # the values of `run` channels in a row are read at full speed
         whole = run * channel <= 2 * TILE and 4 * run <= channels
         group = run if whole else min(8 * run, channels)
     height = rows if whole else min(max(tile // (group * width), least), rows)
@@ -77,11 +78,18 @@ def _contiguous(array: Array) -> Array:
     return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
-class _Work:
-    """The arrays of a sweep as lines, how the work on them is cut, and the sweeps over one group of channels.
+class _Group(NamedTuple):
+    """A group of channels, in place of x in a sweep; `run` calls a function for each tile of the group."""
 
-    A sweep gets the first channel c0 of the group, how to `run` over its tiles, and vectors with a number for each of
-    its channels.
+    first: int
+    shape: tuple[int, int, int]  # n values of each channel: (n, channels, 1)
+    run: Run
+
+
+class TiledSweeps:
+    """The arrays of a call as lines, how the work on them is cut, and the sweeps over one group of channels.
+
+    The sweeps have the arguments of ``reference.py``, with a `_Group` in place of u and x.
     """
 
     __slots__ = ("code", "cut", "in_place", "result", "u", "x", "y")
@@ -96,8 +104,8 @@ class _Work:
         line = _contiguous(array).reshape(-1)
         return line.view(self.code.storage) if self.code.storage else line
 
-    def writes(self, x: Array, out: Array | None) -> None:
-        """Let the result be `out` where that can be written as a line, otherwise a new array like x."""
+    def write_to(self, x: Array, out: Array | None) -> None:
+        """Let the result be `out` where `out` can be written as a line, otherwise a new array like x."""
         self.in_place = 0
         if out is not None and out.flags.c_contiguous and out.flags.aligned:
             self.result, self.y = out, self._line(out)
@@ -106,76 +114,97 @@ class _Work:
             self.result = np.empty(x.shape, x.dtype)
             self.y = self._line(self.result)
 
-    def vectors(self, number: int) -> Array:
-        """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
-        return (np.empty if self.cut.n else np.zeros)((number, self.cut.channels))
-
-    def over_groups(self, work: Callable[..., None], *vectors: Array) -> None:
-        """Call `work` with each group's first channel, how to run over its tiles, and its part of the vectors (C,).
+    def over_groups(self, work: Callable[..., Any], *vectors: Array) -> Any:
+        """Call `work` with each group and its part of the vectors (C,); return the result where there is one group.
 
         Either each thread has groups of its own, or all threads are together on the tiles of one group.
         """
         cut = self.cut
         channels, group = cut.channels, cut.group
         if group == channels:
-            if cut.n:
-                work(0, threads.run, *vectors)
-            return
+            return work(_Group(0, (cut.n, channels, 1), threads.run), *vectors) if cut.n else None
         firsts, count = range(0, channels, group), threads.get_num_threads()
         apart = cut.height == cut.rows or (len(firsts) >= 4 * count and cut.group_bytes * count <= CACHE)
         inner, outer = (_one_after_another, threads.run) if apart else (threads.run, _one_after_another)
-        outer(lambda c: work(c, inner, *(vector[c : c + group] for vector in vectors)), firsts)
 
-    def moments(self, c0: int, run: Run, mean: Array, m2: Array) -> None:
-        """(E1) Set mean and m2."""
+        def one(c: int) -> None:
+            size = min(group, channels - c)
+            work(_Group(c, (cut.n, size, 1), inner), *(vector[c : c + size] for vector in vectors))
+
+        return outer(one, firsts)
+
+    def gather(self, number: int, work: Callable[..., Any], *vectors: Array) -> Any:
+        """Return the `number` vectors (C,) that `work` finds for each group, as in `over_groups`; zeros for no data."""
+        cut = self.cut
+        if cut.group == cut.channels and cut.n:
+            return self.over_groups(work, *vectors)
+        results = (np.empty if cut.n else np.zeros)((number, cut.channels))
+
+        def one(group: _Group, *parts: Array) -> None:
+            results[:, group.first : group.first + group.shape[1]] = work(group, *parts)
+
+        self.over_groups(one, *vectors)
+        return results
+
+    def moments(self, x: _Group) -> tuple[Array, Array]:
+        """(E1) mean and m2."""
         sample, plane, n, _, _, rows, height, _ = self.cut
+        mean, m2 = np.empty((2, x.shape[1]))
         if height == rows:
-            self.code.moments(self.x, sample, plane, n, c0, rows, mean, m2)
-            return
+            self.code.moments(self.x, sample, plane, n, x.first, rows, mean, m2)
+            return mean, m2
         shift, spread = np.empty(mean.size), self.code.spread
-        self.code.shift(self.x, sample, plane, n, c0, shift)
+        self.code.shift(self.x, sample, plane, n, x.first, shift)
         for _ in range(2):  # the second time only where the shift was far from the mean
-            self._add_tiles(run, lambda r0, r1, s, q: spread(self.x, sample, plane, c0, r0, r1, shift, s, q), mean, m2)
+            mean, m2 = self._add_tiles(
+                x, lambda r0, r1, s, q: spread(self.x, sample, plane, x.first, r0, r1, shift, s, q)
+            )
             if not self.code.finish(n, shift, mean, m2):
-                return
+                break
+        return mean, m2
 
-    def dots(self, c0: int, run: Run, mean: Array, s: Array, q: Array) -> None:
-        """(E5) Set s to Σu and q to Σu·(x−mean)."""
+    def dots(self, u: _Group, x: _Group, mean: Array) -> tuple[Array, Array]:
+        """(E5) Σu and Σu·(x−mean)."""
         sample, plane, code = *self.cut[:2], self.code.dots
-        self._add_tiles(run, lambda r0, r1, s, q: code(self.u, self.x, sample, plane, c0, r0, r1, mean, s, q), s, q)
+        return self._add_tiles(x, lambda r0, r1, s, q: code(self.u, self.x, sample, plane, x.first, r0, r1, mean, s, q))
 
-    def affine(self, c0: int, run: Run, mean: Array, a: Array, c: Array) -> None:
+    def affine(self, x: _Group, mean: Array, a: Array, c: Array, out: None = None) -> Array:
         """(E3, E7) Write a·(x−mean) + c."""
         sample, plane, code, y, in_place = *self.cut[:2], self.code.affine, self.y, self.in_place
-        self._each_tile(run, lambda r0, r1: code(self.x, sample, plane, c0, r0, r1, mean, a, c, y, in_place))
+        self._each_tile(x, lambda r0, r1: code(self.x, sample, plane, x.first, r0, r1, mean, a, c, y, in_place))
+        return self.result
 
-    def affine2(self, c0: int, run: Run, mean: Array, a: Array, b: Array, c: Array) -> None:
+    def affine2(self, u: _Group, x: _Group, mean: Array, a: Array, b: Array, c: Array, out: None = None) -> Array:
         """(E6) Write a·u + b·(x−mean) + c."""
         sample, plane, code, y, in_place = *self.cut[:2], self.code.affine2, self.y, self.in_place
-        self._each_tile(run, lambda r0, r1: code(self.u, self.x, sample, plane, c0, r0, r1, mean, a, b, c, y, in_place))
+        self._each_tile(
+            x, lambda r0, r1: code(self.u, self.x, sample, plane, x.first, r0, r1, mean, a, b, c, y, in_place)
+        )
+        return self.result
 
-    def _add_tiles(self, run: Run, sweep: Callable[[int, int, Array, Array], None], s: Array, q: Array) -> None:
-        """Set s and q to the sums of what `sweep` finds in each tile, added by halves."""
+    def _add_tiles(self, x: _Group, sweep: Callable[[int, int, Array, Array], None]) -> tuple[Array, Array]:
+        """Return the two sums of what `sweep` finds in each tile, added by halves."""
         rows, height = self.cut.rows, self.cut.height
         if height >= rows:
+            s, q = np.empty((2, x.shape[1]))
             sweep(0, rows, s, q)
-            return
+            return s, q
         tiles = -(-rows // height)
-        parts = np.empty((2, tiles, s.size))
-        run(lambda t: sweep(t * height, min((t + 1) * height, rows), parts[0, t], parts[1, t]), range(tiles))
+        parts = np.empty((2, tiles, x.shape[1]))
+        x.run(lambda t: sweep(t * height, min((t + 1) * height, rows), parts[0, t], parts[1, t]), range(tiles))
         while tiles > 1:
             half = -(-tiles // 2)
             parts[:, : tiles - half] += parts[:, half:tiles]
             tiles = half
-        s[:], q[:] = parts[:, 0]
+        return parts[0, 0], parts[1, 0]
 
-    def _each_tile(self, run: Run, sweep: Callable[[int, int], None]) -> None:
+    def _each_tile(self, x: _Group, sweep: Callable[[int, int], None]) -> None:
         """Call `sweep` for each tile, backwards."""
         rows, height = self.cut.rows, self.cut.height
         if height >= rows:
             sweep(0, rows)
         else:
-            run(lambda r0: sweep(r0, min(r0 + height, rows)), range((rows - 1) // height * height, -1, -height))
+            x.run(lambda r0: sweep(r0, min(r0 + height, rows)), range((rows - 1) // height * height, -1, -height))
 
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
@@ -183,33 +212,31 @@ class _Work:
 
 def moments(x: Array) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
-    work = _Work(x)
-    mean, m2 = work.vectors(2)
-    work.over_groups(work.moments, mean, m2)
+    work = TiledSweeps(x)
+    mean, m2 = work.gather(2, work.moments)
     return mean, m2
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
     """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
-    work = _Work(x, u)
-    s, q = work.vectors(2)
-    work.over_groups(work.dots, mean, s, q)
+    work = TiledSweeps(x, u)
+    s, q = work.gather(2, lambda group, mean: work.dots(group, group, mean), mean)
     return s, q
 
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
-    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    work = _Work(x)
-    work.writes(x, out)
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    work = TiledSweeps(x)
+    work.write_to(x, out)
     work.over_groups(work.affine, mean, a, c)
     return work.result
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
-    work = _Work(x, u)
-    work.writes(x, out)
-    work.over_groups(work.affine2, mean, a, b, c)
+    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    work = TiledSweeps(x, u)
+    work.write_to(x, out)
+    work.over_groups(lambda group, *given: work.affine2(group, group, *given), mean, a, b, c)
     return work.result
 
 
@@ -220,23 +247,22 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    work = _Work(x)
-    work.writes(x, out)
+    work = TiledSweeps(x)
+    work.write_to(x, out)
     cut, code = work.cut, work.code
-    mean, m2, rstd = work.vectors(3)
     weight = np.ones(cut.channels) if weight is None else weight
     bias = np.zeros(cut.channels) if bias is None else bias
 
-    def group(c0: int, run: Run, weight: Array, bias: Array, mean: Array, m2: Array, rstd: Array) -> None:
-        if cut.height == cut.rows:
-            size = cut.sample, cut.plane, cut.n
-            code.forward(work.x, *size, c0, cut.rows, weight, bias, eps, mean, m2, rstd, work.y, work.in_place)
-            return
-        work.moments(c0, run, mean, m2)
-        rstd[:] = reference.rstd(m2 / cut.n, eps)
-        work.affine(c0, run, mean, *reference.normalize(rstd, weight, bias))
+    def statistics(group: _Group, weight: Array, bias: Array) -> tuple[Array, Array, Array]:
+        if cut.height < cut.rows:
+            batch, rstd, _ = reference.forward(work, group, weight, bias, eps)
+            return batch.mean, batch.m2, rstd
+        mean, m2, rstd = np.empty((3, weight.size))
+        size = cut.sample, cut.plane, cut.n
+        code.forward(work.x, *size, group.first, cut.rows, weight, bias, eps, mean, m2, rstd, work.y, work.in_place)
+        return mean, m2, rstd
 
-    work.over_groups(group, weight, bias, mean, m2, rstd)
+    mean, m2, rstd = work.gather(3, statistics, weight, bias)
     return mean, m2, rstd, work.result
 
 
@@ -244,22 +270,21 @@ def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    work = _Work(x, dy)
-    work.writes(x, out)
+    work = TiledSweeps(x, dy)
+    work.write_to(x, out)
     cut, code = work.cut, work.code
-    dweight, dbias = work.vectors(2)
     weight = np.ones(cut.channels) if weight is None else weight
 
-    def group(c0: int, run: Run, mean: Array, rstd: Array, weight: Array, dweight: Array, dbias: Array) -> None:
-        if cut.height == cut.rows:
-            size, given = (cut.sample, cut.plane, cut.n), (mean, rstd, weight)
-            code.backward(work.u, work.x, *size, c0, cut.rows, *given, dweight, dbias, work.y, work.in_place)
-            return
-        work.dots(c0, run, mean, dbias, dweight)
-        dweight[:], _ = reference.parameter_gradients(dbias, dweight, rstd)
-        work.affine2(c0, run, mean, *reference.input_gradient(dweight, dbias, cut.n, rstd, weight))
+    def gradients(group: _Group, mean: Array, rstd: Array, weight: Array) -> tuple[Array, Array]:
+        if cut.height < cut.rows:
+            batch = Moments(cut.n, mean, rstd)  # m2 is not looked at
+            return reference.backward(work, group, group, batch, rstd, weight)[1:]
+        dweight, dbias = np.empty((2, weight.size))
+        size, given = (cut.sample, cut.plane, cut.n), (mean, rstd, weight)
+        code.backward(work.u, work.x, *size, group.first, cut.rows, *given, dweight, dbias, work.y, work.in_place)
+        return dweight, dbias
 
-    work.over_groups(group, mean, rstd, weight, dweight, dbias)
+    dweight, dbias = work.gather(2, gradients, mean, rstd, weight)
     return work.result, dweight, dbias
 
 
@@ -269,8 +294,7 @@ def update_running_stats(
     """(E4) The running statistics (C,) after one more batch, in their dtypes."""
     dtype = running_mean.dtype
     if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or {mean.dtype, var.dtype} != {_F8}:
-        update = reference.update_running
-        return update(running_mean, mean, momentum), update(running_var, var, momentum)
+        return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
     old_mean, old_var, mean, var = map(_contiguous, (running_mean, running_var, mean, var))
     compiled(dtype.char).running(old_mean, old_var, mean, var, momentum, new_mean, new_var)

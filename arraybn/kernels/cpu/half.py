@@ -1,28 +1,24 @@
-"""What compiled code needs beside the loops: the elements of data, and the namespace that ``reference.py`` asks for.
+"""The elements of data in compiled code: float64 in all arithmetic, whatever the dtype of the array.
 
-Elements are float64 in all arithmetic, whatever the dtype of the array. float16 travels as int16 and bfloat16 as
-uint16, because Numba knows neither. Each function is given twice: in Python, which says what it means and runs where
-compiling is switched off, and as what Numba makes of a call to it.
+float16 travels as int16 and bfloat16 as uint16, because Numba knows neither. `wide` and `narrow` are given twice: in
+Python, which says what they mean and runs where compiling is switched off, and as the code that Numba makes of a call.
 """
 
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import config, njit, types
+from numba import config, types
 from numba.extending import intrinsic, overload
-
-from ..._arrays.namespaces import array_namespace
 
 
 def _has_half() -> bool:
-    """Whether the processor that is compiled for converts float16; without it LLVM ends the process."""
+    """Return whether the processor converts float16. Without that LLVM ends the process."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
     features = config.CPU_FEATURES
@@ -33,7 +29,7 @@ HALF = _has_half()
 
 
 def wide(value: Any) -> Any:
-    """The value of an element, as float64."""
+    """Return the value of an element as float64."""
     if isinstance(value, np.int16):
         return np.float64(value.view(np.float16))
     if isinstance(value, np.uint16):
@@ -42,7 +38,7 @@ def wide(value: Any) -> Any:
 
 
 def narrow(value: Any, out: Any) -> Any:
-    """`value` (float64) as an element of the array `out`; half precision is rounded to by way of float32."""
+    """Return `value` (float64) as an element of the array `out`; float16 and bfloat16 are rounded by way of float32."""
     if out.dtype == np.int16:
         return np.float16(np.float32(value)).view(np.int16)
     if out.dtype == np.uint16:
@@ -56,7 +52,7 @@ def _as_bfloat16(value: Any) -> Any:
 
 
 def _conversion(source: types.Type, target: types.Type, build: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
-    """A function of compiled code, given by its instructions."""
+    """Return a function of compiled code, given by its instructions."""
 
     @intrinsic
     def convert(typing_context, value):  # type: ignore[no-untyped-def]
@@ -108,42 +104,3 @@ def _narrow_compiled(value, out):  # type: ignore[no-untyped-def]
     if out.dtype == types.uint16:
         return lambda value, out: _to_bfloat16(np.float32(value))
     return lambda value, out: value
-
-
-# ---- The namespace of the formulas, which are compiled for numbers; `astype` alone takes arrays ----------------------
-
-sqrt = np.sqrt
-
-
-@njit
-def where(condition: Any, x: Any, y: Any) -> Any:
-    """As in the array API, for numbers."""
-    return x if condition else y
-
-
-@njit
-def zeros_like(x: Any) -> float:
-    """As in the array API, for numbers."""
-    return 0.0
-
-
-@njit
-def ones_like(x: Any) -> float:
-    """As in the array API, for numbers."""
-    return 1.0
-
-
-def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
-    """As in the array API."""
-    return x.astype(dtype)
-
-
-@overload(astype)
-def _astype_compiled(x, dtype, copy=True):  # type: ignore[no-untyped-def]
-    return lambda x, dtype, copy=True: x.astype(dtype)
-
-
-@overload(array_namespace, inline="always")
-def _array_namespace_compiled(array):  # type: ignore[no-untyped-def]
-    this = sys.modules[__name__]
-    return lambda array: this

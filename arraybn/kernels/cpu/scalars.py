@@ -1,0 +1,51 @@
+"""The array API for one number: the namespace of the formulas of ``reference.py``, which are compiled for a channel.
+
+`astype` alone takes arrays.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from ..._arrays.namespaces import array_namespace
+
+sqrt = np.sqrt
+
+
+@njit
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """As in the array API, for numbers."""
+    return x if condition else y
+
+
+@njit
+def zeros_like(x: Any) -> float:
+    """As in the array API, for numbers."""
+    return 0.0
+
+
+@njit
+def ones_like(x: Any) -> float:
+    """As in the array API, for numbers."""
+    return 1.0
+
+
+def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
+    """As in the array API."""
+    return x.astype(dtype)
+
+
+@overload(astype)
+def _astype_compiled(x, dtype, copy=True):  # type: ignore[no-untyped-def]
+    return lambda x, dtype, copy=True: x.astype(dtype)
+
+
+@overload(array_namespace, inline="always")
+def _array_namespace_compiled(array):  # type: ignore[no-untyped-def]
+    this = sys.modules[__name__]
+    return lambda array: this
