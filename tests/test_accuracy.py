@@ -268,7 +268,7 @@ def test_n3_constant_float64_channels_give_exactly_bias(value: float, n: int) ->
 
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_eps_zero_leaves_constant_channels_at_bias_and_others_normalized(eps: float) -> None:
+def test_e3_n3_eps_zero_leaves_constant_channels_at_bias_and_others_normalized(eps: float) -> None:
     x = np.asarray([[1.0, 5.0], [3.0, 5.0]])
     y, saved = arraybn.batch_norm(x, np.ones(2), np.asarray([0.25, 0.5]), eps=eps)
     assert (y[:, 1] == 0.5).all()

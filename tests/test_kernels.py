@@ -105,7 +105,7 @@ def test_e1_outliers_among_the_first_values_cost_no_digit_that_is_promised(case:
 
 
 @of_cuts(*ALL)
-def test_n3_constant_channels_give_exactly_bias(case: Case, dtype: str) -> None:
+def test_n3_constant_channels_give_exactly_bias_however_cut(case: Case, dtype: str) -> None:
     values = np.linspace(-3.3, 1e4, case.shape[1])
     x = np.broadcast_to(values[:, None], case.shape).astype(data((1,), dtype).dtype)
     bias = coefficients(case.shape[1])[0]
@@ -208,7 +208,7 @@ def test_bfloat16_ties_go_to_even(case: Case) -> None:
 
 
 @of_cuts(*CUT)
-def test_a_result_in_place_has_the_same_bits(case: Case, dtype: str) -> None:
+def test_n4_a_result_in_place_has_the_same_bits(case: Case, dtype: str) -> None:
     dy, x = data(case.shape, dtype, 1, 0.5), data(case.shape, dtype)
     mean, _, rstd, y = case.ops.forward(x, None, None, 1e-5)
     dx = case.ops.backward(dy, x, mean, rstd, None)[0]

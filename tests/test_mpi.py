@@ -44,7 +44,7 @@ def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [4, 5, 7])
-def test_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
+def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", "exact", "bits", "counts")
 
 
@@ -61,7 +61,7 @@ def test_an_error_of_mpi_is_an_error_of_ours(mpi: Mpi) -> None:
     passes(mpi, 2, "checks.py", "broken")
 
 
-def test_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:
+def test_n4_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:
     """MPICH has an algorithm that breaks MPI's promise of the same result on all ranks."""
     if mpi.is_open_mpi:
         pytest.skip("Open MPI has no such algorithm")

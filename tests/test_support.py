@@ -1,8 +1,9 @@
-"""The order among the tests: a test file imports from tests/support, and from no other test file."""
+"""The order among the tests: what a test file may import, and the equations and promises in the names of tests."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_no_test_file_imports_from_another(path: Path) -> None:
 )
 def test_a_planted_import_is_found(planted: str) -> None:
     assert len(imported_tests(f"import pytest\nfrom support.libraries import need\n{planted}\n")) == 1
+
+
+def test_every_equation_and_promise_stands_in_the_name_of_a_test() -> None:
+    root = TESTS.parent
+    source = "".join(path.read_text() for path in (root / "arraybn").rglob("*.py"))
+    promises = re.findall(r"^\| ([NT]\d) ", (root / "docs" / "numerics.md").read_text(), re.MULTILINE)
+    labels = {*re.findall(r"\bE\d+\b", source), *promises}
+    assert {"E1", "E7", "N1", "N4"} <= labels
+    text = "".join(path.read_text() for path in TESTS.glob("test_*.py"))
+    names = [f"{name}_" for name in re.findall(r"^ *def (test_\w+)", text, re.MULTILINE)]
+    assert [label for label in labels if not any(f"_{label.lower()}_" in name for name in names)] == []
