@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.libraries import need
 
 import arraybn
 from arraybn import __main__ as command_line
@@ -101,8 +102,6 @@ def run(path: Path) -> None:
 )
 def test_code_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name_of(path) in PEERS:
-        from conftest import need
-
         need(PEERS[name_of(path)])
     monkeypatch.chdir(tmp_path)
     run(path)

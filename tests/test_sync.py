@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOMES, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mpi import faults, whole
+from support.homes import HOMES
+from support.libraries import need
 
 import arraybn
 from arraybn import SyncBatchNorm, reference
@@ -53,12 +54,12 @@ def together(a: Any, b: Any) -> bytes:
 
 
 @given(st.sampled_from(["forward", "backward"]), st.data())
-def test_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
+def test_e2_n4_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
     a, b = data.draw(drawn_frames(operation)), data.draw(drawn_frames(operation))
     assert together(a, b) == together(b, a)
 
 
-def test_without_the_ordering_of_e2_the_bits_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_e2_n4_without_the_ordering_the_bits_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def unordered(a: arraybn.Moments, b: arraybn.Moments) -> arraybn.Moments:
         n, delta = a.n + b.n, b.mean - a.mean
         return arraybn.Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.n * b.n / n))
@@ -99,7 +100,7 @@ def test_a_disagreement_is_seen_whatever_the_order_and_agreement_is_not_a_disagr
 
 @settings(max_examples=30)
 @given(strategies.batches(kinds=["normal", "far", "outlier", "constant", "nearly constant"]), st.data())
-def test_every_order_of_pooling_keeps_n1(batch: Any, data: st.DataObject) -> None:
+def test_n1_every_order_of_pooling_keeps_the_digits(batch: Any, data: st.DataObject) -> None:
     samples, c, _ = batch.x.shape
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=6)))
     parts = [arraybn.moments(part) for part in np.split(batch.x, cuts)]
@@ -604,7 +605,7 @@ def test_ranks_that_have_ended_are_named_without_waiting() -> None:
     assert caught.value.__notes__ == ["on rank 1 of 2"]
 
 
-def test_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
+def test_n4_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
     def work(comm: Any) -> Any:
         layer = faults.layer_on(comm)
         allreduce = comm.exchange.reducer.allreduce
@@ -650,7 +651,7 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
     ThreadComm.run(2, work)
 
 
-def test_nan_has_the_same_bits_whichever_came_first() -> None:
+def test_n4_nan_has_the_same_bits_whichever_came_first() -> None:
     quiet = np.frombuffer(np.asarray([0x7FF8000000000001, -0x0007FFFFFFFFFFFE], "i8").tobytes(), "f8")
 
     def work(comm: Any) -> Any:
