@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._arrays.copies import as_numpy, converted, copied
-from ._arrays.devices import at
+from ._arrays.devices import on_device_of
 from ._arrays.namespaces import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
 from ._checks import as_flag
 
@@ -182,7 +182,7 @@ def _count(key: str, value: Array) -> int:
         count = int(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, text, inf, a tensor without values
         count = -1
-    with at(value):
+    with on_device_of(value):
         whole = 0 <= count < 2**63 and bool(value == count)
     if not whole:
         raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {value!r}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from . import _state
-from ._arrays.copies import added, moved
+from ._arrays.copies import add_as, moved
 from ._arrays.namespaces import Array, Namespace, check_dtype, is_array_api_obj
 from ._checks import as_floating, as_integer, check_like
 
@@ -58,7 +58,7 @@ class Parameter:
     def plus(self, gradient: Array) -> Array:
         """`grad` with `gradient`, of the shape of `data`, added to it, in the dtype of `data`."""
         check_like("gradient", gradient, self.data, "data")
-        return added(self.grad, gradient, self.data.dtype)
+        return add_as(self.grad, gradient, self.data.dtype)
 
     def accumulate(self, gradient: Array) -> None:
         """Make `plus(gradient)` the new `grad`."""

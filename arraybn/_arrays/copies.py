@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_torch_array, to_device
 
-from .devices import at, check_device, on_default_device
+from .devices import check_device, on_default_device, on_device_of
 from .namespaces import (
     FLOATS,
     Array,
@@ -31,19 +31,19 @@ def widened(array: Array) -> Array:
     return array_namespace(array).astype(array, wide_dtype(array), copy=True)
 
 
-def added(total: Array | None, array: Array, dtype: Any) -> Array:
+def add_as(total: Array | None, array: Array, dtype: Any) -> Array:
     """A new array with the values of `array` in `dtype`, added to `total` if there is one."""
     if isinstance(array, np.ndarray):
         array = array.astype(dtype)
         return array if total is None else total + array
-    with at(array):
+    with on_device_of(array):
         array = array_namespace(array).astype(array, dtype)
         return array if total is None else total + array
 
 
 def filled(array: Array, value: float) -> Array:
     """A new array like `array`, full of `value`."""
-    with at(array):
+    with on_device_of(array):
         return array_namespace(array).full_like(array, value)
 
 
@@ -51,7 +51,7 @@ def copied(array: Array) -> Array:
     """A new array with the values of `array`."""
     if isinstance(array, np.ndarray):
         return array.copy()
-    with at(array):
+    with on_device_of(array):
         return array_namespace(array).asarray(array, copy=True)
 
 
@@ -84,7 +84,7 @@ def converted(name: str, value: Array, xp: Namespace, where: Any, dtype: Any) ->
         value = to_device(value, where)
     if is_torch_array(value):
         value = value.detach()
-    with at(value):
+    with on_device_of(value):
         return xp.astype(value, dtype, copy=True)
 
 

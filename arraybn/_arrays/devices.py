@@ -13,14 +13,14 @@ from .namespaces import Array, Namespace, array_namespace, device, is_cupy_array
 _ANYWHERE: AbstractContextManager[object] = nullcontext()
 
 
-def at(array: Any) -> AbstractContextManager[object]:
+def on_device_of(array: Any) -> AbstractContextManager[object]:
     """A context for computing with `array`: CuPy computes, and makes arrays, on its current device alone."""
     if type(array) is np.ndarray or not is_cupy_array(array):
         return _ANYWHERE
     return array.device  # type: ignore[no-any-return]
 
 
-def on(where: Any) -> AbstractContextManager[object]:
+def on_device(where: Any) -> AbstractContextManager[object]:
     """A context for making arrays on the device `where`: CuPy's functions do not heed their argument `device`."""
     is_cupys = type(where).__module__.partition(".")[0] == "cupy"
     return where if is_cupys else _ANYWHERE
@@ -32,9 +32,9 @@ def check_device(xp: Namespace, where: Any) -> None:
         return
     kind = ", a cupy.cuda.Device" if is_cupy_namespace(xp) else ""
     try:
-        if kind and on(where) is not where:
+        if kind and on_device(where) is not where:
             raise TypeError(where)
-        with on(where):
+        with on_device(where):
             xp.empty(0, device=where)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device: expected one that {namespace_name(xp)} has here{kind}; got {where!r}") from error
