@@ -184,7 +184,6 @@ ORDER = [
     "reference",
     "kernels",
     "statistics",
-    "_state",
     "modules",
     "sync",
     "functional",
