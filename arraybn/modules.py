@@ -512,9 +512,9 @@ def _exported(value: Any, like: Array | None) -> Array:
     if not isinstance(value, int):
         return copied(value)
     if like is not None:
-        xp, where = array_namespace(like), device(like)
-        if "int64" in xp.__array_namespace_info__().dtypes(device=where, kind="signed integer"):
-            return xp.asarray(value, dtype=xp.int64, device=where)
+        xp, target = array_namespace(like), device(like)
+        if "int64" in xp.__array_namespace_info__().dtypes(device=target, kind="signed integer"):
+            return xp.asarray(value, dtype=xp.int64, device=target)
     return np.asarray(value, dtype=np.int64)
 
 
