@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from . import sync
 from ._arrays.copies import copied
-from ._arrays.devices import at
+from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, array_namespace
@@ -138,7 +138,7 @@ def batch_norm(
     if comm is not None and (mean is None or var is None):  # one alone is an error, which all ranks hear of
         settings = {"eps": sync.settings_text(eps)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
-    with call or _ALONE, at(x):
+    with call or _ALONE, on_device_of(x):
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
         )
@@ -236,7 +236,7 @@ def batch_norm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
     call = saved._backward_call()
-    with call or _ALONE, at(dy):
+    with call or _ALONE, on_device_of(dy):
         return backward_in(call, dy, saved, out)
 
 

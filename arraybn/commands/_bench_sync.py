@@ -81,7 +81,7 @@ def under_mpirun() -> bool:
 
 def _launched(turns: int) -> Iterator[Measured]:
     """One job after another, under a progress bar."""
-    launcher = info._launcher()
+    launcher = info.launcher()
     if launcher is None:
         raise RefusedError('sync needs mpirun:  pip install "arraybn[mpi]", or an MPI of the system')
     with progress_bar(len(RANKS), "job") as bar:
