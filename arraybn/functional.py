@@ -1,6 +1,6 @@
-"""The functions users call: validate, choose the kernels, reduce, pool, map.
+"""The functions that users call: validate, choose a backend, call the backend, place the result.
 
-Each takes arrays and returns arrays; none keeps or changes anything. The maths is in ``reference.py``.
+Each function takes arrays and returns arrays, and keeps or changes nothing else. The maths is in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALONE = nullcontext()
 
 @dataclass(slots=True, eq=False)
 class Saved:
-    """What a forward hands to its backward; opaque but for `moments`.
+    """The values that a forward hands to its backward; opaque but for `moments`.
 
     Attributes
     ----------
@@ -35,9 +35,9 @@ class Saved:
     _moments: Moments | None = field(repr=False)
     _backend: Backend = field(repr=False)
     _layout: Layout = field(repr=False)
-    _x: Array = field(repr=False)  # (N, C, *S), the caller's own; None once it is overwritten
-    _overwritten: str | None = field(repr=False)  # by what
-    _mean: Array = field(repr=False)  # (C,), and so are the next two: of the forward, nobody else's
+    _x: Array = field(repr=False)  # (N, C, *S), the caller's array; None once x is overwritten
+    _overwritten: str | None = field(repr=False)  # the cause, as a clause
+    _mean: Array = field(repr=False)  # (C,); mean, rstd and weight are private copies
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
@@ -46,7 +46,7 @@ class Saved:
 
     @property
     def moments(self) -> Moments | None:
-        """Of the batch; its mean is a copy, made when it is asked for: the caller may change it."""
+        """The moments of the batch. Their mean is a copy, made at the first access: the caller may change the mean."""
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
@@ -135,7 +135,7 @@ def batch_norm(
            [0., 0.]]), None, array([2., 2.]))
     """
     call = None
-    if comm is not None and (mean is None or var is None):  # one alone is an error, which all ranks hear of
+    if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
         settings = {"eps": sync.settings_text(eps)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or _ALONE, on_device_of(x):
@@ -157,7 +157,7 @@ def forward_in(
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
-    """`batch_norm` as a part of `call`, or alone."""
+    """Carry out `batch_norm` as a part of `call`, or alone."""
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     channels = layout.ncs[1]
@@ -243,7 +243,7 @@ def batch_norm_backward(
 def backward_in(
     call: Call | None, dy: Array, saved: Saved, out: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    """`batch_norm_backward` as a part of `call`, or alone."""
+    """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     if saved._overwritten is not None:
         raise RuntimeError(
             f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
@@ -270,7 +270,7 @@ def backward_in(
 
 
 def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
-    """dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
+    """Return dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
     backend, rstd, weight = saved._backend, saved._rstd, saved._weight
     if saved._moments is None:
         return backend.evaluation_backward(dy, x, saved._mean, rstd, weight, out)
