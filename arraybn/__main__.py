@@ -1,4 +1,4 @@
-"""``python -m arraybn``: dispatches to the modules in ``arraybn.commands``."""
+"""The command line ``python -m arraybn``, which calls the modules in ``arraybn.commands``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = {"info": info, "demo": demo, "check": check, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command that `argv` (by default, the command line) asks for."""
+    """Run the command in `argv` (by default, of the command line) and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m arraybn", description="Batch normalization that people can read, trust and run anywhere."
     )
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no "–" must not cost the result
+            stream.reconfigure(errors="replace")  # a terminal without "–" must not lose the result
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+    except BrokenPipeError:  # the reader, perhaps `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 1
     except KeyboardInterrupt:

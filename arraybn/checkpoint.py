@@ -1,8 +1,8 @@
-"""State dicts to and from files, ``.safetensors`` and ``.npz``, bit for bit. Never pickle: no code in a file is run.
+"""State dicts to and from files, ``.safetensors`` and ``.npz``, bit for bit. No pickle: no code in a file is run.
 
-A file that `save` wrote holds the SHA-256 of all its other bytes, in the metadata of a ``.safetensors`` file and in the
-archive comment of an ``.npz`` file, so that `load` sees every changed bit. Everything that a file declares is compared
-with the size of the file before memory is taken for it.
+A file of `save` contains the SHA-256 of all its other bytes, in the metadata of a ``.safetensors`` file or the archive
+comment of an ``.npz`` file, so that `load` detects every changed bit. Declared sizes are compared with the size of the
+file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from ._arrays.copies import as_numpy
 from ._arrays.namespaces import class_name, dtype_name
 from .modules import Module, StateDict
 
-_LIMIT = 2**22  # bytes of names and shapes (some 20 000 arrays), which Python objects hold in up to 20 times as many
+_LIMIT = 2**22  # bytes of names and shapes (some 20 000 arrays); as Python objects they need up to 20 times as many
 _SEAL = {".npz": rb"arraybn-sha256:([0-9a-f]{64})\Z", ".safetensors": rb'arraybn-sha256\\": \\"([0-9a-f]{64})'}
-_BLANK = "0" * 64  # where the checksum goes once the rest is written
+_BLANK = "0" * 64  # the place of the checksum until all other bytes are written
 _SAFETENSORS_DTYPES = r"bool|u?int(8|16|32|64)|b?float16|float(32|64)|complex64"
 _KINDS = {b"\x80": "a pickle, which could run code", b"\x93NUMPY": "a single array (.npy)", b"\x89HDF": "an HDF5 file"}
 
 
 def save(state: Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a module's parameters and buffers, or a state dict, to a file, which is complete or not there at all.
+    """Write a module's parameters and buffers, or a state dict, to a file, completely or not at all.
 
     Parameters
     ----------
     state : Module or mapping of str to array
-        What is saved, from any namespace; values are brought to the host.
+        The state, with arrays of any namespace; they are copied to the host.
     path : str or path
-        Ends in ``.safetensors`` or ``.npz``. A file that is there is replaced in one step, once the new one is complete
-        and on the disk, which takes over its permissions. A symbolic link is followed.
+        Ends in ``.safetensors`` or ``.npz``. An existing file is replaced in one step once the new file is complete and
+        on the disk; the new file takes over the permissions. A symbolic link is followed.
 
     Raises
     ------
     TypeError
-        `state` is neither, or a value is no array of numbers that the file format has.
+        `state` is no module and no mapping, or a value is no array of a dtype that the file format has.
     ValueError
-        `path` has another ending, or a name is not one that a file can have.
+        `path` has another ending, or the file format cannot have one of the names.
     ImportError
-        The safetensors library, which ``.safetensors`` files need, is not there.
+        The safetensors library, which ``.safetensors`` files need, is not installed.
     OSError
-        The file cannot be written; one that was there is as before.
+        The file cannot be written; an existing file is unchanged.
 
     Notes
     -----
-    Equal states make equal files. Both formats keep the order of the names; bfloat16 needs ``.safetensors``. A process
-    that is killed while it writes can leave a hidden file ``.….part`` behind, never a damaged one under `path`.
+    Equal states give equal files. Both formats keep the order of the names; bfloat16 needs ``.safetensors``. A process
+    that is killed while writing can leave a hidden file ``.….part``, but never a damaged file at `path`.
 
     Examples
     --------
@@ -82,33 +82,33 @@ def save(state: Module | Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
 
 def load(path: str | os.PathLike[str]) -> StateDict:
-    """The state dict in a file, as NumPy arrays, with the versions of the modules in `_metadata`.
+    """Return the state dict in a file, as NumPy arrays, with the versions of the modules in `_metadata`.
 
     Parameters
     ----------
     path : str or path
-        Ends in ``.safetensors`` (of `save`, PyTorch or anything else) or ``.npz`` (of `save` or ``numpy.savez``).
+        Ends in ``.safetensors`` (of `save`, PyTorch or another program) or ``.npz`` (of `save` or ``numpy.savez``).
 
     Returns
     -------
     dict of str to numpy.ndarray
-        For `Module.load_state_dict`. In a file that `save` did not write, `_metadata` is empty.
+        For `Module.load_state_dict`. `_metadata` is empty for a file that `save` did not write.
 
     Raises
     ------
     ValueError
-        `path` has another ending, or the file is cut short, damaged, of another kind (a pickle, a PyTorch ``.pt``),
-        compressed, or declares what it does not hold. Nothing in it was run.
+        `path` has another ending, or the file is cut short, damaged, compressed, of another kind (a pickle, a PyTorch
+        ``.pt``), or declares data that it does not have. Nothing in the file was run.
     ImportError
-        A library is not there: safetensors, or ml_dtypes for bfloat16.
+        A library is not installed: safetensors, or ml_dtypes for bfloat16.
     OSError
         The file cannot be read.
 
     Notes
     -----
-    A file of `save` is refused if any bit of it has changed. Another's file has no such checksum: in a ``.safetensors``
-    file a bit that flipped inside the numbers cannot be seen, in an ``.npz`` file it can. The memory taken is that of
-    the arrays, which the file itself holds in full; names and shapes may take up 4 MiB of it.
+    A file of `save` is refused if any bit has changed. Files of other programs have no checksum of all bytes: a flipped
+    bit inside the numbers is detected in an ``.npz`` file, but not in a ``.safetensors`` file. The memory needed is
+    that of the arrays; names and shapes may have up to 4 MiB in the file.
 
     Examples
     --------
@@ -133,8 +133,8 @@ def load(path: str | os.PathLike[str]) -> StateDict:
             raise
         except _ReplacedError:
             return load(path)
-        except Exception as error:  # whatever the parsers of the two formats say about a file that is not right
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a place before the file's start
+        except Exception as error:  # the parsers of the two formats raise many types for a damaged file
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek before the file's start
                 raise
             raise ValueError(
                 f"{path}: expected a whole state dict in the {path.suffix} format; got {_kind(file)}: {error}"
@@ -150,7 +150,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _checked_name(name: Any) -> str:
-    """`name` if it can stand in both formats, and leads nowhere if someone unpacks the file."""
+    """Return `name` if both formats can have it, and unpacking the file writes nothing outside its folder."""
     if not isinstance(name, str) or name in ("_metadata", "__metadata__"):
         raise ValueError(f"state: expected names other than '_metadata' and '__metadata__' as keys; got {name!r}")
     parts = name.split("/")
@@ -163,7 +163,7 @@ def _checked_name(name: Any) -> str:
 
 
 def _checked_versions(versions: Any) -> OrderedDict[str, dict[str, int]]:
-    """`versions` if it is what `_metadata` is: {path: {"version": whole number}}."""
+    """Return a copy of `versions` if it has the form of `_metadata`, {path: {"version": whole number}}."""
     if not isinstance(versions, Mapping) or not all(
         isinstance(path, str) and isinstance(local, Mapping) and all(type(number) is int for number in local.values())
         for path, local in versions.items()
@@ -173,10 +173,10 @@ def _checked_versions(versions: Any) -> OrderedDict[str, dict[str, int]]:
 
 
 def _as_saved(name: str, value: Any, suffix: str) -> Any:
-    """`value` as a NumPy array that the format can hold."""
+    """Return `value` as a NumPy array of a dtype that the file format has."""
     array = as_numpy(name, value)
     if dtype_name(getattr(value, "dtype", array.dtype)) == "bfloat16" and array.dtype.name != "bfloat16":
-        array = array.astype(_bfloat16(name))  # PyTorch's came as float32, which is exact
+        array = array.astype(_bfloat16(name))  # as_numpy returns PyTorch's as float32, which is exact
     dtype = array.dtype.name
     if not (array.dtype.kind in "biufc" if suffix == ".npz" else re.fullmatch(_SAFETENSORS_DTYPES, dtype)):
         remedy = ". Save it as .safetensors" if dtype == "bfloat16" else ""
@@ -194,7 +194,7 @@ def _bfloat16(name: str) -> Any:
 
 
 def _safetensors() -> Any:
-    """The library, where it is one that reads without mapping the file into memory."""
+    """Return the library, in a version that can read without mapping the file into memory."""
     try:
         importlib.import_module("safetensors.numpy")
         importlib.import_module("safetensors").TensorSpec  # noqa: B018
@@ -204,12 +204,12 @@ def _safetensors() -> Any:
 
 
 def _replace(path: Path, write: Callable[..., None], *content: Any) -> None:
-    """Have `write` make a file beside `path`, seal it, and put it in place of `path` in one step."""
+    """Call `write` for a file in the folder of `path`, add the checksum, and rename the file to `path`."""
     target = Path(os.path.realpath(path))  # through a symbolic link
     temporary = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         temporary.touch(exist_ok=False)
-        mode = (target if target.exists() else temporary).stat().st_mode & 0o777  # a new file's is what umask leaves
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o777  # umask sets that of a new file
         write(temporary, *content)
         with _Reader(temporary, "r+b") as file:
             hole, _ = _checksum(file, path.suffix)
@@ -217,7 +217,7 @@ def _replace(path: Path, write: Callable[..., None], *content: Any) -> None:
             file.seek(hole)
             file.write(digest)
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # safetensors has made it 0o600
+        os.chmod(temporary, mode)  # safetensors creates files with 0o600
         os.replace(temporary, target)
     except OSError as error:
         error.filename = str(path)
@@ -241,28 +241,28 @@ def _write_safetensors(temporary: Path, arrays: dict[str, Any], versions: str) -
     ours = {"arraybn-sha256": _BLANK, "versions": json.loads(versions), "order": list(arrays)}
     try:
         library.numpy.save_file(arrays, temporary, metadata={"arraybn": json.dumps(ours)})
-    except library.SafetensorError as error:  # its OSErrors come as text
+    except library.SafetensorError as error:  # safetensors turns an OSError into text
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(temporary)) from error
 
 
 class _Reader(io.FileIO):
-    """A file that refuses to hand out much at once, so that no number in it can ask for more."""
+    """A file with a limit for one read, so that no number in a damaged file can demand much memory."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most `size` bytes."""
+        """Return at most `size` bytes."""
         if size is not None and size > _LIMIT:
             raise ValueError(f"it has {size} bytes of names and shapes in one piece, where at most {_LIMIT} are read")
         return super().read(-1 if size is None else size) or b""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return os.fstat(self.fileno()).st_size
 
 
 def _digest(file: _Reader, hole: int) -> bytes:
-    """SHA-256 of all but the 64 bytes at `hole`, in hexadecimal."""
+    """Return the SHA-256, in hexadecimal, of all bytes but the 64 at `hole`."""
     digest = hashlib.sha256()
     for start, stop in ((0, hole), (hole + 64, file.size)):
         file.seek(start)
@@ -272,14 +272,14 @@ def _digest(file: _Reader, hole: int) -> bytes:
 
 
 def _checksum(file: _Reader, suffix: str) -> tuple[int, bytes]:
-    """Where the checksum stands, and what it is; (0, b"") in a file without one."""
+    """Return the position of the checksum and the checksum; (0, b"") for a file without one."""
     start = 8 if suffix == ".safetensors" else file.seek(max(0, file.size - 79))
     found = re.search(_SEAL[suffix], _header(file) if suffix == ".safetensors" else file.read())
     return (start + found.start(1), found[1]) if found else (0, b"")
 
 
 def _is_sealed(file: _Reader, suffix: str) -> bool:
-    """Whether there is a checksum, which then is right."""
+    """Return True if the file has a checksum; raise if the checksum is wrong."""
     hole, digest = _checksum(file, suffix)
     if digest and _digest(file, hole) != digest:
         raise ValueError("its bytes are not those that were written (SHA-256). Copy it again, or save it again")
@@ -287,7 +287,7 @@ def _is_sealed(file: _Reader, suffix: str) -> bool:
 
 
 def _header(file: _Reader) -> bytes:
-    """The JSON text at the start of a .safetensors file."""
+    """Return the JSON text at the start of a .safetensors file."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > file.size - 8:
@@ -296,7 +296,7 @@ def _header(file: _Reader) -> bytes:
 
 
 def _read_npz(path: Path, file: _Reader) -> tuple[StateDict, str]:
-    """The arrays and the text about versions; that is empty where the file is not one of ours."""
+    """Return the arrays and the JSON text of the versions, which is empty if `save` did not write the file."""
     state, versions = StateDict(), ""
     with zipfile.ZipFile(file) as archive:
         _check_members(archive)
@@ -312,7 +312,7 @@ def _read_npz(path: Path, file: _Reader) -> tuple[StateDict, str]:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Raise unless the members are what numpy.savez writes: uncompressed arrays, one after the other."""
+    """Raise unless the members are like those of numpy.savez: uncompressed arrays, one after the other."""
     end, members = 0, archive.infolist()
     for info in sorted(members, key=lambda info: info.header_offset):
         if not info.filename.endswith(".npy"):
@@ -321,7 +321,9 @@ def _check_members(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"{info.filename[:80]} is compressed. Write it with numpy.savez, not savez_compressed")
         if info.header_offset < end:
             raise ValueError(f"{info.filename[:80]} overlaps another member")
-        end = info.header_offset + 30 + len(info.filename) + info.file_size  # 30 bytes and the name come before it
+        end = (
+            info.header_offset + 30 + len(info.filename) + info.file_size
+        )  # the member starts with 30 bytes and its name
     if end > archive.start_dir:
         raise ValueError(f"its members claim {end} bytes, of which it has {archive.start_dir}")
     if len({info.filename for info in members}) != len(members):
@@ -329,7 +331,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    """The array in a member, once its shape and dtype are seen to need as many bytes as the member has."""
+    """Return the array in a member, after a check that its shape and dtype need as many bytes as the member has."""
     with archive.open(info) as member:
         if (version := np.lib.format.read_magic(member)) not in ((1, 0), (2, 0)):
             raise ValueError(f"{info.filename} is of .npy version {version}, where (1, 0) or (2, 0) is expected")
@@ -343,11 +345,11 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
 
 
 def _read_safetensors(path: Path, file: _Reader) -> tuple[StateDict, str]:
-    """The arrays and the text about versions; that is empty where the file is not one of ours."""
+    """Return the arrays and the JSON text of the versions, which is empty if `save` did not write the file."""
     with _safetensors().safe_open(path, framework="np", backend="pread") as archive:
         if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             raise _ReplacedError
-        json.loads(_header(file), object_pairs_hook=_unique)  # of two entries the library takes the last
+        json.loads(_header(file), object_pairs_hook=_unique)  # the library would take the last of two equal names
         ours = json.loads((archive.metadata() or {}).get("arraybn", "{}"))
         state = StateDict()
         for name in ours.get("order", archive.keys()):
@@ -360,7 +362,7 @@ def _read_safetensors(path: Path, file: _Reader) -> tuple[StateDict, str]:
 
 
 class _ReplacedError(Exception):
-    """The file is not the one any more whose checksum was looked at."""
+    """Another file has replaced the file whose checksum was checked."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:
@@ -369,7 +371,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _kind(file: _Reader) -> str:
-    """What the first bytes say that the file is."""
+    """Return the kind of the file, according to its first bytes."""
     file.seek(0)
     head = file.read(100)
     if b"/data.pkl" in head:

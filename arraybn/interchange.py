@@ -13,12 +13,13 @@ arraybn and PyTorch       Flax                  Keras                       ONNX
 ``running_var``           biased                biased                      biased
 ========================  ====================  ==========================  ====================
 
-The arguments (defaults in brackets) are no part of a state: give `eps` and `momentum` to the layer yourself. What the
-others call momentum is the decay, the weight of the old value: `momentum = 1 - decay`, so 0.99 there is 0.01 here.
+The arguments (defaults in brackets) are not part of a state: pass `eps` and `momentum` to the layer. In Flax, Keras and
+ONNX, momentum is the decay, the weight of the old value: `momentum = 1 - decay`, so 0.99 there is 0.01 here.
 
-They update their running variance with the biased variance of a batch of n values, m2/n, and arraybn and PyTorch with
-m2/(n − 1) (E4). Evaluation is the same with the same numbers, so nothing is rescaled here; in training on, new batches
-enter with a factor n/(n − 1) between the two. The counter comes in as 0, which only matters to `momentum=None`.
+Those three update the running variance with the biased variance of a batch of n values, m2/n; arraybn and PyTorch
+update with m2/(n − 1) (E4). Evaluation needs no conversion, so nothing is rescaled here; only further training
+differs, by a factor n/(n − 1) in the variance of new batches. `num_batches_tracked` starts at 0, which matters only for
+`momentum=None`.
 """
 
 from __future__ import annotations
@@ -40,25 +41,26 @@ _ONNX = ("scale", "B", "input_mean", "input_var")
 
 
 def from_flax(variables: Mapping[str, Any], *, prefix: str = "") -> StateDict:
-    """The state dict of a Flax (linen) ``BatchNorm``; its variance is biased, and momentum here is 1 − momentum there.
+    """Return the state dict of a Flax (linen) ``BatchNorm``. Its variance is biased, and its momentum is 1 − ours.
 
     Parameters
     ----------
     variables : mapping
-        ``{"params": {"scale": (C,), "bias": (C,)}, "batch_stats": {"mean": (C,), "var": (C,)}}``, of one layer. What
-        ``use_scale=False`` or ``use_bias=False`` left out is 1 or 0; without both there is no weight and no bias.
+        ``{"params": {"scale": (C,), "bias": (C,)}, "batch_stats": {"mean": (C,), "var": (C,)}}``, of one layer. If only
+        scale is missing (``use_scale=False``), weight is 1; if only bias is missing (``use_bias=False``), bias is 0. If
+        both are missing, the state dict has no weight and no bias.
     prefix : str
         The path of the layer in the state dict, such as ``"bn1"``.
 
     Returns
     -------
     dict of str to numpy.ndarray
-        With num_batches_tracked 0, for `Module.load_state_dict`.
+        For `Module.load_state_dict`, with num_batches_tracked 0.
 
     Raises
     ------
     TypeError, ValueError
-        Name the entry that is missing, unexpected, no array or not of shape (C,).
+        An entry is missing, unexpected, no array or not of shape (C,); the error names the entry.
 
     Examples
     --------
@@ -79,16 +81,16 @@ def from_flax(variables: Mapping[str, Any], *, prefix: str = "") -> StateDict:
 def to_flax(
     state_dict: Mapping[str, Any], *, prefix: str = "", scale: bool = True, bias: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """The variables of a Flax (linen) ``BatchNorm``, which will go on with the biased variance, from a state dict.
+    """Return the variables of a Flax (linen) ``BatchNorm``, which updates with the biased variance, from a state dict.
 
     Parameters
     ----------
     state_dict : mapping of str to array
-        Of a layer with running statistics, or of a network that has one at `prefix`.
+        The state dict of a layer with running statistics, or of a network with such a layer at `prefix`.
     prefix : str
         The path of the layer, such as ``"bn1"``.
     scale, bias : bool
-        ``use_scale`` and ``use_bias`` of the Flax layer. False only where all weights are 1, or all biases 0.
+        ``use_scale`` and ``use_bias`` of the Flax layer. False is allowed only if all weights are 1, or all biases 0.
 
     Returns
     -------
@@ -98,7 +100,7 @@ def to_flax(
     Raises
     ------
     TypeError, ValueError
-        Name the key that is missing, unexpected, no array or not of shape (C,), or that cannot be left out.
+        A key is missing, unexpected, no array or not of shape (C,), or cannot be left out; the error names the key.
 
     Examples
     --------
@@ -115,7 +117,7 @@ def to_flax(
 
 
 def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, center: bool = True) -> StateDict:
-    """The state dict of a Keras ``BatchNormalization``; its variance is biased, and momentum here is 1 − its own.
+    """Return the state dict of a Keras ``BatchNormalization``. Its variance is biased, and its momentum is 1 − ours.
 
     Parameters
     ----------
@@ -124,22 +126,22 @@ def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, 
     prefix : str
         The path of the layer in the state dict, such as ``"bn1"``.
     scale, center : bool
-        Those of the Keras layer: whether gamma, and beta, are among the weights. The one that is not is 1 or 0; without
-        both there is no weight and no bias.
+        The arguments of the Keras layer: True if gamma (beta) is among the weights. If only gamma is missing, weight is
+        1; if only beta is missing, bias is 0. If both are missing, the state dict has no weight and no bias.
 
     Returns
     -------
     dict of str to numpy.ndarray
-        With num_batches_tracked 0, for `Module.load_state_dict`.
+        For `Module.load_state_dict`, with num_batches_tracked 0.
 
     Raises
     ------
     TypeError, ValueError
-        Name the entry that is missing, unexpected, no array or not of shape (C,).
+        An entry is missing, unexpected, no array or not of shape (C,); the error names the entry.
 
     Notes
     -----
-    Keras' epsilon is 1e-3 where nothing else was said, and its channels are on the last axis:
+    Keras' default epsilon is 1e-3, and its channels are on the last axis:
     ``BatchNorm2d(c, eps=1e-3, momentum=0.01, channel_axis=-1)``.
 
     Examples
@@ -161,26 +163,26 @@ def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, 
 
 
 def to_keras(state_dict: Mapping[str, Any], *, prefix: str = "", scale: bool = True, center: bool = True) -> list[Any]:
-    """The weights of a Keras ``BatchNormalization``, which will go on with the biased variance, from a state dict.
+    """Return the weights of a Keras ``BatchNormalization``, which updates with the biased variance, from a state dict.
 
     Parameters
     ----------
     state_dict : mapping of str to array
-        Of a layer with running statistics, or of a network that has one at `prefix`.
+        The state dict of a layer with running statistics, or of a network with such a layer at `prefix`.
     prefix : str
         The path of the layer, such as ``"bn1"``.
     scale, center : bool
-        Those of the Keras layer. False only where all weights are 1, or all biases 0.
+        The arguments of the Keras layer. False is allowed only if all weights are 1, or all biases 0.
 
     Returns
     -------
     list of numpy.ndarray
-        gamma, beta, moving_mean, moving_variance, for ``layer.set_weights``; the last two for ``affine=False``.
+        gamma, beta, moving_mean, moving_variance, for ``layer.set_weights``; only the last two for ``affine=False``.
 
     Raises
     ------
     TypeError, ValueError
-        Name the key that is missing, unexpected, no array or not of shape (C,), or that cannot be left out.
+        A key is missing, unexpected, no array or not of shape (C,), or cannot be left out; the error names the key.
 
     Examples
     --------
@@ -193,12 +195,12 @@ def to_keras(state_dict: Mapping[str, Any], *, prefix: str = "", scale: bool = T
 
 
 def from_onnx(inputs: Mapping[str, Any], *, prefix: str = "") -> StateDict:
-    """The state dict of an ONNX ``BatchNormalization`` node; its variance is biased, and momentum here is 1 − its own.
+    """Return the state dict of an ONNX ``BatchNormalization``. Its variance is biased, and its momentum is 1 − ours.
 
     Parameters
     ----------
     inputs : mapping of str to array (C,)
-        By the names in the operator's specification: ``scale``, ``B``, ``input_mean``, ``input_var``, which are
+        ``scale``, ``B``, ``input_mean`` and ``input_var``, as the operator's specification names them; these are
         ``node.input[1:]`` in this order.
     prefix : str
         The path of the layer in the state dict, such as ``"bn1"``.
@@ -206,12 +208,12 @@ def from_onnx(inputs: Mapping[str, Any], *, prefix: str = "") -> StateDict:
     Returns
     -------
     dict of str to numpy.ndarray
-        With num_batches_tracked 0, for `Module.load_state_dict`.
+        For `Module.load_state_dict`, with num_batches_tracked 0.
 
     Raises
     ------
     TypeError, ValueError
-        Name the input that is missing, unexpected, no array or not of shape (C,).
+        An input is missing, unexpected, no array or not of shape (C,); the error names the input.
 
     Examples
     --------
@@ -228,12 +230,12 @@ def from_onnx(inputs: Mapping[str, Any], *, prefix: str = "") -> StateDict:
 
 
 def to_onnx(state_dict: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """The inputs of an ONNX ``BatchNormalization`` node, whose running variance is the biased one, from a state dict.
+    """Return the inputs of an ONNX ``BatchNormalization`` node, which updates with the biased variance.
 
     Parameters
     ----------
     state_dict : mapping of str to array
-        Of a layer with running statistics, or of a network that has one at `prefix`.
+        The state dict of a layer with running statistics, or of a network with such a layer at `prefix`.
     prefix : str
         The path of the layer, such as ``"bn1"``.
 
@@ -245,7 +247,7 @@ def to_onnx(state_dict: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any
     Raises
     ------
     TypeError, ValueError
-        Name the key that is missing, unexpected, no array or not of shape (C,).
+        A key is missing, unexpected, no array or not of shape (C,); the error names the key.
 
     Examples
     --------
@@ -266,7 +268,7 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _incoming(given: Mapping[str, Any], names: Sequence[str], prefix: str) -> StateDict:
-    """The state dict from entries by the `names` of another library, in the order of `_OURS`."""
+    """Return the state dict from entries with the `names` of another library, in the order of `_OURS`."""
     arrays = dict(zip(_OURS, _arrays(given, names, names).values(), strict=True))
     mean = arrays["running_mean"]
     if arrays["weight"] is None and arrays["bias"] is not None:
@@ -283,7 +285,7 @@ def _incoming(given: Mapping[str, Any], names: Sequence[str], prefix: str) -> St
 def _outgoing(
     state_dict: Mapping[str, Any], names: Sequence[str], prefix: str, scale: bool = True, center: bool = True
 ) -> dict[str, Any]:
-    """The entries by the `names` of another library, without what is None or is to be left out."""
+    """Return the entries with the `names` of another library, except those that are None or to be left out."""
     start = prefix.removesuffix(".") + "." if prefix else ""
     given = {key: value for key, value in _mapping("state_dict", state_dict).items() if key.startswith(start)}
     given.pop(f"{start}num_batches_tracked", None)
@@ -302,11 +304,11 @@ def _outgoing(
 
 
 def _arrays(given: Mapping[str, Any], keys: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Copies of the entries under `keys`, checked, under `names`; None for a weight or bias that is not there."""
+    """Check the entries with these `keys` and return copies by `names`; None for a missing weight or bias."""
     if unexpected := [key for key in given if key not in keys]:
         raise ValueError(f"{unexpected[0]}: expected none but {', '.join(keys)}, of one batch norm; got this one too")
     arrays: dict[str, Any] = {}
-    for key, name in reversed(list(zip(keys, names, strict=True))):  # the statistics first: they give C
+    for key, name in reversed(list(zip(keys, names, strict=True))):  # the statistics first, because they define C
         if key in given:
             arrays[name] = _array(key, given[key])
         elif name in names[2:]:

@@ -1,4 +1,4 @@
-"""Just enough network to train around a batch norm, each backward written by hand. For examples, not a library."""
+"""A small network library to train around a batch norm, for examples; each backward is written by hand."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Linear(Module):
     in_features, out_features : int
         The sizes of x (N, in_features) and y (N, out_features).
     bias : bool
-        Whether there is one.
+        True to add a bias.
     rng : numpy.random.Generator, optional
-        Draws weight and bias from U(−k, k), k = 1/√in_features, as PyTorch does; a new one if None.
+        Draws weight and bias from U(−k, k), k = 1/√in_features, as PyTorch; a new one if None.
 
     Examples
     --------
@@ -42,7 +42,7 @@ class Linear(Module):
         self.bias = Parameter(_uniform(rng, (out_features,), in_features)) if bias else None
 
     def forward(self, x: Array) -> Array:
-        """y (N, out_features) of x (N, in_features)."""
+        """Return y (N, out_features) of x (N, in_features)."""
         x = _as_input(x, self.weight)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, {self.in_features}); got {tuple(x.shape)}")
@@ -51,7 +51,7 @@ class Linear(Module):
         return y if self.bias is None else y + self.bias.data
 
     def backward(self, dy: Array) -> Array:
-        """dx (N, in_features) from dy (N, out_features)."""
+        """Return dx (N, in_features) from dy (N, out_features)."""
         x = self._recall()
         dy = _as_gradient(dy, x, (x.shape[0], self.out_features))
         dx, dweight, dbias = dy @ self.weight.data, dy.T @ x, array_namespace(dy).sum(dy, axis=0)
@@ -59,7 +59,7 @@ class Linear(Module):
         return dx
 
     def extra_repr(self) -> str:
-        """As PyTorch prints it."""
+        """Return the arguments as PyTorch prints them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
@@ -69,13 +69,13 @@ class Conv2d(Module):
     Parameters
     ----------
     in_channels, out_channels, kernel_size : int
-        weight is (out_channels, in_channels, kernel_size, kernel_size).
+        The sizes of weight (out_channels, in_channels, kernel_size, kernel_size).
     padding : int
-        Rows and columns of zeros on each side, less than kernel_size.
+        Number of rows and columns of zeros on each side, less than kernel_size.
     bias : bool
-        Whether there is one.
+        True to add a bias.
     rng : numpy.random.Generator, optional
-        Draws weight and bias from U(−k, k), k = 1/√(in_channels·kernel_size²), as PyTorch does; a new one if None.
+        Draws weight and bias from U(−k, k), k = 1/√(in_channels·kernel_size²), as PyTorch; a new one if None.
 
     Examples
     --------
@@ -107,7 +107,7 @@ class Conv2d(Module):
         self.bias = Parameter(_uniform(rng, (out_channels,), fan_in)) if bias else None
 
     def forward(self, x: Array) -> Array:
-        """y (N, out_channels, H', W') of x (N, in_channels, H, W), H' = H + 2·padding − kernel_size + 1."""
+        """Return y (N, out_channels, H', W') of x (N, in_channels, H, W), H' = H + 2·padding − kernel_size + 1."""
         x = _as_input(x, self.weight)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (N, {self.in_channels}, H, W); got {tuple(x.shape)}")
@@ -116,7 +116,7 @@ class Conv2d(Module):
         return y if self.bias is None else y + self.bias.data[:, None, None]
 
     def backward(self, dy: Array) -> Array:
-        """dx from dy: the correlation of dy with the weight turned by 180°."""
+        """Return dx, the correlation of dy with the weight turned by 180°."""
         (patches, shape), weight = self._recall(), self.weight.data
         dy = _as_gradient(dy, patches, shape)
         xp = array_namespace(dy)
@@ -129,13 +129,13 @@ class Conv2d(Module):
         return dx
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Return the arguments."""
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return f"{sizes}, padding={self.padding}, bias={self.bias is not None}"
 
 
 def _correlate(x: Array, weight: Array, padding: int) -> tuple[Array, Array]:
-    """(N, O, H', W') of x (N, C, H, W) and weight (O, C, K, K); and the patches (N, C·K·K, H'·W') of x it used."""
+    """Return y (N, O, H', W') of x (N, C, H, W) and weight (O, C, K, K), and the patches of x (N, C·K·K, H'·W')."""
     xp, size = array_namespace(x), weight.shape[-1]
     for axis in (2, 3) if padding else ():
         shape = tuple(padding if i == axis else size for i, size in enumerate(x.shape))
@@ -161,14 +161,14 @@ class ReLU(Module):
     """
 
     def forward(self, x: Array) -> Array:
-        """y, of the shape of x."""
+        """Return y, of the shape of x."""
         x = as_floating("x", x)
         xp = array_namespace(x)
         self._remember(x)
         return xp.where(x < 0, xp.zeros_like(x), x)
 
     def backward(self, dy: Array) -> Array:
-        """dx = dy where x > 0, else 0."""
+        """Return dx = dy where x > 0, else 0."""
         x = self._recall()
         dy = _as_gradient(dy, x, tuple(x.shape))
         xp = array_namespace(dy)
@@ -178,7 +178,7 @@ class ReLU(Module):
 
 
 class Flatten(Module):
-    """(N, …) → (N, the product of the others).
+    """(N, …) → (N, product of the other sizes).
 
     Examples
     --------
@@ -188,7 +188,7 @@ class Flatten(Module):
     """
 
     def forward(self, x: Array) -> Array:
-        """y (N, product)."""
+        """Return y (N, product)."""
         x = as_floating("x", x)
         if x.ndim < 1:
             raise ValueError(f"x: expected at least 1 dimension, (N, …); got shape {tuple(x.shape)}")
@@ -197,7 +197,7 @@ class Flatten(Module):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """dy in the shape of x."""
+        """Return dy in the shape of x."""
         x = self._recall()
         dy = _as_gradient(dy, x, (x.shape[0], math.prod(x.shape[1:])))
         dx = array_namespace(dy).reshape(dy, x.shape)
@@ -206,13 +206,13 @@ class Flatten(Module):
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
-    """−log softmax(logits)[label], averaged over the batch, and its gradient by the logits.
+    """Return −log softmax(logits)[label], averaged over the batch, and its gradient by the logits.
 
     Parameters
     ----------
     logits : array (N, K)
     labels : array of integers (N,)
-        0 ≤ label < K.
+        The correct classes, 0 ≤ label < K.
 
     Returns
     -------
@@ -245,7 +245,7 @@ class SGD:
     Parameters
     ----------
     parameters : iterable of Parameter
-        Those without a gradient are left as they are.
+        The parameters to train. Parameters without a gradient do not change.
     lr : float
         The learning rate.
     momentum : float
@@ -282,14 +282,14 @@ class SGD:
             parameter.grad = None
 
     def _check_rates(self) -> tuple[float, float]:
-        """lr and momentum as floats: a NumPy scalar would turn float32 parameters into float64."""
+        """Return lr and momentum as floats: a NumPy scalar would turn float32 parameters into float64."""
         for name in ("lr", "momentum"):
             if as_number(name, value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}: expected a number ≥ 0; got {value!r}")
         return float(self.lr), float(self.momentum)
 
     def step(self) -> None:
-        """Move every parameter against its gradient."""
+        """Update every parameter once."""
         lr, momentum = self._check_rates()
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is None:

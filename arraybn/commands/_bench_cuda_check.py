@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..testing.oracle import _MANTISSA, _SMALLEST_EXPONENT
+from ..testing.oracle import MANTISSA_BITS, SMALLEST_EXPONENT
 from ._bench_cuda_cases import HALVES, GpuCase
 
 Array = Any
@@ -95,7 +95,7 @@ def fault(xp: Any, got: list[Array], truth: list[tuple[str, Array, Array]], case
 
 def _slope(case: GpuCase, dtype: str) -> float:
     """What the factor may be off: `SLOPE`, and what roundings that are independent leave of an ulp on the average."""
-    return SLOPE + 2.0 ** -_MANTISSA[dtype] / math.sqrt(case.elements)
+    return SLOPE + 2.0 ** -MANTISSA_BITS[dtype] / math.sqrt(case.elements)
 
 
 def _limit(case: GpuCase, name: str, *, ours: bool) -> float:
@@ -107,7 +107,7 @@ def _limit(case: GpuCase, name: str, *, ours: bool) -> float:
 def worst(xp: Any, values: Array, exact: Array, units: Array, dtype: str) -> float:
     """The largest error, in ulp of `dtype` at `units`; infinite where anything is no number."""
     least = xp.frexp(units)[1]
-    least = xp.maximum(least, _SMALLEST_EXPONENT[dtype] + 1)
-    errors = abs(values - exact) / xp.ldexp(xp.ones(units.shape, xp.float64), least - 1 - _MANTISSA[dtype])
+    least = xp.maximum(least, SMALLEST_EXPONENT[dtype] + 1)
+    errors = abs(values - exact) / xp.ldexp(xp.ones(units.shape, xp.float64), least - 1 - MANTISSA_BITS[dtype])
     found = float(xp.where(xp.isnan(errors), np.inf, errors).max())
     return math.inf if math.isnan(found) else found

@@ -1,6 +1,6 @@
-"""What users import to check *their* batch norm: an exact oracle, batches, comparisons, and one function for all of it.
+"""Tools for users to check *their* batch norm: an exact oracle, batches, comparisons, and `check_batch_norm` for all.
 
-`strategies` needs hypothesis (extra ``test``), and is imported on first use; everything else needs NumPy alone.
+`strategies` needs hypothesis (extra ``test``) and is imported at its first use; the other modules need NumPy only.
 """
 
 from __future__ import annotations

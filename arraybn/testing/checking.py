@@ -1,4 +1,4 @@
-"""`check_batch_norm`: everything that is true of a batch norm, asked of somebody else's."""
+"""`check_batch_norm`: all properties of a batch norm, checked on the user's functions."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Failure:
     Attributes
     ----------
     property : str
-        What ought to be true, as a sentence.
+        The property, as a sentence.
     batch : Batch
-        The smallest batch on which it was seen not to be.
+        The smallest batch found on which the property does not hold.
     error, limit : float
-        In ulp of the dtype under test, at the largest term of the formula; infinite where the result is no number, of
-        the wrong kind, or none.
+        In ulp of the dtype under test, at the largest term of the formula; the error is infinite if the result is
+        missing, is no array of numbers, or has the wrong shape or dtype.
     detail : str
-        What came, where it was no number.
+        A description of the result where no error can be measured, else ''.
     cause : str
-        What usually causes it; '' if unknown.
+        The usual cause; '' if unknown.
     """
 
     property: str
@@ -64,7 +64,7 @@ class Failure:
 
 
 class BatchNormError(AssertionError):
-    """What `check_batch_norm` raises; `failures` are the properties that do not hold."""
+    """The error of `check_batch_norm`; `failures` are the properties that do not hold."""
 
     def __init__(self, failures: list[Failure], checked: int) -> None:
         details = [failure.detail for failure in failures]
@@ -90,7 +90,7 @@ def check_batch_norm(
     examples: int = 25,
     report: Callable[[str, Failure | None], object] | None = None,
 ) -> None:
-    """Ask everything that is true of a batch norm of these functions, and say what is not, where, and why.
+    """Check all properties of a batch norm on these functions; report each failure, its batch and its usual cause.
 
     Parameters
     ----------
@@ -98,29 +98,29 @@ def check_batch_norm(
         ``forward(x, weight, bias, eps)`` returns y, or a tuple that begins with y. x and y (N, C, S), weight and bias
         (C,); the batch's own statistics are used.
     backward : callable, optional
-        ``backward(dy, x, weight, bias, eps)`` returns dx in the dtype of x, dweight and dbias, which are asked for in
-        the precision of `dtype`.
+        ``backward(dy, x, weight, bias, eps)`` returns dx in the dtype of x, and dweight and dbias, which are checked
+        with the precision of `dtype`.
     update : callable, optional
         ``update(running_mean, running_var, x, momentum)`` returns the new running_mean and running_var, in PyTorch's
         convention: momentum is the weight of the new batch, whose variance enters unbiased.
     tolerance : float
-        The largest error of y, in ulp of `dtype` at the largest term of its formula. dx, the sum of three terms, may be
-        three times as far off. 4 takes float64 or compensated sums; float32 throughout needs about 32.
+        The largest allowed error of y, in ulp of `dtype` at the largest term of its formula; three times as much for
+        dx, the sum of three terms. A limit of 4 requires float64 or compensated sums; pure float32 needs about 32.
     max_ratio : float
-        The largest |mean|/std that must be right, from 1 to 10⁶. 1 for functions that are to work near zero mean.
+        The largest |mean|/std that is checked, from 1 to 10⁶. Use 1 for functions that only work near zero mean.
     dtype : str
-        Of x and dy: "float16", "float32" or "float64".
+        The dtype of x and dy: "float16", "float32" or "float64".
     xp : module, optional
         The namespace of the arrays that the functions take; NumPy if None.
     examples : int
-        How many random batches are tried for a property, beside the named ones; needs hypothesis.
+        Number of random batches for each property, in addition to the named batches; needs hypothesis.
     report : callable, optional
-        Called with each property and its failure, or None, as soon as it is known.
+        Called after each property with its name and its failure, or None.
 
     Raises
     ------
     TypeError, ValueError
-        An option is not as said.
+        An option has another type or value than stated above.
     BatchNormError
         An AssertionError that lists, for each property that does not hold, the smallest batch found, the error in ulp,
         and the usual cause.
@@ -159,47 +159,47 @@ def check_batch_norm(
     if np.finfo(LONG).nmant < 63:
         raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
     if examples:
-        importlib.import_module(".strategies", __package__)  # needs hypothesis, and says so
+        importlib.import_module(".strategies", __package__)  # raises ImportError without hypothesis
     subject = Subject(forward, backward, update, dtype=np.dtype(dtype), xp=xp, tolerance=tolerance, max_ratio=max_ratio)
-    asked = [p for p in PROPERTIES if getattr(subject, p.needs) is not None]
+    properties = [prop for prop in PROPERTIES if getattr(subject, prop.needs) is not None]
     failures = []
-    for asking in asked:
-        failure = _failure(asking, subject, examples)
+    for prop in properties:
+        failure = _first_failure(prop, subject, examples)
         if report is not None:
-            report(asking.name, failure)
+            report(prop.name, failure)
         if failure is not None:
             failures.append(failure)
     if failures:
-        raise BatchNormError(failures, len(asked))
+        raise BatchNormError(failures, len(properties))
 
 
-def _failure(asking: Property, subject: Subject, examples: int) -> Failure | None:
-    """What is wrong, on the smallest batch; None if the property holds on all of them."""
-    limit = asking.limit(subject)
-    for batch in _batches(asking, subject, examples):
-        error, detail = asking.error(subject, batch)
+def _first_failure(prop: Property, subject: Subject, examples: int) -> Failure | None:
+    """Return the first failure, on the smallest part of its batch; None if the property holds on all batches."""
+    limit = prop.limit(subject)
+    for batch in _batches(prop, subject, examples):
+        error, detail = prop.error(subject, batch)
         if not error <= limit:
-            smallest = _smallest(batch, _fails_alike(asking, subject, bool(detail))) if asking.shrinks else batch
-            error, detail = asking.error(subject, smallest)
-            cause = "" if detail else cause_of(asking, subject)
-            return Failure(asking.name, smallest, error, limit, detail, cause)
+            smallest = _smallest(batch, _fails_alike(prop, subject, bool(detail))) if prop.shrinks else batch
+            error, detail = prop.error(subject, smallest)
+            cause = "" if detail else cause_of(prop, subject)
+            return Failure(prop.name, smallest, error, limit, detail, cause)
     return None
 
 
-def _fails_alike(asking: Property, subject: Subject, detailed: bool) -> Callable[[Batch], bool]:
-    """Whether the property fails on a batch, and with a number or a text as before."""
+def _fails_alike(prop: Property, subject: Subject, detailed: bool) -> Callable[[Batch], bool]:
+    """Return a function that is True for batches on which the property fails again, with a number or a text."""
 
     def fails(part: Batch) -> bool:
-        error, detail = asking.error(subject, part)
-        return not error <= asking.limit(subject) and bool(detail) == detailed
+        error, detail = prop.error(subject, part)
+        return not error <= prop.limit(subject) and bool(detail) == detailed
 
     return fails
 
 
-def _batches(asking: Property, subject: Subject, examples: int) -> Iterator[Batch]:
-    """The named ones, then random ones."""
-    yield from asking.batches(subject)
-    kinds = [kind for kind in asking.kinds if kind != "far" or subject.max_ratio >= 30]
+def _batches(prop: Property, subject: Subject, examples: int) -> Iterator[Batch]:
+    """Yield the named batches, then random batches."""
+    yield from prop.batches(subject)
+    kinds = [kind for kind in prop.kinds if kind != "far" or subject.max_ratio >= 30]
     if not (examples and kinds):
         return
     from hypothesis import Phase, given, settings
@@ -218,8 +218,8 @@ def _batches(asking: Property, subject: Subject, examples: int) -> Iterator[Batc
 
 
 def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
-    """A part of the batch, in fewer digits, that still fails: in each respect the first that does."""
-    varied = np.ptp(batch.x) > 0  # and is to stay so: a constant batch may fail for a reason of its own
+    """Return a part of the batch that still fails, with fewer samples, positions, channels and digits."""
+    varied = np.ptp(batch.x) > 0  # the part must vary too: a constant batch may fail for another reason
     for smaller in (_fewer_samples, _fewer_positions, _fewer_channels, _fewer_digits):
         parts = (part for part in smaller(batch) if part.x[:, 0].size > 1 and (np.ptp(part.x) > 0) >= varied)
         batch = next((part for part in parts if fails(part)), batch)
@@ -248,7 +248,7 @@ def _fewer_digits(batch: Batch) -> Iterator[Batch]:
 
 
 def _rounded(array: Any, digits: int) -> Any:
-    """The values in that many significant decimal digits, in the array's dtype."""
+    """Return the values rounded to `digits` significant decimal digits, in the array's dtype."""
     return np.asarray([float(f"{value:.{digits - 1}e}") for value in array.ravel().tolist()], array.dtype).reshape(
         array.shape
     )

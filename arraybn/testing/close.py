@@ -1,4 +1,4 @@
-"""Comparing arrays: what they are first, then what is in them."""
+"""Comparisons of arrays, and of gradients with differences."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from . import oracle
 
 
 def assert_close(actual: Any, desired: Any, *, ulp: float, scale: Any = None, dtype: Any = None) -> None:
-    """Assert that two arrays are of one namespace, dtype, shape and device, and within some ulp in value.
+    """Assert that two arrays have the same namespace, dtype, shape and device, and values within some ulp.
 
     Parameters
     ----------
     actual : array
         The result, of any namespace.
     desired : array
-        What it should be. A numpy.longdouble array, as the oracle gives, stands for any namespace, device and dtype.
+        The expected result. A numpy.longdouble array, as the oracle returns, fits any namespace, device and dtype.
     ulp : float
-        The largest error allowed, in the distance of neighbouring numbers of the dtype of `actual` at `scale`. NaN must
-        meet NaN, and an infinity itself.
+        The largest allowed error, in units of the distance of neighbouring numbers of the dtype of `actual` at `scale`.
+        Where `desired` is NaN or infinite, `actual` must have the same value.
     scale : array, optional
-        The sizes of the terms that `actual` is the sum of; abs(desired) if None.
+        The largest term of the sum that `actual` is; abs(desired) if None.
     dtype : optional
-        The dtype (or its name) that `actual` must have; that of `desired` if None and desired is no longdouble.
+        The dtype (or its name) that `actual` must have. If None, that of `desired`, unless `desired` is a longdouble.
 
     Raises
     ------
     AssertionError
-        Says what differs, at which index, by how many ulp, and how many values do.
+        Names the difference: its index, its size in ulp, and the number of values that differ.
 
     Examples
     --------
@@ -86,34 +86,35 @@ def check_vjp(
     directions: int = 3,
     seed: int = 0,
 ) -> None:
-    """Assert that a hand-written backward agrees with central differences of its forward, in random directions.
+    """Assert that a hand-written backward agrees with central differences of the forward, in random directions.
 
     Parameters
     ----------
     function : callable
-        Takes `arguments`, returns an array like `dy`.
+        The forward: it takes `arguments` and returns an array like `dy`.
     arguments : sequence of numpy.ndarray
-        float64, where the gradients were taken.
+        The arguments, in float64, at which the gradients were computed.
     dy : numpy.ndarray
         The gradient of a loss by the result.
     gradients : sequence of numpy.ndarray
-        The gradients by the first arguments, one each.
+        The gradients by the first arguments, one for each.
     tolerance : float
-        Of Σ gradient·v, relative to the product of the lengths of both. The default is some hundred times the error
-        that `step` leaves.
+        The largest allowed error of Σ gradient·v, relative to the product of the lengths of both vectors. The default
+        is about a hundred times the error that `step` causes.
     step : float
-        Relative to the largest argument; (machine epsilon)^(1/3), where truncation and rounding meet.
+        The step of the differences, relative to the largest argument. The default is (machine epsilon)^(1/3), for
+        which the errors of truncation and of rounding are about equal.
     directions : int
-        How many random directions v are tried for each argument.
+        Number of random directions v for each argument.
     seed : int
-        Of the directions.
+        The seed of the directions.
 
     Raises
     ------
     ValueError
-        There is nothing to check, or dy is not like the result.
+        No gradient or no direction is given, or dy has not the shape of the result.
     AssertionError
-        Names the argument and gives both numbers.
+        Names the argument and both numbers.
 
     Examples
     --------

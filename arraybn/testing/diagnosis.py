@@ -1,4 +1,4 @@
-"""Why a property does not hold: the stranger's results beside those of batch norms that are wrong in one known way."""
+"""The cause of a failure: a comparison of the results with those of batch norms with one known fault each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from . import scenarios, suspects
 from .oracle import exact_batch_norm
-from .properties import MOMENTUM, NUMBERS, Property, Subject, running
+from .properties import GROWING, MOMENTUM, Property, Subject, running
 from .scenarios import Batch
 
 ONE_PASS = (
@@ -30,78 +30,79 @@ ROUNDED_VAR = (
 HALF = "the error is that of half precision: something between x and the result is kept in fewer digits than x"
 
 
-def telling(subject: Subject, std: tuple[float, float, float] = (1.5, 1.2, 1.8), eps: float = 0.3) -> Batch:
-    """A batch on which every known fault shows: eps, mean, weight and bias all matter, and N is not n."""
+def diagnostic_batch(subject: Subject, std: tuple[float, float, float] = (1.5, 1.2, 1.8), eps: float = 0.3) -> Batch:
+    """Return a batch on which every known fault shows: eps, mean, weight and bias all matter, and N is not n."""
     batch = scenarios.normal((5, 3, 4), 0.7, 1.0, seed=11)
     weight, bias = np.asarray([1.5, -0.6, 0.8], "f4"), np.asarray([0.9, 0.4, -1.1], "f4")
     return subject.rounded(batch._replace(x=batch.x * np.asarray(std)[:, None], weight=weight, bias=bias, eps=eps))
 
 
-def cause_of(asked: Property, subject: Subject) -> str:
-    """The usual cause, or ''."""
+def cause_of(prop: Property, subject: Subject) -> str:
+    """Return the usual cause of a failure, or ''."""
     try:
         with np.errstate(all="ignore"):
-            found = {"forward": _of_y, "backward": _of_gradients, "update": _of_update}[asked.needs](asked, subject)
-            return found or (_growth(asked, subject) if asked.ask in NUMBERS else "")
-    except Exception:  # the functions do not even run here; the failure says so
+            causes = {"forward": _cause_in_y, "backward": _cause_in_gradients, "update": _cause_in_update}
+            found = causes[prop.needs](prop, subject)
+            return found or (_growth(prop, subject) if prop.measure in GROWING else "")
+    except Exception:  # the functions do not run on this batch; the failure has the reason
         return ""
 
 
 def _wide(batch: Batch) -> tuple[Any, Any, Any, Any]:
-    """x, dy (N, C, S), weight and bias (1, C, 1) in float64."""
+    """Return x, dy (N, C, S), weight and bias (1, C, 1) in float64."""
     w, b = (array.astype("f8")[None, :, None] for array in (batch.weight, batch.bias))
     return batch.x.astype("f8"), batch.dy.astype("f8"), w, b
 
 
-def _of_y(asked: Property, subject: Subject) -> str | None:
-    batch = telling(subject, (0.03, 0.01, 0.06), 5e-4)  # eps matters most where it is of the size of var
+def _cause_in_y(prop: Property, subject: Subject) -> str | None:
+    batch = diagnostic_batch(subject, (0.03, 0.01, 0.06), 5e-4)  # eps matters most if var is about as large
     x, _, w, b = _wide(batch)
     return suspects.match(subject.y(batch), suspects.forwards(x, w, b, batch.eps))
 
 
-def _of_gradients(asked: Property, subject: Subject) -> str | None:
-    batch = telling(subject)
+def _cause_in_gradients(prop: Property, subject: Subject) -> str | None:
+    batch = diagnostic_batch(subject)
     x, dy, w, _ = _wide(batch)
     got = dict(zip(("dx", "dweight", "dbias"), subject.gradients(batch), strict=True))
     tables = {"dx": suspects.input_gradients(dy, x, w, batch.eps), **suspects.parameter_gradients(dy, x, w, batch.eps)}
-    name = asked.name.partition(" ")[0]
+    name = prop.name.partition(" ")[0]
     return suspects.match(got[name], tables[name])
 
 
-def _of_update(asked: Property, subject: Subject) -> str | None:
-    batch = telling(subject)
+def _cause_in_update(prop: Property, subject: Subject) -> str | None:
+    batch = diagnostic_batch(subject)
     mean, var = (array.astype("f8") for array in running(batch))
     tables = suspects.updates((mean, var), _wide(batch)[0], MOMENTUM, batch.eps)
-    got = dict(zip(("running_mean", "running_var"), subject.updated(batch), strict=True))
-    name = asked.name.partition(" ")[0]
+    got = dict(zip(("running_mean", "running_var"), subject.running_statistics(batch), strict=True))
+    name = prop.name.partition(" ")[0]
     return suspects.match(got[name], tables[name])
 
 
-def _growth(asked: Property, subject: Subject) -> str:
-    """What the growth of the error with |mean|/std tells."""
+def _growth(prop: Property, subject: Subject) -> str:
+    """Return the cause that follows from the growth of the error with |mean|/std, or ''."""
     ratios = 10.0 ** np.arange(0, 7)
-    errors = [asked.error(subject, _at(float(ratio)))[0] for ratio in ratios]
-    digits = int(np.finfo(subject.dtype).nmant)  # an error of 2**digits ulp leaves none
+    errors = [prop.error(subject, _batch_at(float(ratio)))[0] for ratio in ratios]
+    digits = int(np.finfo(subject.dtype).nmant)  # an error of 2**digits ulp leaves no correct digit
     if np.isfinite(errors).all() and digits > 20 and min(errors) > 2.0 ** (digits - 13) > max(errors) / 100:
         return HALF if _is_noise(subject) else ""
-    seen = [(r, e) for r, e in zip(ratios, errors, strict=True) if asked.limit(subject) < e < 2.0 ** (digits - 2)]
-    if asked.needs == "update":
+    seen = [(r, e) for r, e in zip(ratios, errors, strict=True) if prop.limit(subject) < e < 2.0 ** (digits - 2)]
+    if prop.needs == "update":
         return "" if not seen else ONE_PASS if max(e / r**2 for r, e in seen) > 0.01 else ROUNDED_VAR
     if len(seen) < 2:
         return ""
     slope = float(np.polyfit(np.log10([r for r, _ in seen]), np.log10([e for _, e in seen]), 1)[0])
     if slope > 1.5:
         return ONE_PASS
-    return "" if slope < 0.5 else FOLDED if asked.needs == "backward" or _is_noise(subject, 1e4) else ROUNDED
+    return "" if slope < 0.5 else FOLDED if prop.needs == "backward" or _is_noise(subject, 1e4) else ROUNDED
 
 
-def _at(ratio: float) -> Batch:
+def _batch_at(ratio: float) -> Batch:
     return scenarios.normal((8, 3, 9), ratio, 1.0, seed=5)
 
 
 def _is_noise(subject: Subject, ratio: float = 0.0) -> bool:
-    """Whether the error of y is more than a shift and a scale of each channel."""
-    batch = subject.rounded(_at(ratio))
+    """Return False if a shift and a scale of each channel explain the error of y."""
+    batch = subject.rounded(_batch_at(ratio))
     exact = exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps).y.astype("f8")
     error, left = subject.y(batch).astype("f8") - exact, 0.0
     for c in range(error.shape[1]):

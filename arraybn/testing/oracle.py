@@ -1,7 +1,8 @@
-"""The answer by definition: exact rational statistics, the rest in 80-bit arithmetic. Shares no code with the rest.
+"""The oracle: batch norm by definition, with exact rational statistics, then 80-bit arithmetic.
 
-Bounds are counted in ulp of the largest term of a formula, because no formula can be more accurate than the rounding of
-its largest term. The oracle needs a ``numpy.longdouble`` of 64 bits of mantissa or more, as on x86-64 and Arm Linux.
+The oracle shares no code with the library. Errors are measured in ulp of the largest term of a formula, because no
+formula can be more accurate than the rounding of its largest term. The oracle needs a ``numpy.longdouble`` of 64 bits
+of mantissa or more, as on x86-64 and Arm Linux.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from .._arrays.namespaces import dtype_name
 
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
-_MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
-_SMALLEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}
+MANTISSA_BITS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
+SMALLEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}
 
 
 @dataclass(frozen=True)
 class Exact:
-    """What the definition gives for one batch: longdouble arrays, within 2⁻⁶⁰ of their largest term.
+    """The exact results for one batch: longdouble arrays, within 2⁻⁶⁰ of their largest term.
 
     Attributes
     ----------
@@ -50,17 +51,17 @@ class Exact:
 
 
 def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, channel_axis: int = 1) -> Exact:
-    """E1, E3, E5 and E6 from their definition.
+    """Return the results of E1, E3, E5 and E6 by definition.
 
     Parameters
     ----------
     x, dy : array (N, C, *S)
-        NumPy arrays of any floating dtype. A channel with a NaN or an infinity in x is NaN throughout.
+        NumPy arrays of any floating dtype. If x has a NaN or an infinity in a channel, the results there are NaN.
     weight, bias : array (C,)
     eps : float
-        Taken as the exact value of the float.
+        ε, the exact value of the float.
     channel_axis : int
-        Of x and dy.
+        The axis of the channels in x and dy.
 
     Returns
     -------
@@ -99,7 +100,7 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
 
 
 def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[str, Any]:
-    """One channel, x and dy (n,)."""
+    """Return the results of one channel, x and dy (n,)."""
     n = x.size
     if n == 0 or not np.isfinite(x.astype(LONG)).all():
         nothing, value = np.full(n, np.nan, LONG), LONG(0 if n == 0 else np.nan)
@@ -128,7 +129,7 @@ def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[st
 
 
 def exact_moments(values: Any) -> tuple[Fraction, Fraction]:
-    """The exact mean and Σ(x−mean)² (E1) of finite values of any floating dtype up to float64.
+    """Return the exact mean and Σ(x−mean)² (E1) of finite values of any floating dtype up to float64.
 
     Examples
     --------
@@ -140,22 +141,22 @@ def exact_moments(values: Any) -> tuple[Fraction, Fraction]:
     least, n = int(exponents.min()), mantissas.size
     shifts = (exponents - least).tolist()
     whole = [int(m) << s for m, s in zip(np.ldexp(mantissas, 53).astype("i8").tolist(), shifts, strict=True)]
-    total = sum(whole)  # of the values in units of 2**(least − 53), as integers
+    total = sum(whole)  # in units of 2**(least − 53), in which all values are integers
     squares = sum((n * value - total) ** 2 for value in whole)
     unit = Fraction(2) ** (least - 53)
     return Fraction(total, n) * unit, Fraction(squares, n * n) * unit**2
 
 
 def as_long(value: Fraction) -> Any:
-    """A rational as a longdouble, rounded once or twice."""
+    """Return a rational as a longdouble, rounded at most twice."""
     power = value.numerator.bit_length() - value.denominator.bit_length()
-    value /= Fraction(2) ** power  # near 1, whatever the range of float
+    value /= Fraction(2) ** power  # near 1, so that float() neither overflows nor underflows
     high = float(value)
     return np.ldexp(LONG(high) + LONG(float(value - Fraction(high))), power)
 
 
 def centred(values: Array, mean: Fraction) -> Array:
-    """`values` − mean in longdouble, the mean taken away in two parts."""
+    """Return `values` − mean in longdouble, with the mean as a sum of two longdoubles."""
     high = as_long(mean)
     rest = mean - Fraction(*high.as_integer_ratio())
     result: Array = (values.astype(LONG) - high) - as_long(rest)
@@ -163,7 +164,7 @@ def centred(values: Array, mean: Fraction) -> Array:
 
 
 def ulp(values: Any, dtype: Any) -> Array:
-    """The distance of neighbours in `dtype` (or its name) at abs(values), at least that at the smallest normal number.
+    """Return the distance of neighbours in `dtype` (or its name) at abs(values); at least that of normal numbers.
 
     Examples
     --------
@@ -171,14 +172,14 @@ def ulp(values: Any, dtype: Any) -> Array:
     [0.0009765625, 0.001953125]
     """
     name = dtype_name(np.dtype(dtype) if isinstance(dtype, type) else dtype)
-    smallest = np.ldexp(LONG(1), _SMALLEST_EXPONENT[name])
+    smallest = np.ldexp(LONG(1), SMALLEST_EXPONENT[name])
     exponents = np.frexp(np.maximum(abs(np.asarray(values, LONG)), smallest))[1]
-    result: Array = np.ldexp(LONG(1), exponents - 1 - _MANTISSA[name])
+    result: Array = np.ldexp(LONG(1), exponents - 1 - MANTISSA_BITS[name])
     return result
 
 
 def worst(got: Any, exact: Any, scale: Any, dtype: Any) -> float:
-    """The largest error of `got`, in ulp of `dtype` at `scale`; NaN is right where `exact` is NaN, and wrong elsewhere.
+    """Return the largest error of `got`, in ulp of `dtype` at `scale`. A NaN is correct only if `exact` is NaN.
 
     Examples
     --------

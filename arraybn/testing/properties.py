@@ -1,4 +1,4 @@
-"""What is true of every batch norm, as questions to somebody else's functions: each answers with an error in ulp."""
+"""Properties of every batch norm. Each measures an error, in ulp, of the functions under test."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .oracle import LONG, Exact, exact_batch_norm, worst
 from .scenarios import Batch
 
 Array = np.ndarray[Any, Any]
-Answer = tuple[float, str]  # error in ulp; what came, where it was no number
+Measured = tuple[float, str]  # error in ulp; a text if the result is no array of numbers, else ''
 MOMENTUM = 0.25
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A stranger's functions, and how to call them."""
+    """The functions under test, and the options of `check_batch_norm`."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
@@ -31,41 +31,42 @@ class Subject:
     tolerance: float
     max_ratio: float
 
-    def given(self, array: Array) -> Any:
-        """`array` as the functions take it: of their namespace, and a copy."""
+    def to_namespace(self, array: Array) -> Any:
+        """Return a copy of `array` in the namespace of the functions."""
         return array.copy() if self.xp is None else as_namespace(self.xp).asarray(array.copy())
 
     def rounded(self, batch: Batch) -> Batch:
-        """The batch in the dtype under test."""
+        """Return the batch with x and dy in the dtype under test."""
         return batch._replace(x=batch.x.astype(self.dtype), dy=batch.dy.astype(self.dtype))
 
     def y(self, batch: Batch) -> Array:
-        """What forward makes of the batch."""
+        """Return y of forward, as a NumPy array."""
         y: Array = np.array(as_numpy("y", self.raw_y(batch)))  # a copy: the next call may write into the same memory
         return y
 
     def raw_y(self, batch: Batch) -> Any:
-        """The same in the namespace of the functions."""
-        result = self.forward(*map(self.given, (batch.x, batch.weight, batch.bias)), batch.eps)
+        """Return y of forward, in the namespace of the functions."""
+        result = self.forward(*map(self.to_namespace, (batch.x, batch.weight, batch.bias)), batch.eps)
         return result[0] if isinstance(result, tuple) else result
 
     def gradients(self, batch: Batch) -> tuple[Array, Array, Array]:
-        """What backward makes of it: dx, dweight, dbias."""
+        """Return dx, dweight and dbias of backward."""
         assert self.backward is not None
-        dx, dweight, dbias = self.backward(*map(self.given, (batch.dy, batch.x, batch.weight, batch.bias)), batch.eps)
+        arrays = map(self.to_namespace, (batch.dy, batch.x, batch.weight, batch.bias))
+        dx, dweight, dbias = self.backward(*arrays, batch.eps)
         named = {"dx": dx, "dweight": dweight, "dbias": dbias}
         dx, dweight, dbias = (np.array(as_numpy(name, array)) for name, array in named.items())
         return dx, dweight, dbias
 
-    def updated(self, batch: Batch) -> tuple[Array, Array]:
-        """What update makes of `running(batch)` and the batch: running_mean, running_var."""
+    def running_statistics(self, batch: Batch) -> tuple[Array, Array]:
+        """Return running_mean and running_var after an update of `running(batch)` with the batch."""
         assert self.update is not None
-        mean, var = self.update(*map(self.given, (*running(batch), batch.x)), MOMENTUM)
+        mean, var = self.update(*map(self.to_namespace, (*running(batch), batch.x)), MOMENTUM)
         return as_numpy("running_mean", mean), as_numpy("running_var", var)
 
 
 def running(batch: Batch) -> tuple[Array, Array]:
-    """Running statistics (C,) before the batch, float32, of its sizes."""
+    """Return running statistics (C,) before the batch, in float32, as large as the values of x."""
     c = batch.x.shape[1]
     with np.errstate(all="ignore"):
         size = np.nanmax(abs(batch.x), axis=(0, 2), initial=1.0).astype("f4")
@@ -74,25 +75,25 @@ def running(batch: Batch) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Property:
-    """A question."""
+    """A statement about the functions under test, and the measurement of its error."""
 
-    name: str  # what ought to be true, as a sentence
+    name: str  # the statement, as a sentence
     needs: str  # "forward", "backward" or "update"
-    ask: Callable[[Subject, Batch], Answer]
+    measure: Callable[[Subject, Batch], Measured]
     batches: Callable[[Subject], Iterable[Batch]]
-    kinds: tuple[str, ...] = ()  # of random channels
-    factor: float = 1.0  # of the tolerance
-    shrinks: bool = True  # whether a part of a batch asks the same question
+    kinds: tuple[str, ...] = ()  # kinds of random channels, of `strategies.KINDS`
+    factor: float = 1.0  # the limit in units of the tolerance
+    shrinks: bool = True  # False if `measure` needs the whole batch
 
     def limit(self, subject: Subject) -> float:
-        """The largest error in ulp."""
+        """Return the largest allowed error in ulp."""
         return self.factor * subject.tolerance
 
-    def error(self, subject: Subject, batch: Batch) -> Answer:
-        """The answer; whatever the functions raise is an answer too."""
+    def error(self, subject: Subject, batch: Batch) -> Measured:
+        """Measure the error; an exception of the functions counts as an infinite error."""
         try:
             with np.errstate(all="ignore"):
-                return self.ask(subject, subject.rounded(batch))
+                return self.measure(subject, subject.rounded(batch))
         except Exception as error:
             return np.inf, f"raised {type(error).__name__}: {error}"
 
@@ -102,7 +103,7 @@ class Property:
 
 def _ordinary(subject: Subject) -> list[Batch]:
     near = [scenarios.make(shape) for shape in ("small", "tall", "wide", "images", "one channel")]
-    # more values and more channels than a block or a tile of a kernel has
+    # more values and more channels than fit into a block or a tile of a kernel
     near += [scenarios.normal(shape, 0.0, 1.0, seed=1) for shape in ((3, 2, 1367), (2, 131, 3), (1031, 2, 1))]
     return [*(batch._replace(eps=eps) for eps in (1e-5, 0.5) for batch in near), scenarios.make("two values")]
 
@@ -110,7 +111,7 @@ def _ordinary(subject: Subject) -> list[Batch]:
 def _far(subject: Subject) -> list[Batch]:
     ratios = [ratio for ratio in (30.0, 1e3, 1e4, 1e5, 1e6) if ratio <= subject.max_ratio]
     batches = [scenarios.normal((8, 3, 9), sign * ratio, 1.0, seed=3) for ratio in ratios for sign in (1, -1)]
-    if batches and subject.dtype.itemsize > 2:  # float16 has no such numbers
+    if batches and subject.dtype.itemsize > 2:  # beyond the range of float16
         batches += [scenarios.make("small", scale)._replace(eps=1e-5) for scale in ("small std", "large std")]
     return batches
 
@@ -122,16 +123,16 @@ def _outliers(subject: Subject) -> list[Batch]:
 def _constant(subject: Subject) -> list[Batch]:
     batch = scenarios.named_batches()["constant"]
     x = np.where(batch.x == 3e7, 6e4, batch.x) if subject.dtype.name == "float16" else batch.x
-    if subject.max_ratio < 1e6:  # |mean|/std of a constant is infinite: ask for what sums exactly
+    if subject.max_ratio < 1e6:  # |mean|/std of a constant is infinite, so take constants with exact sums
         x = np.broadcast_to(np.asarray([1.0, -2.0, 0.5])[None, :, None], batch.x.shape)
     return [batch._replace(x=x[:n], dy=batch.dy[:n]) for n in (64, 7)]
 
 
-def _one(subject: Subject) -> list[Batch]:
+def _one_batch(subject: Subject) -> list[Batch]:
     return [scenarios.make("small", "shifted" if subject.max_ratio >= 30 else "standard")]
 
 
-def _with(value: float) -> Callable[[Subject], list[Batch]]:
+def _with_value(value: float) -> Callable[[Subject], list[Batch]]:
     def batches(subject: Subject) -> list[Batch]:
         batch = scenarios.make("small")
         batch.x[1, 1, 2] = value
@@ -140,14 +141,14 @@ def _with(value: float) -> Callable[[Subject], list[Batch]]:
     return batches
 
 
-# ---- Questions ------------------------------------------------------------------------------------------------------
+# ---- Measurements ---------------------------------------------------------------------------------------------------
 
 
 def _truth(batch: Batch) -> Exact:
     return exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps)
 
 
-def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any) -> Answer:
+def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any) -> Measured:
     if got.shape != want.shape:
         return np.inf, f"{name} has shape {got.shape}; expected {want.shape}"
     if got.dtype.kind not in "fV":
@@ -155,14 +156,14 @@ def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any) -> Answe
     return worst(got, want, scale, dtype), ""
 
 
-def _y(subject: Subject, batch: Batch) -> Answer:
+def _y(subject: Subject, batch: Batch) -> Measured:
     truth = _truth(batch)
     return _compared("y", subject.y(batch), truth.y, truth.y_scale, subject.dtype)
 
 
-def _y_kind(subject: Subject, batch: Batch) -> Answer:
+def _y_type(subject: Subject, batch: Batch) -> Measured:
     if subject.xp is not None:
-        given, result = subject.given(batch.x), subject.raw_y(batch)
+        given, result = subject.to_namespace(batch.x), subject.raw_y(batch)
         names = [namespace_name(array_namespace(array)) for array in (given, result) if is_array_api_obj(array)]
         if len(names) == 2 and names[0] != names[1]:
             return np.inf, f"y is a {names[1]} array; expected a {names[0]} array"
@@ -172,14 +173,14 @@ def _y_kind(subject: Subject, batch: Batch) -> Answer:
     return 0.0, ""
 
 
-def _dx_kind(subject: Subject, batch: Batch) -> Answer:
+def _dx_type(subject: Subject, batch: Batch) -> Measured:
     dx = subject.gradients(batch)[0]
     if dx.shape != batch.x.shape or dx.dtype != batch.x.dtype:
         return np.inf, f"dx is {dx.dtype.name} {dx.shape}; expected {batch.x.dtype.name} {batch.x.shape}"
     return 0.0, ""
 
 
-def _same_again(subject: Subject, batch: Batch) -> Answer:
+def _repeated_call(subject: Subject, batch: Batch) -> Measured:
     raw = subject.raw_y(batch)
     first = np.array(as_numpy("y", raw))
     subject.y(batch._replace(x=3 * batch.x + 1))
@@ -189,19 +190,19 @@ def _same_again(subject: Subject, batch: Batch) -> Answer:
     return worst(again, first, first, subject.dtype), ""
 
 
-def _order(subject: Subject, batch: Batch) -> Answer:
+def _reversed_samples(subject: Subject, batch: Batch) -> Measured:
     y, turned, truth = subject.y(batch), subject.y(batch._replace(x=batch.x[::-1].copy())), _truth(batch)
     return _compared("y", turned, y[::-1], truth.y_scale[::-1], subject.dtype)
 
 
-def _apart(subject: Subject, batch: Batch) -> Answer:
+def _separate_channels(subject: Subject, batch: Batch) -> Measured:
     spoiled = batch.x.copy()
     spoiled[:, 1] = 1000 * spoiled[:, 1] + 7
     y, other = subject.y(batch), subject.y(batch._replace(x=spoiled))
     return worst(other[:, [0, 2]], y[:, [0, 2]], y[:, [0, 2]], subject.dtype), ""
 
 
-def _non_finite(subject: Subject, batch: Batch) -> Answer:
+def _non_finite(subject: Subject, batch: Batch) -> Measured:
     truth, y = _truth(batch), subject.y(batch)
     inside, outside = y[:, 1], y[:, [0, 2]]
     if not np.isnan(inside).all():
@@ -209,8 +210,8 @@ def _non_finite(subject: Subject, batch: Batch) -> Answer:
     return _compared("y", outside, truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
 
 
-def _inputs_stay(call: Callable[..., Any], subject: Subject, arrays: tuple[Array, ...], *options: float) -> Answer:
-    given = [subject.given(array) for array in arrays]
+def _inputs_stay(call: Callable[..., Any], subject: Subject, arrays: tuple[Array, ...], *options: float) -> Measured:
+    given = [subject.to_namespace(array) for array in arrays]
     call(*given, *options)
     for index, (array, after) in enumerate(zip(arrays, given, strict=True)):
         if as_numpy("argument", after).tobytes() != array.tobytes():
@@ -218,76 +219,76 @@ def _inputs_stay(call: Callable[..., Any], subject: Subject, arrays: tuple[Array
     return 0.0, ""
 
 
-def _forward_inputs(subject: Subject, batch: Batch) -> Answer:
+def _forward_inputs(subject: Subject, batch: Batch) -> Measured:
     return _inputs_stay(subject.forward, subject, (batch.x, batch.weight, batch.bias), batch.eps)
 
 
-def _backward_inputs(subject: Subject, batch: Batch) -> Answer:
+def _backward_inputs(subject: Subject, batch: Batch) -> Measured:
     assert subject.backward is not None
     return _inputs_stay(subject.backward, subject, (batch.dy, batch.x, batch.weight, batch.bias), batch.eps)
 
 
-def _update_inputs(subject: Subject, batch: Batch) -> Answer:
+def _update_inputs(subject: Subject, batch: Batch) -> Measured:
     assert subject.update is not None
     return _inputs_stay(subject.update, subject, (*running(batch), batch.x), MOMENTUM)
 
 
-def _dx(subject: Subject, batch: Batch) -> Answer:
+def _dx(subject: Subject, batch: Batch) -> Measured:
     truth = _truth(batch)
     return _compared("dx", subject.gradients(batch)[0], truth.dx, truth.dx_scale, subject.dtype)
 
 
-def _dweight(subject: Subject, batch: Batch) -> Answer:
+def _dweight(subject: Subject, batch: Batch) -> Measured:
     truth = _truth(batch)
     terms = np.abs(batch.dy * truth.xhat).sum(axis=(0, 2))
     return _compared("dweight", subject.gradients(batch)[1], truth.dweight, terms, subject.dtype)
 
 
-def _dbias(subject: Subject, batch: Batch) -> Answer:
+def _dbias(subject: Subject, batch: Batch) -> Measured:
     terms = np.abs(batch.dy.astype(LONG)).sum(axis=(0, 2))
     return _compared("dbias", subject.gradients(batch)[2], _truth(batch).dbias, terms, subject.dtype)
 
 
-def _running(subject: Subject, batch: Batch, index: int) -> Answer:
-    """Of the new running_mean (0) or running_var (1), in ulp of float32 at the larger of old and new."""
+def _running(subject: Subject, batch: Batch, index: int) -> Measured:
+    """Measure running_mean (index 0) or running_var (1), in ulp of float32 at the larger of old and new."""
     truth, old = _truth(batch), running(batch)[index].astype(LONG)
     n = batch.x.shape[0] * batch.x.shape[2]
     new = truth.mean if index == 0 else truth.var * n / max(n - 1, 1)
     want, scale = (1 - MOMENTUM) * old + MOMENTUM * new, np.maximum(abs(old), abs(new))
     name = ("running_mean", "running_var")[index]
-    return _compared(name, subject.updated(batch)[index], want, scale, np.dtype("f4"))
+    return _compared(name, subject.running_statistics(batch)[index], want, scale, np.dtype("f4"))
 
 
-def _running_mean(subject: Subject, batch: Batch) -> Answer:
+def _running_mean(subject: Subject, batch: Batch) -> Measured:
     return _running(subject, batch, 0)
 
 
-def _running_var(subject: Subject, batch: Batch) -> Answer:
+def _running_var(subject: Subject, batch: Batch) -> Measured:
     return _running(subject, batch, 1)
 
 
 NEAR, FAR = ("normal", "sorted"), ("far", "outlier", "nearly constant")
 
-NUMBERS = (_y, _dx, _running_mean, _running_var)  # the questions whose errors grow with |mean|/std, if they do
+GROWING = (_y, _dx, _running_mean, _running_var)  # measurements whose error may grow with |mean|/std
 PROPERTIES = [
-    Property("y is of the dtype and shape of x", "forward", _y_kind, _one),
+    Property("y is of the dtype and shape of x", "forward", _y_type, _one_batch),
     Property("y is what the definition gives", "forward", _y, _ordinary, NEAR),
     Property("y keeps its digits where the mean is far from zero", "forward", _y, _far, FAR[:1]),
     Property("y keeps its digits beside an outlier", "forward", _y, _outliers),
     Property("a constant channel gives bias", "forward", _y, _constant),
-    Property("the order of the samples does not matter", "forward", _order, _one, NEAR, factor=2),
-    Property("channels do not see each other", "forward", _apart, _one, factor=0, shrinks=False),
-    Property("a NaN stays in its channel", "forward", _non_finite, _with(np.nan), shrinks=False),
-    Property("an infinity stays in its channel", "forward", _non_finite, _with(np.inf), shrinks=False),
-    Property("a call leaves nothing behind for the next", "forward", _same_again, _one, factor=0),
-    Property("forward leaves its arguments as they are", "forward", _forward_inputs, _one),
-    Property("dx is of the dtype and shape of x", "backward", _dx_kind, _one),
+    Property("the order of the samples does not matter", "forward", _reversed_samples, _one_batch, NEAR, factor=2),
+    Property("channels do not see each other", "forward", _separate_channels, _one_batch, factor=0, shrinks=False),
+    Property("a NaN stays in its channel", "forward", _non_finite, _with_value(np.nan), shrinks=False),
+    Property("an infinity stays in its channel", "forward", _non_finite, _with_value(np.inf), shrinks=False),
+    Property("a call leaves nothing behind for the next", "forward", _repeated_call, _one_batch, factor=0),
+    Property("forward leaves its arguments as they are", "forward", _forward_inputs, _one_batch),
+    Property("dx is of the dtype and shape of x", "backward", _dx_type, _one_batch),
     Property("dx is what the definition gives", "backward", _dx, _ordinary, NEAR, factor=3),
     Property("dx keeps its digits where the mean is far from zero", "backward", _dx, _far, FAR[:1], factor=3),
     Property("dweight is the sum of dy·xhat", "backward", _dweight, _ordinary, NEAR),
     Property("dbias is the sum of dy", "backward", _dbias, _ordinary, NEAR),
-    Property("backward leaves its arguments as they are", "backward", _backward_inputs, _one),
-    Property("update leaves its arguments as they are", "update", _update_inputs, _one),
+    Property("backward leaves its arguments as they are", "backward", _backward_inputs, _one_batch),
+    Property("update leaves its arguments as they are", "update", _update_inputs, _one_batch),
     Property("running_mean takes in the batch's mean", "update", _running_mean, _ordinary, NEAR),
     Property("running_var takes in the batch's unbiased variance", "update", _running_var, _ordinary, NEAR),
     Property("running_var keeps its digits where the mean is far from zero", "update", _running_var, _far, FAR[:1]),

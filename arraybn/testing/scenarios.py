@@ -1,4 +1,4 @@
-"""One table of named batches. Every implementation is driven by it."""
+"""The table of named batches, on which every implementation is tested."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Array = np.ndarray[Any, Any]
 
 
 class Batch(NamedTuple):
-    """A batch, and the other arguments of a batch norm.
+    """A batch with the other arguments of a batch norm.
 
     Attributes
     ----------
     x, dy : array (N, C, S)
-        float64; round them to the dtype under test.
+        In float64; to be rounded to the dtype under test.
     weight, bias : array (C,)
-        float32.
+        In float32.
     eps : float
-        ε, small against the variance of x but not nothing.
+        ε, smaller than the variance of x but large enough to matter.
     """
 
     x: Array
@@ -51,7 +51,7 @@ SCALES = {  # |mean|/std, and std
 
 
 def make(shape: str, scale: str = "standard", seed: int = 0) -> Batch:
-    """The batch of a shape in `SHAPES` and a scale in `SCALES`; the same each time.
+    """Return the batch of a shape in `SHAPES` and a scale in `SCALES`; the same batch at each call.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def make(shape: str, scale: str = "standard", seed: int = 0) -> Batch:
 
 
 def normal(shape: tuple[int, ...], ratio: float, std: float, *, seed: Any) -> Batch:
-    """Normally distributed, with |mean|/std = `ratio`."""
+    """Return a batch of normally distributed values with |mean|/std = `ratio`."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(shape) + ratio) * std
     dy = rng.standard_normal(shape) + 0.5
@@ -71,7 +71,7 @@ def normal(shape: tuple[int, ...], ratio: float, std: float, *, seed: Any) -> Ba
 
 
 def outliers(seed: int = 0) -> Array:
-    """(64, 3, 4): a channel whose first value, one whose last is 10⁶ standard deviations off, and one in order.
+    """Return x (64, 3, 4): a first or last value 10⁶ standard deviations off, and a channel in ascending order.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def outliers(seed: int = 0) -> Array:
 
 
 def named_batches() -> dict[str, Batch]:
-    """Every batch of the table by name: shapes × scales, outliers, constant and nearly constant channels.
+    """Return all batches by name: shapes × scales, outliers, constant and nearly constant channels.
 
     Examples
     --------

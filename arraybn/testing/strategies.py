@@ -1,4 +1,4 @@
-"""Hypothesis strategies: batches that batch norms fail on, and the layouts that an array can have in memory."""
+"""Hypothesis strategies: batches on which batch norms fail, and layouts of arrays in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("normal", "far", "outlier", "constant", "nearly constant", "sorted", "t
 
 
 def _channel(kind: str, n: int, ratio: float, dtype: Any, rng: np.random.Generator) -> Array:
-    """n values of one channel."""
+    """Return n values of a channel of that kind."""
     values = rng.standard_normal(n)
     limits = np.finfo(dtype)
     if kind == "far":
@@ -31,7 +31,7 @@ def _channel(kind: str, n: int, ratio: float, dtype: Any, rng: np.random.Generat
             values[0] = np.nextafter(values[0].astype(dtype), dtype(np.inf))
     elif kind == "sorted":
         values = np.sort(values)
-    elif kind == "tiny":  # subnormal, most of them
+    elif kind == "tiny":  # mostly subnormal
         values = values * float(limits.smallest_normal) / 4
     elif kind == "huge":  # within a factor of two of the largest number
         values = np.clip(values, -1, 1) * float(limits.max) * 0.75
@@ -50,19 +50,19 @@ def batches(
     least: int = 2,
     most: int = 9,
 ) -> Batch:
-    """Batches (N, C, S) of `dtype`, each channel of a kind of its own; they shrink to few and ordinary values.
+    """Draw batches (N, C, S) of `dtype`, each channel of some kind; they shrink to few and ordinary values.
 
     Parameters
     ----------
     dtype : str
-        "float16", "float32" or "float64"; x and dy are of it.
+        The dtype of x and dy: "float16", "float32" or "float64".
     kinds : sequence of str
-        Of `KINDS`: "normal", "far" (|mean|/std up to max_ratio), "outlier", "constant", "nearly constant" (one value
-        the next number), "sorted", "tiny" (subnormal), "huge" (near overflow), "nan", "inf".
+        Some of `KINDS`: "normal", "far" (|mean|/std up to max_ratio), "outlier", "constant", "nearly constant" (one
+        value is the next larger number), "sorted", "tiny" (subnormal), "huge" (near overflow), "nan", "inf".
     max_ratio : float
         The largest |mean|/std, outlier or constant.
     least, most : int
-        The fewest values in a channel (0 for empty batches, 1 for lone values), and the largest N, C and S.
+        The smallest number of values in a channel (0 allows empty batches), and the largest N, C and S.
 
     Examples
     --------
@@ -127,7 +127,7 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
 
 
 def layouts() -> st.SearchStrategy[Callable[[Array], Array]]:
-    """Functions that return an equal array lying otherwise in memory.
+    """Draw functions that return an equal array with another memory layout.
 
     Examples
     --------

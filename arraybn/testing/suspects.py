@@ -1,4 +1,4 @@
-"""Batch norms wrong in one known way each, in float64: when a stranger's result is one of these, we know why."""
+"""Batch norms with one known fault each, in float64: a result that equals one of them has its fault."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Array = np.ndarray[Any, Any]
 _AXES = (0, 2)
 
 
-def _parts(x: Array, eps: float) -> tuple[Array, Array, Array]:
-    """Mean, var and xhat (1, C, 1) and like x (N, C, S)."""
+def _statistics(x: Array, eps: float) -> tuple[Array, Array, Array]:
+    """Return mean and var (1, C, 1), and xhat (N, C, S)."""
     mean, var = x.mean(axis=_AXES, keepdims=True), x.var(axis=_AXES, keepdims=True)
     return mean, var, (x - mean) / np.sqrt(var + eps)
 
 
-def _over(x: Array, eps: float, axes: tuple[int, ...]) -> Array:
+def _normalized_over(x: Array, eps: float, axes: tuple[int, ...]) -> Array:
     result: Array = (x - x.mean(axis=axes, keepdims=True)) / np.sqrt(x.var(axis=axes, keepdims=True) + eps)
     return result
 
 
 def forwards(x: Array, w: Array, b: Array, eps: float) -> dict[str, Callable[[], Array]]:
-    """y by cause; x (N, C, S), w and b (1, C, 1)."""
-    mean, var, xhat = _parts(x, eps)
+    """Return faulty y by cause; x (N, C, S), w and b (1, C, 1)."""
+    mean, var, xhat = _statistics(x, eps)
     n = x.shape[0] * x.shape[2]
     return {
         "the variance is divided by n − 1; in the forward it is biased, divided by n (E3)": lambda: (
@@ -50,18 +50,20 @@ def forwards(x: Array, w: Array, b: Array, eps: float) -> dict[str, Callable[[],
         "bias is left out (E3)": lambda: w * xhat,
         "weight and bias are exchanged (E3)": lambda: b * xhat + w,
         "weight multiplies bias too: weight·(xhat + bias) (E3)": lambda: w * (xhat + b),
-        "the statistics are taken over each sample, as in layer norm": lambda: w * _over(x, eps, (1, 2)) + b,
+        "the statistics are taken over each sample, as in layer norm": lambda: w * _normalized_over(x, eps, (1, 2)) + b,
         "the statistics are taken over each sample and channel, as in instance norm": lambda: (
-            w * _over(x, eps, (2,)) + b
+            w * _normalized_over(x, eps, (2,)) + b
         ),
-        "the statistics are taken over the samples alone, each position by itself": lambda: w * _over(x, eps, (0,)) + b,
-        "the statistics are taken over all channels together": lambda: w * _over(x, eps, (0, 1, 2)) + b,
+        "the statistics are taken over the samples alone, each position by itself": lambda: (
+            w * _normalized_over(x, eps, (0,)) + b
+        ),
+        "the statistics are taken over all channels together": lambda: w * _normalized_over(x, eps, (0, 1, 2)) + b,
     }
 
 
 def input_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, Callable[[], Array]]:
-    """The gradient dx by cause; dy and x (N, C, S), w (1, C, 1)."""
-    _, var, xhat = _parts(x, eps)
+    """Return faulty dx by cause; dy and x (N, C, S), w (1, C, 1)."""
+    _, var, xhat = _statistics(x, eps)
     n, r = x.shape[0] * x.shape[2], 1 / np.sqrt(var + eps)
     dbias, dweight = dy.sum(axis=_AXES, keepdims=True), (dy * xhat).sum(axis=_AXES, keepdims=True)
     return {
@@ -85,7 +87,7 @@ def input_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, Call
 
 
 def _dx_with(dy: Array, x: Array, w: Array, total: Array) -> Array:
-    """(E6) with `total` in the place of var + eps."""
+    """(E6) with `total` in place of var + eps."""
     n, r = x.shape[0] * x.shape[2], 1 / np.sqrt(total)
     xhat = (x - x.mean(axis=_AXES, keepdims=True)) * r
     dbias, dweight = dy.sum(axis=_AXES, keepdims=True), (dy * xhat).sum(axis=_AXES, keepdims=True)
@@ -94,8 +96,8 @@ def _dx_with(dy: Array, x: Array, w: Array, total: Array) -> Array:
 
 
 def parameter_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, dict[str, Callable[[], Array]]]:
-    """dweight and dbias (C,) by cause."""
-    mean, _, xhat = _parts(x, eps)
+    """Return faulty dweight and dbias (C,) by cause."""
+    mean, _, xhat = _statistics(x, eps)
     n = x.shape[0] * x.shape[2]
     dweight, dbias = (dy * xhat).sum(axis=_AXES), dy.sum(axis=_AXES)
     return {
@@ -119,7 +121,7 @@ def parameter_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, 
 def updates(
     running: tuple[Array, Array], x: Array, momentum: float, eps: float
 ) -> dict[str, dict[str, Callable[[], Array]]]:
-    """running_mean and running_var (C,) by cause."""
+    """Return faulty running_mean and running_var (C,) by cause."""
     n = x.shape[0] * x.shape[2]
     mean, biased = x.mean(axis=_AXES), x.var(axis=_AXES)
     unbiased = biased * n / max(n - 1, 1)
@@ -161,7 +163,7 @@ def updates(
 
 
 def match(got: Array, candidates: dict[str, Callable[[], Array]]) -> str | None:
-    """The cause whose result `got` is, to a part in a thousand of what it changes; None if it is none of them."""
+    """Return the cause whose result equals `got`, up to 10⁻⁴ of its largest value; None if none does."""
     with np.errstate(all="ignore"):
         for cause, candidate in candidates.items():
             wrong = candidate()
