@@ -192,7 +192,7 @@ def forward_in(
 def batch_norm_backward(
     dy: Array, saved: Saved, *, out: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    """The gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 with fixed statistics).
+    """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 
     Parameters
     ----------

@@ -112,7 +112,7 @@ class _NormBase(Module):
         return self._parameters["weight"], self._parameters["bias"]
 
     def _an_array(self) -> Array | None:
-        """Return one of this layer's arrays, which all have one namespace and device; None if the layer has no array."""
+        """Return one of this layer's arrays, all of one namespace and device; None if there is none."""
         for parameter in self._own_parameters():
             if parameter is not None:
                 return parameter.data
