@@ -14,7 +14,7 @@ from arraybn.testing import check_vjp
 
 
 def with_control(function: Callable[..., Any], arguments: list[Any], dy: Any, gradients: list[Any]) -> None:
-    """The check, and that it fails for each gradient wrong by 0.1 %."""
+    """Run the check, and assert that the check fails for each gradient that is wrong by 0.1 %."""
     check_vjp(function, arguments, dy, gradients)
     for index, gradient in enumerate(gradients):
         wrong = [1.001 * g if i == index else g for i, g in enumerate(gradients)]
