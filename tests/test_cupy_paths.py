@@ -152,7 +152,7 @@ def test_amds_gpus_and_those_before_volta_get_the_reference(
     cupy: Any, monkeypatch: pytest.MonkeyPatch, is_hip: bool, capability: str, name: str
 ) -> None:
     found = importlib.util.find_spec("arraybn.kernels")
-    again = importlib.util.module_from_spec(found)  # with an `_is_recent` that nobody has replaced
+    again = importlib.util.module_from_spec(found)  # its `_is_recent` is not replaced by a test
     found.loader.exec_module(again)
     monkeypatch.setattr(cupy.cuda.runtime, "is_hip", is_hip)
     monkeypatch.setattr(cupy.cuda.Device, "compute_capability", capability)

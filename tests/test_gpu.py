@@ -334,7 +334,7 @@ def test_a_captured_graph_does_it_again_and_nothing_waits_for_the_gpu(cupy: Any,
             got = bits(out, dx, *gradients)
             assert got == bits(out, dx, *step())
     other = cupy.cuda.Stream(non_blocking=True)
-    with other:  # where no such call was made before
+    with other:  # a stream without calls so far
         other.begin_capture()
         with pytest.raises(RuntimeError, match="make one first"):  # its workspace would be zeroed by the graph alone
             step()

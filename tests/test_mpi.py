@@ -142,7 +142,7 @@ def test_processes_that_believe_to_be_alone_are_told(mpi: Mpi) -> None:
         )
         first, second = run.stdout.strip().splitlines()
         assert first.startswith(f"synchronizing over 2 processes ({name}=2), but MPI's world has one rank here"), run
-        assert second == "2"  # who asks for one rank gets one
+        assert second == "2"  # COMM_SELF has one rank
     assert "PMI_SIZE" in LAUNCHERS
 
 

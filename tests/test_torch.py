@@ -37,7 +37,7 @@ def pair(torch: Any, dims: int, dtype: str, **options: Any) -> tuple[Any, Any]:
 
 
 def same(ours: Any, theirs: Any, dtype: str, factor: float = 1.0) -> bool:
-    """Assert agreement to a few hundred roundings of the largest value: PyTorch has another order of sums and of products."""
+    """Assert agreement to a few hundred roundings of the largest value: PyTorch adds in another order."""
     theirs = theirs.detach().numpy() * factor
     scale = max(1.0, abs(theirs).max()) if theirs.size else 1.0
     return ours.shape == theirs.shape and bool((abs(ours - theirs) <= 512 * np.finfo(dtype).eps * scale).all())

@@ -27,7 +27,7 @@ from arraybn.kernels.cuda import fused, launch
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
-GUARD = 64  # bytes before and behind an array, which nobody may write to
+GUARD = 64  # bytes before and behind an array, to which no kernel may write
 PATTERN = 0xA5
 POISON = 0xFF  # what a new array is full of: NaN in every dtype
 H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)

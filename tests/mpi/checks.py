@@ -116,7 +116,7 @@ def bits() -> None:
 
 
 def counts() -> None:
-    """Check for one collective each way up to 256 channels, two beyond, and on the user's communicator one Idup alone."""
+    """Check for one collective each way up to 256 channels, else two, and for one Idup on the user's communicator."""
     notes: list[str] = []
     comm = Counting(WORLD.Dup(), notes)
     arraybn.batch_norm(np.ones((2, 3)), comm=comm)
@@ -307,7 +307,7 @@ def signalled(number: int, call: Any) -> Any:
             os.kill(os.getpid(), number)
         return combine(a, b)
 
-    WORLD.Barrier()  # whoever waits long for the others is interrupted while it waits
+    WORLD.Barrier()  # a rank that waits long here is interrupted while it waits
     frames.combine = pressed
     try:
         call()

@@ -153,7 +153,7 @@ def _eval(layer: Any) -> Any:
 
 BARE = {"affine": False, "track_running_stats": False}
 DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
-    # name: the layer of the others, that of the wrong rank, what all are told
+    # name: the layer of the good ranks, the layer of the wrong rank, the message to every rank
     "num_features": (layer_on, lambda comm: layer_on(comm, 4), "num_features: 3 on rank"),
     "eps": (layer_on, lambda comm: layer_on(comm, eps=1e-3), "eps: 1e-05 on rank"),
     "momentum": (layer_on, lambda comm: layer_on(comm, momentum=None), "momentum: 0.1 on rank"),
@@ -212,7 +212,7 @@ def run_sequences(comm: Any) -> list[str]:
     told(lambda: a(x) if wrong else a.backward(dy))
     good(a, comm)
 
-    told(lambda: (b if wrong else a)(x))  # A, B on one rank and B, A on the others
+    told(lambda: (b if wrong else a)(x))  # A, B on one rank and B, A on all other ranks
     told(lambda: (a if wrong else b)(x))
     good(a, comm)
     good(b, comm)
@@ -226,7 +226,7 @@ def run_sequences(comm: Any) -> list[str]:
     a(x)
     a.backward(dy)
 
-    _, saved = arraybn.batch_norm(x, comm=comm)  # one calls the function, the others the layer
+    _, saved = arraybn.batch_norm(x, comm=comm)  # one rank calls the function, all other ranks the layer
     arraybn.batch_norm_backward(dy, saved)
     told(lambda: arraybn.batch_norm(x, comm=comm) if wrong else a(x))
 
