@@ -1,4 +1,4 @@
-"""Arguments, checked once, at the public edge. Every error names the argument, what was expected and what came."""
+"""Checks of arguments, made once, in the public functions. An error names the argument, the expected and the given."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NUMPY_FLOATS = {np.dtype(name).num for name in ("float16", "float32", "float64"
 
 
 def _is_plain(array: Any) -> bool:
-    """Whether `array` is what nearly all callers pass, which is told quickly."""
+    """Return True for a usual NumPy or CuPy array, which needs no slower check."""
     if type(array) is np.ndarray:
         return array.dtype.num in _NUMPY_FLOATS and array.dtype.isnative
     return is_cupy_array(array) and array.dtype.num in _NUMPY_FLOATS
 
 
 def as_floating(name: str, array: Array) -> Array:
-    """`array` as a plain array of native byte order, or a TypeError that says how to make it one."""
+    """Return `array` as a plain array of native byte order; a TypeError says how to convert other values."""
     if _is_plain(array):
         return array
     if isinstance(array, np.ndarray):
@@ -62,7 +62,7 @@ def as_floating(name: str, array: Array) -> Array:
 
 
 def _as_plain_tensor(name: str, tensor: Array) -> Array:
-    """`tensor` without its part in autograd."""
+    """Return `tensor` detached from autograd."""
     torch = sys.modules["torch"]
     if tensor.is_meta:
         raise TypeError(f"{name}: expected a tensor with values; got one on the meta device")
@@ -77,7 +77,7 @@ def _as_plain_tensor(name: str, tensor: Array) -> Array:
 
 
 def check_lasting(name: str, array: Array, own: Array | None) -> None:
-    """Raise unless a layer that has the array `own` can keep `array`: one home, and no value yet to come."""
+    """Raise unless a layer with the array `own` can keep `array`: on the same device, and no JAX tracer."""
     if own is not None:
         check_home(name, array, own, "this layer")
     if is_jax_array(array) and isinstance(array, sys.modules["jax"].core.Tracer):
@@ -88,7 +88,7 @@ def check_lasting(name: str, array: Array, own: Array | None) -> None:
 
 
 def _cast(name: str, array: Array) -> str:
-    """How the libraries themselves write it."""
+    """Return the expression that converts `array` to float32 in its library."""
     if is_torch_array(array):
         return f"{name}.to(torch.float32)"
     library = namespace_name(array_namespace(array))
@@ -97,13 +97,13 @@ def _cast(name: str, array: Array) -> str:
 
 
 def _remedy(name: str, value: object) -> str:
-    if hasattr(value, "data") and hasattr(value, "grad"):  # a Parameter, which holds an array
+    if hasattr(value, "data") and hasattr(value, "grad"):  # a Parameter
         return f"Pass {name}.data"
     return f"Convert it, for example with numpy.asarray({name}, dtype=numpy.float32)"
 
 
 def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> None:
-    """Raise unless `array` is of the namespace and on the device of `like`."""
+    """Raise unless `array` has the namespace and the device of `like`."""
     if isinstance(array, np.ndarray) and isinstance(like, np.ndarray):
         return
     if type(array) is not type(like):
@@ -127,7 +127,7 @@ def check_home(name: str, array: Array, like: Array, like_name: str = "x") -> No
 
 
 def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *, of: str = "x") -> Array | None:
-    """`array` (C,), checked against `x`; None stays None."""
+    """Return `array` (C,) after a check against `x`; None stays None."""
     if array is None or (_is_plain(array) and type(array) is type(x) is np.ndarray and array.shape == (channels,)):
         return array
     array = as_floating(name, array)
@@ -140,7 +140,7 @@ def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *
 
 
 def as_number(name: str, value: Any) -> Any:
-    """`value` as it is, if it is a finite real number."""
+    """Return `value` unchanged if `value` is a finite real number, else raise."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number; got {value!r}")
     try:
@@ -153,7 +153,7 @@ def as_number(name: str, value: Any) -> Any:
 
 
 def as_flag(name: str, value: Any) -> bool:
-    """`value` as a bool, if it is one of Python or NumPy: "False", None and 0 are more often mistakes than meant."""
+    """Return a bool of Python or NumPy as a bool; raise for "False", None and 0, which are usually mistakes."""
     if value is True or value is False:
         return value
     if not isinstance(value, np.bool):
@@ -162,14 +162,14 @@ def as_flag(name: str, value: Any) -> bool:
 
 
 def as_eps(value: Any) -> float:
-    """ε as a float, if it is a finite number ≥ 0."""
+    """Return ε as a float if it is a finite number ≥ 0, else raise."""
     if as_number("eps", value) < 0:
         raise ValueError(f"eps: expected a number ≥ 0; got {value!r}")
     return float(value)
 
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int, if it is an integer and not below `least`."""
+    """Return `value` as an int if it is an integer ≥ `least`, else raise."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer; got {value!r}")
     if least is not None and value < least:
@@ -178,7 +178,7 @@ def as_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
-    """Raise unless `array` is an array of the namespace, device and shape of `like`."""
+    """Raise unless `array` has the namespace, device and shape of `like`."""
     if type(array) is not np.ndarray and not is_array_api_obj(array):
         raise TypeError(f"{name}: expected an array like {like_name}; got {class_name(array)}")
     if type(array) is not type(like):
@@ -188,7 +188,7 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
 
 
 def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
-    """Raise unless `out` can take a result like x of that shape: disjoint from `inputs`, or the same as one of them."""
+    """Raise unless `out` can hold a result like x of `shape`, and each input is disjoint from `out` or equal to it."""
     plain = type(out) is np.ndarray
     if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")

@@ -27,8 +27,7 @@ import numpy as np
 
 from ._arrays.copies import as_numpy
 from ._arrays.namespaces import class_name, dtype_name
-from ._state import StateDict
-from .modules import Module
+from .modules import Module, StateDict
 
 _LIMIT = 2**22  # bytes of names and shapes (some 20 000 arrays), which Python objects hold in up to 20 times as many
 _SEAL = {".npz": rb"arraybn-sha256:([0-9a-f]{64})\Z", ".safetensors": rb'arraybn-sha256\\": \\"([0-9a-f]{64})'}

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from . import sync
 from ._arrays.copies import copied
-from ._arrays.devices import at
+from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, array_namespace
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Backend, Module, select
 from .reference import Moments
-
-if TYPE_CHECKING:
-    from .sync import Call, Comm
-    from .sync.pooling import RankPool
-
+from .sync import Call, Comm, RankPool
 
 _ALONE = nullcontext()
 
@@ -140,10 +136,9 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # one alone is an error, which all ranks hear of
-        from . import sync
-
-        call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": sync.said(eps)})
-    with call or _ALONE, at(x):
+        settings = {"eps": sync.settings_text(eps)}
+        call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
+    with call or _ALONE, on_device_of(x):
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
         )
@@ -182,7 +177,7 @@ def forward_in(
         moments = pool = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
-        pool = None if call is None else call.pool()
+        pool = None if call is None else RankPool(call)
         if pool is not None and target is None:  # after the exchange it is too late to find out that memory is short
             target = backend.preallocate_result(view)
         weight, bias = backend.widened(weight, bias)
@@ -241,7 +236,7 @@ def batch_norm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
     call = saved._backward_call()
-    with call or _ALONE, at(dy):
+    with call or _ALONE, on_device_of(dy):
         return backward_in(call, dy, saved, out)
 
 
@@ -279,7 +274,7 @@ def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array 
     backend, rstd, weight = saved._backend, saved._rstd, saved._weight
     if saved._moments is None:
         return backend.evaluation_backward(dy, x, saved._mean, rstd, weight, out)
-    pool = None if call is None else call.pool(saved._pool)
+    pool = None if call is None else RankPool(call, saved._pool)
     if pool is not None and out is None:
         out = backend.preallocate_result(x)
     return backend.backward(dy, x, saved._moments, rstd, weight, pool, out)

@@ -31,7 +31,7 @@ import numpy as np
 
 from ._arrays.copies import as_numpy
 from ._arrays.namespaces import FLOATS, class_name, dtype_name
-from ._state import StateDict
+from .modules import StateDict
 
 _OURS = ("weight", "bias", "running_mean", "running_var")
 _FLAX = ("params/scale", "params/bias", "batch_stats/mean", "batch_stats/var")

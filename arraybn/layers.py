@@ -15,13 +15,13 @@ import numpy as np
 
 from . import sync
 from ._arrays.copies import filled
-from ._arrays.devices import at, check_device, on
+from ._arrays.devices import check_device, on_device, on_device_of
 from ._arrays.namespaces import Array, Namespace, array_namespace, as_dtype, as_namespace, dtype_name, namespace_name
 from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting, check_like
 from .functional import backward_in, forward_in
 from .modules import Module, Parameter
 from .reference import Moments
-from .statistics import updated
+from .statistics import update_unchecked
 from .sync import Call, Comm
 
 M = TypeVar("M", bound=Module)
@@ -63,7 +63,7 @@ class _NormBase(Module):
         check_device(xp, device)
         home = {"dtype": as_dtype("float32" if dtype is None else dtype, xp), "device": device}
         shape = (self.num_features,)
-        with on(device):
+        with on_device(device):
             self.register_parameter("weight", Parameter(xp.ones(shape, **home)) if self.affine else None)
             self.register_parameter("bias", Parameter(xp.zeros(shape, **home)) if self.affine else None)
             self.register_buffer("running_mean", xp.zeros(shape, **home) if self.track_running_stats else None)
@@ -166,7 +166,7 @@ class _BatchNorm(_NormBase):
         """
         if type(x) is np.ndarray:  # without the detour
             return self._forward(x, None)
-        with at(x):
+        with on_device_of(x):
             return self._forward(x, None)
 
     def _forward(self, x: Array, call: Call | None) -> Array:
@@ -181,8 +181,8 @@ class _BatchNorm(_NormBase):
         weight, bias = weight and weight.data, bias and bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
-            if call is not None:
-                call.alike = moments.n == 1  # which every rank refuses
+            if call is not None and moments.n == 1:
+                call.every_rank_raises()
             self._buffers.update(self._tracked(moments, x, tracking))
         self._remember(saved)
         return y
@@ -199,7 +199,7 @@ class _BatchNorm(_NormBase):
         """
         if type(dy) is np.ndarray:
             return self._backward(dy, None)
-        with at(dy):
+        with on_device_of(dy):
             return self._backward(dy, None)
 
     def _backward(self, dy: Array, call: Call | None) -> Array:
@@ -266,7 +266,7 @@ class _BatchNorm(_NormBase):
         mean, var, momentum, count = tracking
         if mean is None:
             return {"num_batches_tracked": count}
-        mean, var = updated(mean, var, moments, momentum)
+        mean, var = update_unchecked(mean, var, moments, momentum)
         return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
 
@@ -503,7 +503,7 @@ class SyncBatchNorm(_BatchNorm):
         call = self._begin(sync.FORWARD) if self._uses_batch_statistics() else None
         if call is None:
             return super().forward(x)
-        with call, at(x):
+        with call, on_device_of(x):
             return self._forward(x, call)
 
     def backward(self, dy: Array) -> Array:
@@ -516,7 +516,7 @@ class SyncBatchNorm(_BatchNorm):
             call = self._begin(sync.BACKWARD) if self._uses_batch_statistics() else None
         if call is None:
             return super().backward(dy)
-        with call, at(dy):
+        with call, on_device_of(dy):
             for parameter in (self.weight, self.bias):
                 if parameter is not None:  # otherwise this would fail after the exchange
                     check_like("gradient", self._recall()._mean, parameter.data, "data")
@@ -527,21 +527,21 @@ class SyncBatchNorm(_BatchNorm):
         return not evaluation or (self.running_mean is None and self.running_var is None)
 
     def _begin(self, operation: str) -> Call | None:
-        if (channel := sync.channel_of("process_group", self.process_group)) is None:
+        if (exchange := sync.exchange_over("process_group", self.process_group)) is None:
             return None
         count, array = self.num_batches_tracked, self._an_array()
         settings = {
-            "num_features": sync.said(self.num_features).removesuffix(".0"),
-            "eps": sync.said(self.eps),
-            "momentum": sync.said(self.momentum),
+            "num_features": sync.settings_text(self.num_features).removesuffix(".0"),
+            "eps": sync.settings_text(self.eps),
+            "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
-            "track_running_stats": sync.said(self.track_running_stats),
+            "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
-            "training": sync.said(self.training),
+            "training": sync.settings_text(self.training),
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
-        return sync.begin(channel, operation, self._path or self, settings, **options)
+        return sync.begin(exchange, operation, self._path or self, settings, **options)
 
     def extra_repr(self) -> str:
         """As PyTorch prints it, and the time limit where it is not the default."""

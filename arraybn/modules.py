@@ -1,24 +1,56 @@
 """Modules: parameters and buffers in a tree, with names, modes and state dicts, as in ``torch.nn``.
 
-Values are replaced, never written into. A module remembers its latest forward for one backward.
+A new value replaces an old one; no array is ever written into. A module remembers its latest forward for one backward.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from . import _state
-from ._arrays.copies import added, moved
-from ._arrays.namespaces import Array, Namespace, check_dtype, is_array_api_obj
-from ._checks import as_floating, as_integer, check_like
+import numpy as np
+
+from ._arrays.copies import add_as, as_numpy, converted, copied, moved
+from ._arrays.devices import on_device_of
+from ._arrays.namespaces import (
+    Array,
+    Namespace,
+    array_namespace,
+    check_dtype,
+    class_name,
+    device,
+    dtype_name,
+    is_array_api_obj,
+)
+from ._checks import as_flag, as_floating, as_integer, check_like
 
 M = TypeVar("M", bound="Module")
 
+if TYPE_CHECKING:
+
+    class StateDict(OrderedDict[str, Any]):
+        """An ordered dict of arrays that also carries the versions of the modules it came from, as in PyTorch."""
+
+        _metadata: OrderedDict[str, dict[str, int]]
+else:
+    StateDict = OrderedDict  # torch.load unpickles an OrderedDict by default, and no class of ours
+
+
+class IncompatibleKeys(NamedTuple):
+    """The keys that ``load_state_dict(strict=False)`` could not match."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<All keys matched successfully>"
+        return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
+
 
 class Parameter:
-    """An array that is learned, and the gradient that has been added up for it.
+    """An array that training changes, and its gradient.
 
     Parameters
     ----------
@@ -28,9 +60,9 @@ class Parameter:
     Attributes
     ----------
     data : array
-        Replaced by an optimizer's step.
+        The values; the step of an optimizer replaces them.
     grad : array or None
-        In the shape and dtype of `data`; None until a backward adds to it.
+        The sum of the gradients since the last `zero_grad`, in the shape and dtype of `data`; None before the first.
 
     Examples
     --------
@@ -56,20 +88,20 @@ class Parameter:
         return f"Parameter({self.data!r})"
 
     def plus(self, gradient: Array) -> Array:
-        """`grad` with `gradient`, of the shape of `data`, added to it, in the dtype of `data`."""
+        """Return the sum of `grad` and `gradient`, in the shape and dtype of `data`."""
         check_like("gradient", gradient, self.data, "data")
-        return added(self.grad, gradient, self.data.dtype)
+        return add_as(self.grad, gradient, self.data.dtype)
 
     def accumulate(self, gradient: Array) -> None:
-        """Make `plus(gradient)` the new `grad`."""
+        """Add `gradient`, of the shape of `data`, to `grad`."""
         self.grad = self.plus(gradient)
 
 
 class Module:
     """A node of a network: parameters, buffers and child modules by name, a forward and a hand-written backward.
 
-    Subclasses write `forward(x)`, which calls `_remember` with what the backward needs, and `backward(dy)`, which calls
-    `_recall` for it, adds to the gradients of the parameters and returns the gradient by x.
+    Subclasses write `forward(x)`, which saves the values for the backward with `_remember`, and `backward(dy)`, which
+    gets these values from `_recall`, adds to the gradients of the parameters and returns the gradient by x.
 
     Examples
     --------
@@ -95,19 +127,19 @@ class Module:
         object.__setattr__(self, "training", True)
 
     def forward(self, x: Array) -> Array:
-        """The output for the input x."""
+        """Return the output for the input x."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, dy: Array) -> Array:
-        """The gradient by the input of the latest forward, from the gradient dy by its output."""
+        """Return the gradient by the input of the latest forward, from the gradient dy by its output."""
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def extra_repr(self) -> str:
-        """The arguments, as they show in the printed tree."""
+        """Return the arguments, as the printed tree shows them."""
         return ""
 
     def __call__(self, x: Array) -> Array:
-        """`forward(x)`."""
+        """Return `forward(x)`."""
         return self.forward(x)
 
     # ---- One forward, one backward ----
@@ -116,7 +148,7 @@ class Module:
         object.__setattr__(self, "_remembered", value)
 
     def _recall(self) -> Any:
-        """What the latest forward remembered; `_forget` it once the backward has succeeded."""
+        """Return the value of the latest `_remember`; call `_forget` once the backward has succeeded."""
         if self._remembered is None:
             raise RuntimeError(
                 f"{type(self).__name__}.backward: expected a forward before it, one for each backward;"
@@ -135,7 +167,7 @@ class Module:
             parameter.grad = total
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tables of its own for a copy, and no remembered forward in a copy or a pickle."""
+        """Return the attributes for a copy or a pickle: new tables, so that a copy shares none, and no forward."""
         tables = {name: dict(self.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
         return {**self.__dict__, **tables, "_remembered": None}
 
@@ -164,7 +196,7 @@ class Module:
                 raise TypeError(f"cannot assign {type(value).__name__!r} to {name!r} ({kind} or None expected)")
             table[name] = None
         elif name in buffers:
-            buffers[name] = _state.as_buffer(name, value, buffers[name])
+            buffers[name] = _as_buffer(name, value, buffers[name])
         else:
             object.__setattr__(self, name, value)
 
@@ -197,9 +229,9 @@ class Module:
         self._parameters[name] = parameter
 
     def register_buffer(self, name: str, value: Array | int | None) -> None:
-        """Add an array that is state but is not learned; an int, which a state dict holds as a 0-d int64; or None."""
+        """Add state that is not trained: an array, an int (0-d int64 in a state dict) or None."""
         self._check_new_name("buffer", name, self._buffers)
-        self._buffers[name] = _state.as_buffer(name, value)
+        self._buffers[name] = _as_buffer(name, value)
 
     def add_module(self, name: str, module: Module | None) -> None:
         """Add a child module."""
@@ -211,7 +243,7 @@ class Module:
     # ---- Walking the tree ----
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """(name, module) of each direct child, each module once."""
+        """Yield (name, module) of each direct child, each module once."""
         seen: set[int] = set()
         for name, module in self._modules.items():
             if module is not None and id(module) not in seen:
@@ -219,13 +251,13 @@ class Module:
                 yield name, module
 
     def children(self) -> Iterator[Module]:
-        """Each direct child, once."""
+        """Yield each direct child, once."""
         return (module for _, module in self.named_children())
 
     def named_modules(
         self, memo: set[int] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Module]]:
-        """(path, module) of this module and all below it; each module once, unless told otherwise."""
+        """Yield (path, module) of this module and all below it; with `remove_duplicate`, each module once."""
         memo = set() if memo is None else memo
         if remove_duplicate:
             if id(self) in memo:
@@ -237,7 +269,7 @@ class Module:
                 yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def modules(self) -> Iterator[Module]:
-        """Each of this module and all below it, once."""
+        """Yield this module and all below it, each once."""
         return (module for _, module in self.named_modules())
 
     def _named_values(self, table: str, prefix: str, recurse: bool) -> Iterator[tuple[str, Any]]:
@@ -250,19 +282,19 @@ class Module:
                     yield f"{path}.{name}" if path else name, value
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
-        """(path, parameter), each parameter once."""
+        """Yield (path, parameter), each parameter once."""
         return self._named_values("_parameters", prefix, recurse)
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        """Each parameter, once."""
+        """Yield each parameter, once."""
         return (parameter for _, parameter in self.named_parameters(recurse=recurse))
 
     def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array | int]]:
-        """(path, buffer), each array once."""
+        """Yield (path, buffer), each array once."""
         return self._named_values("_buffers", prefix, recurse)
 
     def buffers(self, recurse: bool = True) -> Iterator[Array | int]:
-        """Each buffer, arrays once."""
+        """Yield each buffer, arrays once."""
         return (buffer for _, buffer in self.named_buffers(recurse=recurse))
 
     def train(self: M, mode: bool = True) -> M:
@@ -270,7 +302,7 @@ class Module:
         if not isinstance(mode, bool):
             raise ValueError(f"training mode is expected to be boolean; got {mode!r}")
         self.training = mode
-        for child in self.children():  # through their own train, which may be overridden to keep statistics frozen
+        for child in self.children():  # by their own train: a subclass may override it to keep statistics frozen
             child.train(mode)
         return self
 
@@ -284,9 +316,10 @@ class Module:
             parameter.grad = None
 
     def to(self: M, *, xp: Namespace | None = None, device: Any = None, dtype: Any = None) -> M:
-        """Move every parameter, gradient and buffer, in place, drop the remembered forwards, and return this module.
+        """Move every parameter, gradient and buffer, in place, forget the latest forwards, and return this module.
 
-        `xp` is a namespace such as numpy or torch; `device` and `dtype` are as it names them, a dtype also "float64".
+        `xp` is a namespace such as numpy or torch; `device` and `dtype` are those of this namespace. A dtype can also
+        be a name such as "float64".
         """
         modules, parameters = list(self.modules()), list(self.parameters())
         for module in modules:
@@ -294,7 +327,7 @@ class Module:
         values = [(name, value) for name, p in self.named_parameters() for value in (p.data, p.grad)]
         values += self.named_buffers()
         new = {id(value): moved(name, value, xp, device, dtype) for name, value in values if is_array_api_obj(value)}
-        check_dtype(dtype)  # where there is no array to move
+        check_dtype(dtype)  # a network without arrays has not checked it
         for module in modules:
             module._forget()
             for name, value in module._buffers.items():
@@ -304,22 +337,56 @@ class Module:
         return self
 
     def _check_to(self, dtype: Any) -> None:
-        """Raise if this module cannot be of that dtype."""
+        """Raise if this module cannot have that dtype."""
 
     # ---- State dicts ----
 
     def state_dict(self, prefix: str = "") -> OrderedDict[str, Array]:
-        """A copy of all parameters and buffers by path, with the versions of the modules in `_metadata`."""
-        return _state.export(self, prefix)
+        """Return a copy of all parameters and buffers by path, with the versions of the modules in `_metadata`."""
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: expected a string; got {prefix!r}")
+        state = StateDict()
+        state._metadata = OrderedDict()
+        for path, module in self.named_modules(remove_duplicate=False):
+            path = prefix + (f"{path}." if path else "")  # noqa: PLW2901
+            state._metadata[path[:-1]] = {"version": module._version}
+            values = module._own_values()
+            like = next((value for value in values.values() if not isinstance(value, int)), None)
+            for name, value in values.items():
+                state[path + name] = _exported(value, like)
+        return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> _state.IncompatibleKeys:
-        """Take over the values of a state dict, converted to the namespace, device and dtype that this module has.
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Take over the values of a state dict, converted to the namespace, device and dtype of this module.
 
-        The values of `state_dict` are anything that numpy.asarray or DLPack takes; it is left as it is. With `strict`,
-        missing and unexpected keys are errors; they are returned otherwise. Raises a TypeError where a value is no real
-        array, and one RuntimeError that lists every wrong key; then nothing has been loaded.
+        The values of `state_dict` are anything that numpy.asarray or DLPack takes; `state_dict` itself does not change.
+        With `strict`, missing and unexpected keys are errors; otherwise they are returned. Raises a TypeError where a
+        value is no real array, and one RuntimeError that lists every wrong key; then nothing has been loaded.
         """
-        return _state.load(self, state_dict, strict)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping of names to arrays; got {type(state_dict).__name__}")
+        for key in state_dict:
+            if not isinstance(key, str):
+                raise TypeError(f"state_dict: expected names as keys; got {key!r}")
+        strict, versions = as_flag("strict", strict), _versions(state_dict)
+        given = OrderedDict(state_dict)  # the modules may change it to translate an old version
+        missing: list[str] = []
+        unexpected: list[str] = []
+        errors: list[str] = []
+        before = _snapshot(self.modules())
+        try:
+            for path, module in self.named_modules(remove_duplicate=False):
+                prefix, version = (f"{path}." if path else ""), versions.get(path, {})
+                module._load_from_state_dict(given, prefix, version, strict, missing, unexpected, errors)
+            if strict:
+                errors = _key_lines("Missing", missing) + _key_lines("Unexpected", unexpected) + errors
+            if errors:
+                lines = "\n\t".join(errors)
+                raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n\t{lines}")
+        except BaseException:
+            _restore(before)
+            raise
+        return IncompatibleKeys(missing, unexpected)
 
     def _load_from_state_dict(
         self,
@@ -331,11 +398,30 @@ class Module:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load what is this module's own and not its children's; overridden to translate an old version.
+        """Load the values of this module, not of its children; add the keys that do not fit to the three lists.
 
-        `state_dict` is the load's own copy, which may be changed.
+        Subclasses override this method to translate an old version. `state_dict` is a copy that they may change.
         """
-        _state.load_own(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
+        own = self._own_values()
+        for name, value in own.items():
+            if (key := prefix + name) not in state_dict:
+                missing_keys.append(key)
+            elif (loaded := _fitted(key, state_dict[key], value, error_msgs)) is None:
+                continue
+            elif name in self._parameters:
+                self._parameters[name].data = loaded
+            else:
+                self._buffers[name] = loaded
+        for key in state_dict:
+            if key.startswith(prefix):
+                name, dot, _ = key[len(prefix) :].partition(".")
+                if name not in (self._modules if dot else own):
+                    unexpected_keys.append(key)
+
+    def _own_values(self) -> dict[str, Any]:
+        """Return the arrays and ints of this module, without its children: data of parameters, then buffers."""
+        values = {name: None if p is None else p.data for name, p in self._parameters.items()}
+        return {name: value for name, value in {**values, **self._buffers}.items() if value is not None}
 
     def __repr__(self) -> str:
         lines = [f"({name}): {module!r}".replace("\n", "\n  ") for name, module in self._modules.items()]
@@ -375,13 +461,13 @@ class Sequential(Module):
             self.add_module(name, module)
 
     def forward(self, x: Array) -> Array:
-        """The output of the last module."""
+        """Return the output of the last module."""
         for module in self:
             x = module(x)
         return x
 
     def backward(self, dy: Array) -> Array:
-        """The gradient by the input of the first module."""
+        """Return the gradient by the input of the first module."""
         for module in reversed(list(self)):
             dy = module.backward(dy)
         return dy
@@ -398,3 +484,100 @@ class Sequential(Module):
         if not -len(self) <= as_integer("index", index) < len(self):
             raise IndexError(f"index: expected {-len(self)} … {len(self) - 1}, for {len(self)} modules; got {index}")
         return list(self)[index]
+
+
+# ---- Buffers and state dicts ----
+
+
+def _as_buffer(name: str, value: Any, current: Any = None) -> Any:
+    """Return `value`, an array, an int or None, as a buffer holds it; raise a TypeError for other types.
+
+    A 0-d array that is assigned to an int (a habit from PyTorch) becomes an int.
+    """
+    if isinstance(current, int) and is_array_api_obj(value):
+        return _count(name, value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits; got {value}")
+        return value
+    if isinstance(value, np.integer):
+        return int(value)
+    if not is_array_api_obj(value):
+        raise TypeError(f"cannot assign {type(value).__name__!r} to buffer {name!r} (array, int or None expected)")
+    return value
+
+
+def _exported(value: Any, like: Array | None) -> Array:
+    """Copy an array; turn an int into a 0-d int64 on the device of `like`, or of NumPy if `like` has no int64."""
+    if not isinstance(value, int):
+        return copied(value)
+    if like is not None:
+        xp, target = array_namespace(like), device(like)
+        if "int64" in xp.__array_namespace_info__().dtypes(device=target, kind="signed integer"):
+            return xp.asarray(value, dtype=xp.int64, device=target)
+    return np.asarray(value, dtype=np.int64)
+
+
+def _versions(state_dict: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the versions of the modules by path, from the `_metadata` of `state_dict`; {} without `_metadata`."""
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"state_dict._metadata: expected a mapping of paths to versions; got {metadata!r}")
+    for path, local in metadata.items():
+        if not isinstance(local, Mapping) or not isinstance(local.get("version"), int | None):
+            raise TypeError(f"state_dict._metadata[{path!r}]: expected {{'version': an integer}}; got {local!r}")
+    return metadata
+
+
+def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
+    """Convert `value` to the type, home and dtype of `current`; return None and add to `errors` if the sizes differ."""
+    shape = () if isinstance(current, int) else tuple(current.shape)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{key}: expected a plain array; got {class_name(value)}. Convert it with numpy.asarray")
+    if not is_array_api_obj(value):
+        value = as_numpy(key, value)
+    if tuple(value.shape) != shape:
+        errors.append(
+            f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from checkpoint,"
+            f" the shape in current model is {shape}."
+        )
+        return None
+    if isinstance(current, int):
+        return _count(key, value)
+    if (name := dtype_name(value.dtype)).startswith(
+        ("complex", "str", "bytes", "object", "void", "datetime", "timedelta")
+    ):
+        raise TypeError(f"{key}: expected real numbers; got {name}")
+    return converted(key, value, array_namespace(current), device(current), current.dtype)
+
+
+def _count(key: str, value: Array) -> int:
+    """Return the 0-d `value` as an int ≥ 0."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, text, inf, a tensor without values
+        count = -1
+    with on_device_of(value):
+        whole = 0 <= count < 2**63 and bool(value == count)
+    if not whole:
+        raise TypeError(f"{key}: expected a whole number of batches ≥ 0; got {value!r}")
+    return count
+
+
+def _key_lines(kind: str, keys: list[str]) -> list[str]:
+    return [f"{kind} key(s) in state_dict: " + ", ".join(f'"{key}"' for key in keys) + ". "] if keys else []
+
+
+def _snapshot(modules: Iterable[Module]) -> list[tuple[Module, dict[str, Any], list[tuple[Any, Array]]]]:
+    """Keep references to all values; copies are not needed, as no array is ever written into."""
+    return [
+        (module, dict(module._buffers), [(p, p.data) for p in module._parameters.values() if p is not None])
+        for module in modules
+    ]
+
+
+def _restore(before: list[tuple[Module, dict[str, Any], list[tuple[Any, Array]]]]) -> None:
+    for module, buffers, parameters in before:
+        module._buffers.update(buffers)
+        for parameter, data in parameters:
+            parameter.data = data

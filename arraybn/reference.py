@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ._arrays.copies import widened
-from ._arrays.devices import at
+from ._arrays.devices import on_device_of
 from ._arrays.namespaces import Array, array_namespace, dtype_name, wide_dtype
 
 
@@ -253,9 +253,9 @@ class Moments:
     def var(self, correction: int = 0) -> Array:
         """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""
         if self.n <= correction:
-            with at(self.m2):
+            with on_device_of(self.m2):
                 return array_namespace(self.m2).full_like(self.m2, float("nan"))
-        with at(self.m2):
+        with on_device_of(self.m2):
             return self.m2 / (self.n - correction)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import reference
 from ._arrays.copies import copied
-from ._arrays.devices import at
+from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.namespaces import Array
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
@@ -47,7 +47,7 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
     """
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    with at(x):
+    with on_device_of(x):
         return reference.batch_moments(select(x, kernels), layout.view(x))
 
 
@@ -90,7 +90,7 @@ def pool(*moments: Moments) -> Moments:
                 f" got {part.mean.shape[0]}"
             )
     pooled = moments[0]
-    with at(pooled.mean):
+    with on_device_of(pooled.mean):
         for part in moments[1:]:
             pooled = reference.pool(pooled, part)
     return pooled
@@ -146,11 +146,11 @@ def update_running_stats(
         )
     if moments.n == 0:
         return copied(running["running_mean"]), copied(running["running_var"])
-    with at(moments.mean):
-        return updated(running["running_mean"], running["running_var"], moments, momentum, correction)
+    with on_device_of(moments.mean):
+        return update_unchecked(running["running_mean"], running["running_var"], moments, momentum, correction)
 
 
-def updated(
+def update_unchecked(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, correction: int = 1
 ) -> tuple[Array, Array]:
     """(E4) `update_running_stats` of arguments that are known to be right."""

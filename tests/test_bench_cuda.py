@@ -611,7 +611,7 @@ def test_a_kernel_that_never_ends_is_given_up(processes: Any, monkeypatch: pytes
 
 def test_two_ranks_are_started_and_checked(processes: Any) -> None:
     need("mpi4py")
-    if command.info._launcher() is None:
+    if command.info.launcher() is None:
         pytest.skip("there is no mpirun")
     found = made()
     found.plan.ranks = [(6, 5, 4, 3)]
@@ -657,9 +657,9 @@ def test_a_wrong_synchronized_layer_is_said_and_not_timed(monkeypatch: pytest.Mo
 
 def test_ranks_that_cannot_be_are_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     found = made()
-    monkeypatch.setattr(command.info, "_launcher", lambda: None)
+    monkeypatch.setattr(command.info, "launcher", lambda: None)
     assert "mpirun or mpi4py is missing" in found._measure_ranks()["skipped"]
-    monkeypatch.setattr(command.info, "_launcher", lambda: shutil.which("true"))
+    monkeypatch.setattr(command.info, "launcher", lambda: shutil.which("true"))
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
     assert "ended with status 0" in found._measure_ranks()["skipped"]
     found.budget = Budget(1.0)

@@ -120,7 +120,7 @@ def test_info_takes_itself_for_no_rank_when_a_launcher_starts_it(tmp_path: Path)
     need("mpi4py")
     from arraybn.commands import info
 
-    launcher = info._launcher()
+    launcher = info.launcher()
     assert launcher is not None
     command = [launcher, "-n", "1", sys.executable, "-m", "arraybn", "info"]
     env = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
@@ -294,7 +294,7 @@ def test_the_files_are_named_and_no_others_are_there(full: tuple[Result, Path], 
 
 def test_pytorch_reads_the_test_digits_with_the_saved_network_as_well(full: tuple[Result, Path]) -> None:
     torch = need("torch")
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     result, folder = full
     nn = torch.nn
@@ -328,7 +328,7 @@ def test_the_same_seed_gives_the_same_table_on_any_number_of_cores(short: tuple[
 
 
 def test_a_diverged_run_is_said_to_be_so_and_spoils_nothing(demo_libraries: None, tmp_path: Path) -> None:
-    rates = "from arraybn.commands import demo\ndemo.LEARNING_RATES = (0.1, 0.2, 0.5, 1e30)"
+    rates = "from arraybn.commands import _demo_training\n_demo_training.LEARNING_RATES = (0.1, 0.2, 0.5, 1e30)"
     result = after(rates, "demo", "--epochs", "1", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert [row["loss"] == "diverged" for row in table(result)] == 2 * [False, False, False, True]
@@ -357,7 +357,7 @@ checkpoint.load = spoiled
 
 
 def test_both_networks_start_from_the_same_weights() -> None:
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     networks = [demo.build_network(batch_norm, np.random.default_rng(0)) for batch_norm in (True, False)]
     kinds = (arraybn.network.Conv2d, arraybn.network.Linear)
@@ -370,7 +370,7 @@ def test_both_networks_start_from_the_same_weights() -> None:
 
 
 def test_evaluating_with_batch_statistics_leaves_the_network_as_it_is() -> None:
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     rng = np.random.default_rng(0)
     network, images = demo.build_network(True, rng), rng.random((40, 1, 8, 8), dtype=np.float32)
@@ -383,7 +383,7 @@ def test_evaluating_with_batch_statistics_leaves_the_network_as_it_is() -> None:
 
 
 def test_accuracy_is_that_of_evaluation_with_the_running_statistics() -> None:
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     rng = np.random.default_rng(0)
     network, images = demo.build_network(True, rng), rng.random((200, 1, 8, 8), dtype=np.float32)
@@ -396,7 +396,7 @@ def test_accuracy_is_that_of_evaluation_with_the_running_statistics() -> None:
 
 
 def test_true_statistics_are_those_of_the_inputs_in_one_batch() -> None:
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     rng = np.random.default_rng(0)
     network, images = demo.build_network(True, rng), rng.random((40, 1, 8, 8), dtype=np.float32)
@@ -411,7 +411,7 @@ def test_true_statistics_are_those_of_the_inputs_in_one_batch() -> None:
 
 
 def test_the_split_is_stratified_seeded_and_loses_nothing(demo_libraries: None) -> None:
-    from arraybn.commands import demo
+    from arraybn.commands import _demo_training as demo
 
     digits, again, other = demo.load_digits(0), demo.load_digits(0), demo.load_digits(1)
     assert len(digits.train_images) + len(digits.test_images) == 1797

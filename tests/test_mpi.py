@@ -17,7 +17,7 @@ import pytest
 from support.libraries import REQUIRED, need
 from support.ranks import Job, Mpi, mpi_of, passes, variables
 
-from arraybn.sync.mpi import LAUNCHERS
+from arraybn.sync.process import LAUNCHERS
 
 SOAK = int(os.environ.get("ARRAYBN_SOAK", "150"))
 

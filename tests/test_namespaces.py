@@ -13,7 +13,7 @@ from support.homes import Home
 from support.libraries import need
 
 import arraybn
-from arraybn._arrays.devices import at, on
+from arraybn._arrays.devices import on_device, on_device_of
 from arraybn.testing import exact_moments, scenarios
 
 SHAPES = [shape for shape in scenarios.SHAPES if shape != "one value"]
@@ -199,7 +199,7 @@ def test_state_dicts_and_copies_stay_here(home: Home) -> None:
     assert repr(twin.load_state_dict(state)) == "<All keys matched successfully>"
     clones = [twin, copy.deepcopy(layer)]
     if home.name in ("numpy", "torch") or home.name.startswith("cupy"):
-        with on(home.device):  # where CuPy unpickles
+        with on_device(home.device):  # where CuPy unpickles
             clones.append(pickle.loads(pickle.dumps(layer)))
     for clone in clones:
         np.testing.assert_array_equal(home.numpy(clone.running_mean), home.numpy(layer.running_mean))
@@ -215,7 +215,7 @@ def test_bfloat16_and_float16_where_the_namespace_has_them(home: Home) -> None:
         if not hasattr(home.xp, dtype):
             continue
         x = home.array(scenarios.make("small").x, "float32")
-        with at(x):
+        with on_device_of(x):
             x = home.xp.astype(x, getattr(home.xp, dtype))
         y, saved = arraybn.batch_norm(x)
         dx, _, _ = arraybn.batch_norm_backward(x, saved)

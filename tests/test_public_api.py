@@ -184,20 +184,20 @@ def test_importing_loads_nothing_optional() -> None:
 # The rooms of the package, and those that the modules of each may import. A room imports only rooms above it.
 ROOMS = {
     "_version": "",
+    "_plotting": "",
     "_arrays": "",
     "_checks": "_arrays",
     "reference": "_arrays",
     "kernels": "_arrays _checks reference",
     "statistics": "_arrays _checks reference kernels",
-    "_state": "_arrays _checks",
-    "modules": "_arrays _checks _state",
+    "modules": "_arrays _checks",
     "sync": "_arrays _checks reference modules",
     "functional": "_arrays _checks reference kernels statistics sync",
     "layers": "_arrays _checks reference statistics modules sync functional",
     "testing": "_arrays _checks sync",
     "network": "_arrays _checks modules",
-    "checkpoint": "_arrays _checks _state modules",
-    "interchange": "_arrays _checks _state",
+    "checkpoint": "_arrays _checks modules",
+    "interchange": "_arrays _checks modules",
 }
 ROOMS["bench"] = " ".join(ROOMS)
 ROOMS["commands"] = " ".join(ROOMS)
@@ -205,13 +205,8 @@ ROOMS["__main__"] = "_version commands"
 ROOMS[""] = " ".join(room for room in ROOMS if room not in ("bench", "commands", "__main__"))  # arraybn/__init__.py
 
 BEING_MENDED = {
-    ("arraybn._state", "arraybn.modules"),
-    ("arraybn.sync.mpi", "arraybn.sync"),
     ("arraybn.commands._bench_sync_figure", "arraybn.commands._bench_sync"),
     ("arraybn.commands._check_figure", "arraybn.commands.check"),
-    ("arraybn.commands._demo_figure", "arraybn.commands.demo"),
-    ("arraybn.commands._demo_ranks", "arraybn.commands.demo"),
-    ("arraybn.commands._demo_ranks_figure", "arraybn.commands._demo_ranks"),
 }
 
 

@@ -38,7 +38,7 @@ Result = subprocess.CompletedProcess[str]
 def mpirun() -> str:
     """The launcher beside this Python."""
     need("mpi4py")
-    launcher = info._launcher()
+    launcher = info.launcher()
     if launcher is None:
         assert "mpi4py" not in REQUIRED, "no mpirun"
         pytest.skip("there is no mpirun")
@@ -227,8 +227,8 @@ def test_under_mpirun_it_measures_those_ranks(mpirun: str, tmp_path: Path) -> No
         ("", ("--peers", "none"), "--peers: expected no such option with sync"),
         ("", ("--ladder",), "--ladder: expected no such option with sync"),
         ("sys.modules['mpi4py'] = None", (), 'sync needs mpi4py:  {python} -m pip install "arraybn[mpi]"'),
-        ("from arraybn.commands import info; info._launcher = lambda: None", (), "sync needs mpirun:  pip install"),
-        ("from arraybn.commands import info; info._launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),
+        ("from arraybn.commands import info; info.launcher = lambda: None", (), "sync needs mpirun:  pip install"),
+        ("from arraybn.commands import info; info.launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),
     ],
 )
 def test_what_cannot_be_measured_is_said(preparation: str, options: Any, message: str, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ class Counting:
 
 def test_one_collective_of_one_length_each_way_and_two_beyond_256_channels() -> None:
     def work(comm: Any) -> Any:
-        comm.channel.reducer = counting = Counting(comm.channel.reducer)
+        comm.exchange.reducer = counting = Counting(comm.exchange.reducer)
         found = []
         for channels in (1, 64, 256, 257, 2048):
             layer = SyncBatchNorm(channels, process_group=comm)
@@ -331,7 +331,7 @@ def test_fixed_statistics_take_no_part() -> None:
             layer.backward(layer(np.ones((2, 3))))
             with pytest.raises(RuntimeError, match=r"^SyncBatchNorm.backward: expected a forward"):
                 layer.backward(np.ones((2, 3)))
-        return comm.channel.calls
+        return comm.exchange.calls
 
     assert ThreadComm.run(2, work) == [0, 0]
 
@@ -498,7 +498,7 @@ def test_an_interrupt_while_waiting_breaks_the_channel_of_that_rank() -> None:
             def pressed(frame: Any, deadline: Any) -> None:
                 raise KeyboardInterrupt
 
-            comm.channel.reducer.allreduce = pressed
+            comm.exchange.reducer.allreduce = pressed
             with pytest.raises(KeyboardInterrupt):
                 layer(np.ones((2, 3)))
             with pytest.raises(arraybn.SyncError, match=r"^rank 1: KeyboardInterrupt ended the"):
@@ -583,7 +583,7 @@ def test_texts_have_a_time_limit_too() -> None:
         layer.timeout = 0.2
         if comm.rank == 1:  # it takes part in the frame, and is gone before the texts
             fields = [frames.FORMAT, *(0,) * 8]
-            comm.channel.reducer.allreduce(frames.frame(fields, frames.ERROR, 0), None)
+            comm.exchange.reducer.allreduce(frames.frame(fields, frames.ERROR, 0), None)
             return
         with pytest.raises(arraybn.SyncTimeoutError, match=r"rank 0 of 2 waited 0.2 s .* \(call 1 on this"):
             layer(np.ones((2, 3)))
@@ -608,7 +608,7 @@ def test_ranks_that_have_ended_are_named_without_waiting() -> None:
 def test_n4_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
     def work(comm: Any) -> Any:
         layer = faults.layer_on(comm)
-        allreduce = comm.channel.reducer.allreduce
+        allreduce = comm.exchange.reducer.allreduce
 
         def off(frame: Any, deadline: Any) -> None:
             allreduce(frame, deadline)
@@ -616,9 +616,9 @@ def test_n4_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> 
                 body = frames.body(frame)
                 body[0, 0] = np.nextafter(body[0, 0], 9)
 
-        comm.channel.reducer.allreduce = off
+        comm.exchange.reducer.allreduce = off
         layer(faults.part(faults.X, comm))
-        comm.channel.reducer.allreduce = allreduce
+        comm.exchange.reducer.allreduce = allreduce
         with pytest.raises(arraybn.SyncError, match=r"they disagree on checksum of all results: .* on rank 0"):
             layer.backward(faults.part(faults.DY, comm))
 
@@ -630,7 +630,7 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
     def work(comm: Any) -> None:
         layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
         name = "add" if kind == "gradients" else "allreduce"
-        original = getattr(comm.channel.reducer, name)
+        original = getattr(comm.exchange.reducer, name)
 
         def off(numbers: Any, deadline: Any) -> None:
             original(numbers, deadline)
@@ -639,12 +639,12 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
                 last[:] = np.nextafter(last, 9)
 
         layer.bias.grad = np.ones(3, "f4")
-        setattr(comm.channel.reducer, name, off)
+        setattr(comm.exchange.reducer, name, off)
         if kind == "gradients":
             arraybn.average_gradients(layer, comm, weight=1)
         else:
             arraybn.batch_norm(np.ones((2, 300)), comm=comm)
-        setattr(comm.channel.reducer, name, original)
+        setattr(comm.exchange.reducer, name, original)
         with pytest.raises(arraybn.SyncError, match=r"they disagree on checksum of all results: .* on rank 0"):
             layer(x)
 
@@ -671,7 +671,7 @@ def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> No
         layer = faults.layer_on(comm)
         layer.timeout = 0.2
         with (
-            comm.channel._lock,
+            comm.exchange._lock,
             pytest.raises(arraybn.SyncTimeoutError, match=rf"rank {comm.rank}: another thread did"),
         ):
             layer(np.ones((2, 3)))
@@ -682,7 +682,7 @@ def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> No
 
 def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(comm: Any) -> Any:
-        comm.channel._process = -1
+        comm.exchange._process = -1
         with pytest.raises(arraybn.SyncError, match=rf"rank {comm.rank}: this is a forked child, which is no rank"):
             faults.layer_on(comm)(np.ones((2, 3)))
 
@@ -745,7 +745,7 @@ def test_one_rank_is_the_plain_layer_bit_for_bit(options: dict[str, Any]) -> Non
         assert arraybn.batch_norm(x, comm=comm)[0].tobytes() == arraybn.batch_norm(x)[0].tobytes()
         arraybn.broadcast_state(plain, comm)
         arraybn.average_gradients(plain, comm, weight=3)
-        assert comm.channel.calls == 0
+        assert comm.exchange.calls == 0
 
     ThreadComm.run(1, work)
 

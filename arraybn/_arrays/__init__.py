@@ -1,1 +1,1 @@
-"""Everything that tells one array library from another, so that the rest is written once against the array API."""
+"""The differences between array libraries; all other code is written once, for the array API."""

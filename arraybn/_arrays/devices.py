@@ -1,4 +1,4 @@
-"""Devices: the contexts in which CuPy computes, and the check that a device exists."""
+"""Devices: contexts that make a device CuPy's current one, and the check that a device exists."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from array_api_compat import is_cupy_namespace, to_device
 
 from .namespaces import Array, Namespace, array_namespace, device, is_cupy_array, namespace_name
 
-_ANYWHERE: AbstractContextManager[object] = nullcontext()
+_UNCHANGED: AbstractContextManager[object] = nullcontext()
 
 
-def at(array: Any) -> AbstractContextManager[object]:
-    """A context for computing with `array`: CuPy computes, and makes arrays, on its current device alone."""
+def on_device_of(array: Any) -> AbstractContextManager[object]:
+    """Return a context for computing with `array`: CuPy computes and creates arrays on its current device only."""
     if type(array) is np.ndarray or not is_cupy_array(array):
-        return _ANYWHERE
+        return _UNCHANGED
     return array.device  # type: ignore[no-any-return]
 
 
-def on(where: Any) -> AbstractContextManager[object]:
-    """A context for making arrays on the device `where`: CuPy's functions do not heed their argument `device`."""
-    is_cupys = type(where).__module__.partition(".")[0] == "cupy"
-    return where if is_cupys else _ANYWHERE
+def on_device(target: Any) -> AbstractContextManager[object]:
+    """Return a context for creating arrays on the device `target`: CuPy ignores the argument `device`."""
+    is_cupys = type(target).__module__.partition(".")[0] == "cupy"
+    return target if is_cupys else _UNCHANGED
 
 
-def check_device(xp: Namespace, where: Any) -> None:
-    """Raise unless `where` is None or a device that `xp` has here."""
-    if where is None:
+def check_device(xp: Namespace, target: Any) -> None:
+    """Raise unless `target` is None or a device that `xp` has on this machine."""
+    if target is None:
         return
     kind = ", a cupy.cuda.Device" if is_cupy_namespace(xp) else ""
     try:
-        if kind and on(where) is not where:
-            raise TypeError(where)
-        with on(where):
-            xp.empty(0, device=where)
+        if kind and on_device(target) is not target:
+            raise TypeError(target)
+        with on_device(target):
+            xp.empty(0, device=target)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device: expected one that {namespace_name(xp)} has here{kind}; got {where!r}") from error
+        raise ValueError(f"device: expected one that {namespace_name(xp)} has here{kind}; got {target!r}") from error
 
 
 def on_default_device(array: Array) -> Array:
-    """`array` where its namespace puts arrays by default, which is the host where there is one."""
+    """Return `array` on the default device of its namespace."""
     default = array_namespace(array).__array_namespace_info__().default_device()
     return array if default is None or device(array) == default else to_device(array, default)

@@ -1,4 +1,4 @@
-"""The layout of an array: any order of the axes, seen as (N, C, S)."""
+"""The layout of an array, with its axes in any order, and the view of the array as (N, C, S)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .namespaces import Array, array_namespace
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """How an array of any layout is seen as (N, C, S), and how a result is put back into that layout.
+    """The way from an array of any layout to (N, C, S), and of a result back to that layout.
 
-    The axes are first brought into the order they have in memory, so that a transposed view of contiguous memory
-    is not copied and the result lies in memory as the input does.
+    The axes are first put in their order in memory. So a transposed view of contiguous memory is not copied, and the
+    result has the same memory layout as the input.
     """
 
     shape: tuple[int, ...]
-    order: tuple[int, ...] | None  # the axes from the slowest to the fastest in memory; None: as they are
+    order: tuple[int, ...] | None  # axes from the slowest to the fastest in memory; None if they are in this order
     ncs: tuple[int, int, int]
 
     @classmethod
     def of(cls, x: Array, channel_axis: int) -> Layout:
-        """The layout of `x` (N, C, *S), whose channels are on `channel_axis`."""
+        """Return the layout of `x` (N, C, *S) with its channels on `channel_axis`."""
         shape, ndim = tuple(x.shape), x.ndim
         if ndim < 2:
             raise ValueError(f"x: expected at least 2 dimensions, (N, C, *S); got shape {shape}")
@@ -44,17 +44,17 @@ class Layout:
 
     @property
     def n(self) -> int:
-        """How many values each channel has."""
+        """Number of values in each channel."""
         return self.ncs[0] * self.ncs[2]
 
     def view(self, array: Array) -> Array:
-        """`array`, of the user's shape, as (N, C, S)."""
+        """Return `array`, of the user's shape, as (N, C, S)."""
         if self.order is not None:
             array = array_namespace(array).permute_dims(array, self.order)
         return _reshaped(array, self.ncs)
 
     def restore(self, array: Array) -> Array:
-        """`array` (N, C, S) in the user's shape and axis order."""
+        """Return `array` (N, C, S) in the user's shape and axis order."""
         if self.order is None:
             return _reshaped(array, self.shape)
         array = _reshaped(array, tuple(self.shape[i] for i in self.order))
@@ -68,6 +68,7 @@ def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _memory_order(array: Array) -> tuple[int, ...] | None:
+    """Return the axes from the slowest to the fastest in memory; None if they are in this order, or unknown."""
     if isinstance(array, np.ndarray) and array.flags.c_contiguous:
         return None
     strides = strides_of(array)

@@ -1,4 +1,4 @@
-"""The memory of an array: addresses and strides, and the overlap of two arrays."""
+"""The memory of arrays: addresses, strides and overlaps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .namespaces import Array, is_cupy_array
 
 
 def strides_of(array: Array) -> tuple[int, ...] | None:
-    """Bytes between neighbours on each axis, or None where the namespace keeps them to itself."""
+    """Return the bytes between neighbours on each axis, or None if the namespace does not tell."""
     if is_torch_array(array):
         return tuple(int(step) * int(array.element_size()) for step in array.stride())
     return getattr(array, "strides", None)
 
 
 def footprint(array: Array) -> Array | None:
-    """A NumPy array over the same addresses, for arithmetic on them alone; None where they are not told."""
+    """Return a NumPy array over the same addresses, never to be read; None if the namespace does not tell addresses."""
     if isinstance(array, np.ndarray):
         return array
     if is_torch_array(array):
@@ -35,7 +35,7 @@ def footprint(array: Array) -> Array | None:
 
 
 def same_memory(a: Array, b: Array) -> bool:
-    """Whether `a` and `b` are element for element the same memory."""
+    """Return True if each element of `a` has the same memory as that of `b`."""
     if a is b:
         return True
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
@@ -50,15 +50,17 @@ def same_memory(a: Array, b: Array) -> bool:
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether some byte of `a` is one of `b`, as far as can be seen."""
+    """Return True if `a` and `b` share a byte, or if that cannot be found out quickly; False for unknown addresses."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
         return False
-    if is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous:  # told quickly
+    if (
+        is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous
+    ):  # a fast path for GPU kernels
         return bool(a.data.ptr < b.data.ptr + b.nbytes and b.data.ptr < a.data.ptr + a.nbytes)
     a, b = footprint(a), footprint(b)
     if a is None or b is None:
         return False
     try:
         return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:  # strides so tangled that the answer would take long: be safe
+    except np.exceptions.TooHardError:  # an exact answer would take long: the safe one is True
         return True

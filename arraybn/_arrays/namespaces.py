@@ -1,4 +1,4 @@
-"""Namespaces and dtypes: the answers that differ from one array library to another."""
+"""Namespaces and dtypes of arrays, for any array library."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from array_api_compat import is_array_api_obj as is_array_api_obj
 from array_api_compat import is_cupy_array as is_cupy_array
 from array_api_compat import is_cupy_namespace
 
-Array: TypeAlias = Any  # any array of the standard: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
+Array: TypeAlias = Any  # an array of any namespace: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def array_namespace(array: Array) -> Namespace:
-    """The array API namespace of `array`."""
-    if type(array) is np.ndarray:  # a small batch norm spends a third of its time on this question
+    """Return the array API namespace of `array`."""
+    if type(array) is np.ndarray:  # a fast path: array_api_compat takes a third of the time of a small batch norm
         return array_api_compat.numpy
     return cupy_namespace() if is_cupy_array(array) else array_api_compat.array_namespace(array)
 
@@ -33,22 +33,22 @@ def cupy_namespace() -> Namespace:
 
 
 def namespace_name(xp: Namespace) -> str:
-    """'numpy' for array_api_compat.numpy, 'jax.numpy' for jax.numpy."""
+    """Return 'numpy' for array_api_compat.numpy, 'jax.numpy' for jax.numpy."""
     return str(xp.__name__).removeprefix("array_api_compat.")
 
 
 def dtype_name(dtype: Any) -> str:
-    """'float32' for 'float32', numpy.dtype('float32'), numpy.float32, torch.float32 and array_api_strict.float32."""
+    """Return 'float32' for 'float32', numpy.float32, numpy.dtype('float32'), torch.float32 and the like."""
     return getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
 
 
 def class_name(value: object) -> str:
-    """'list' or 'torch.Tensor'."""
+    """Return the name of the value's class, such as 'list' or 'torch.Tensor'."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def wide_dtype(array: Array) -> Any:
-    """float64 where the namespace and device of `array` have it, else float32: what statistics are kept in."""
+    """Return the dtype of statistics: float64 if the namespace and device of `array` have float64, else float32."""
     if isinstance(array, np.ndarray) or is_cupy_array(array):
         return np.dtype("f8")
     xp = array_namespace(array)
@@ -57,7 +57,7 @@ def wide_dtype(array: Array) -> Any:
 
 
 def as_namespace(xp: Namespace) -> Namespace:
-    """The array API namespace behind a module such as numpy or torch."""
+    """Return the array API namespace of a module such as numpy or torch."""
     try:
         return cupy_namespace() if is_cupy_namespace(xp) else array_namespace(xp.asarray(0.0))
     except (AttributeError, TypeError) as error:
@@ -67,7 +67,7 @@ def as_namespace(xp: Namespace) -> Namespace:
 
 
 def as_dtype(dtype: Any, xp: Namespace) -> Any:
-    """`dtype`, one of `xp` or the name of one, as a dtype of `xp`."""
+    """Return `dtype`, a dtype of `xp` or its name, as a dtype of `xp`."""
     name = {"float": "float64"}.get(found := dtype_name(dtype), found)  # Python's float, as in NumPy
     if name not in FLOATS or not hasattr(xp, name):
         raise TypeError(f"dtype: expected a real floating dtype of {namespace_name(xp)}; got {dtype!r}")

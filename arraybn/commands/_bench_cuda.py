@@ -175,7 +175,7 @@ class GpuBench:
 
     def _measure_ranks(self) -> dict[str, Any]:
         """What two ranks have found; why they have not, under "skipped"."""
-        left, launcher = self.budget.left("ranks"), info._launcher()
+        left, launcher = self.budget.left("ranks"), info.launcher()
         if under_mpirun():
             return {"skipped": "this is a rank already; run the command without mpirun"}
         if importlib.util.find_spec("mpi4py") is None or launcher is None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._plotting import GREY, INK
 from ._bench_cases import LARGE_WHATS
 from ._bench_clock import Result
 from ._bench_cuda_cases import GpuCase
 from ._bench_cuda_report import floors
 from ._bench_figure import LAYOUT, _picture
 from ._check_figure import COLORS as FAMILIES
-from ._demo_figure import GREY, INK
 
 Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 Line = tuple[str, Result]  # what is done, and in which case

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from .._plotting import GREY, INK, STYLE
+from .._plotting import save as _save
+from .._plotting import spread_apart as _apart
 from . import _bench_growth as growth
 from ._bench_cases import SMALL_WHATS, WHATS
 from ._bench_clock import COPYTO, Result
 from ._bench_ladder import CASE, STEPS, rungs
 from ._bench_report import TITLES
 from ._check_figure import COLORS as FAMILIES
-from ._demo_figure import GREY, INK, STYLE, _apart, _save
 
 Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 

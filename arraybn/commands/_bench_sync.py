@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def under_mpirun() -> bool:
     """Whether a launcher says that it has started this process."""
-    from ..sync.mpi import LAUNCHERS
+    from ..sync.process import LAUNCHERS
 
     return any(os.environ.get(name, "").isdigit() for name in LAUNCHERS)
 
@@ -81,7 +81,7 @@ def under_mpirun() -> bool:
 
 def _launched(turns: int) -> Iterator[Measured]:
     """One job after another, under a progress bar."""
-    launcher = info._launcher()
+    launcher = info.launcher()
     if launcher is None:
         raise RefusedError('sync needs mpirun:  pip install "arraybn[mpi]", or an MPI of the system')
     with progress_bar(len(RANKS), "job") as bar:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._plotting import GREY, INK
 from . import _bench_sync_model as model
 from ._bench_figure import COLORS, _picture
 from ._bench_sync_ranks import BACKWARD, FORWARD, GATHER, OURS
-from ._demo_figure import GREY, INK
 
 Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 

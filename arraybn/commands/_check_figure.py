@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._demo_figure import GREY, INK, STYLE, _apart, _save
+from .._plotting import GREY, INK, STYLE
+from .._plotting import save as _save
+from .._plotting import spread_apart as _apart
 
 if TYPE_CHECKING:
     from ._check_contestants import Contestant

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .demo import Run, Statistics
+from .._plotting import GREY, INK, STYLE, save, spread_apart
+from ._demo_training import Run, Statistics, network_name
 
 Array = np.ndarray[Any, Any]
 Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
-Figure = Any
 
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; a curve is darker the higher its rate.
 COLOR = {True: "#0072b2", False: "#d55e00"}
@@ -25,24 +23,6 @@ SHADES = {
 }
 LAYER_COLORS = ("#3d9bd4", "#003f66")
 LAYER_LABELS = {"after Conv2d": ((9, -2), "left"), "after Linear": ((4, -16), "right")}  # offset in points
-NAME = {True: "with batch norm", False: "without batch norm"}
-INK, GREY = "#222222", "#6e6e6e"
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": "#a0a0a0",
-    "axes.labelcolor": GREY,
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-}
 
 
 def draw(runs: Sequence[Run], best: Run, statistics: Sequence[Statistics], path: Path) -> None:
@@ -53,11 +33,11 @@ def draw(runs: Sequence[Run], best: Run, statistics: Sequence[Statistics], path:
     runs : sequence of Run
         All trainings, with and without batch norm.
     best : Run
-        The one that `statistics` belong to.
+        The run whose network `statistics` describe.
     statistics : sequence of Statistics
-        Of each of its batch norms.
+        One for each batch norm of that network.
     path : Path
-        Where to. A file that is there already is replaced once the new one is complete.
+        The file. An existing file is replaced once the new one is complete.
     """
     from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
@@ -72,7 +52,7 @@ def draw(runs: Sequence[Run], best: Run, statistics: Sequence[Statistics], path:
         _draw_losses(rows[0], runs)
         _draw_spreads(rows[1], runs)
         _draw_statistics(rows[2], best, statistics)
-        _save(figure, path)
+        save(figure, path)
 
 
 # ---- Row 1: the loss of every run ----
@@ -104,11 +84,11 @@ def _draw_curves(axes: Axes, runs: Sequence[Run], colors: Sequence[str]) -> None
 
 
 def _losses(run: Run) -> Array:
-    """The loss before the first step, then the mean over each epoch."""
+    """Return the loss before the first step, then the mean loss of each epoch."""
     return np.asarray([run.history.losses[0], *run.history.epoch_losses])
 
 
-# ---- Row 2: the distribution of what enters the hidden ReLU, over time ----
+# ---- Row 2: the distribution of the input of the hidden ReLU, over time ----
 
 
 def _draw_spreads(row: Sequence[Axes], runs: Sequence[Run]) -> None:
@@ -131,7 +111,7 @@ def _draw_spreads(row: Sequence[Axes], runs: Sequence[Run]) -> None:
 
 
 def _thinned(spreads: Array) -> tuple[Any, Any]:
-    """Steps that are evenly spaced on a log scale, and the mean of the percentiles (5, steps) around each."""
+    """Return steps that are evenly spaced on a log scale, and the mean percentiles (5, steps) around each step."""
     edges = np.unique(np.geomspace(1, len(spreads) + 1, 60).round().astype(int))
     means = [spreads[low - 1 : high - 1].mean(axis=0) for low, high in pairwise(edges)]
     return edges[:-1], np.asarray(means).T
@@ -158,11 +138,11 @@ def _draw_statistics(row: Sequence[Axes], best: Run, statistics: Sequence[Statis
 
 
 def _finish_comparison(axes: Axes, name: str, verdict: str) -> None:
-    """The same range on both axes, the line where both are equal, and the words."""
+    """Give both axes the same range, and draw the diagonal and the texts."""
     low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot((low, high), (low, high), color="#b0b0b0", linewidth=0.8, zorder=-1000)
     axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"{name} over the whole training set")
-    _write_heading(axes, f"running_{name}", INK)
+    write_heading(axes, f"running_{name}", INK)
     _write_plain_numbers(axes)
     axes.text(0.04, 0.93, verdict, transform=axes.transAxes, va="top")
 
@@ -176,20 +156,20 @@ def _write_title(row: Sequence[Axes], title: str, subtitle: str) -> None:
     figure.text(box.x0, box.y1 + 0.041, subtitle, color=GREY)
 
 
-def _write_heading(axes: Axes, text: str, color: str) -> None:
+def write_heading(axes: Axes, text: str, color: str) -> None:
     axes.set_title(text, loc="left", color=color, fontsize=10.5, weight="bold", pad=10)
 
 
 def _share_values(row: Sequence[Axes]) -> None:
-    """The headings of the two networks, and one set of numbers for the values that both axes share."""
+    """Write the headings of the two networks, and the numbers of the shared vertical axis once."""
     for axes, batch_norm in zip(row, (True, False), strict=True):
-        _write_heading(axes, NAME[batch_norm], COLOR[batch_norm])
+        write_heading(axes, network_name(batch_norm), COLOR[batch_norm])
         _write_plain_numbers(axes)
     row[1].tick_params(labelleft=False)
 
 
 def _write_plain_numbers(axes: Axes) -> None:
-    """0.1 rather than 10⁻¹, and nothing between the powers of ten."""
+    """Write 0.1 rather than 10⁻¹ on log axes, and no number between powers of ten."""
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             axis.set_major_formatter("{x:g}")
@@ -197,26 +177,9 @@ def _write_plain_numbers(axes: Axes) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write two texts beside the height at which each curve ends, moved apart where they would touch."""
+    """Write two texts beside the end of each curve, moved apart where texts would touch."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = np.clip([to_axes.transform((axes.get_xlim()[1], value))[1] for value, _, _ in ends], 0, 1)
-    for index, height in zip(np.argsort(heights), _apart(np.sort(heights), 0.08), strict=True):
+    for index, height in zip(np.argsort(heights), spread_apart(np.sort(heights), 0.08), strict=True):
         for x, text in zip((1.03, 1.13), ends[index][1:], strict=True):
             axes.text(x, height, text, transform=axes.transAxes, va="center")
-
-
-def _apart(heights: Array, gap: float) -> Array:
-    """The ascending heights, neighbours pushed away from each other until there is the gap between them."""
-    for _ in range(100):
-        overlap = np.maximum(gap - np.diff(heights), 0) / 2
-        heights = heights + np.append(0, overlap) - np.append(overlap, 0)
-    return heights
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

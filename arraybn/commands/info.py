@@ -1,6 +1,6 @@
 """``python -m arraybn info``: what is installed here, what of it works, and how to get the rest.
 
-Libraries that are slow to import, or that may end the process, are asked in subprocesses with a time limit.
+Libraries that are slow to import, or that may end the process, are imported in subprocesses with a time limit.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .._version import __version__
 HELP = "what is installed here, what of it works, and how to get the rest"
 DESCRIPTION = "Print versions, array namespaces, kernels, MPI and GPUs, and how to install what is missing."
 
-TIME_LIMIT = 10.0  # seconds, for all probes together: they run at the same time
+TIME_LIMIT = 10.0  # seconds, for all probes together, which run at the same time
 
-EXTRAS = {  # extra: the distributions that it brings
+EXTRAS = {  # extra: the distributions that the extra installs
     "cpu": ("numba", "ml_dtypes"),
     "cuda12": ("cupy-cuda12x",),
     "cuda13": ("cupy-cuda13x",),
     "mpi": ("mpi4py", "mpich"),
     "demo": ("matplotlib", "numba", "safetensors", "scikit-learn", "tqdm"),
 }
-NAMESPACES = {  # module: what to do where it is missing
+NAMESPACES = {  # module: the command that installs a missing module
     "numpy": "pip install numpy",
     "cupy": 'pip install "arraybn[cuda12]"  (for CUDA 13: cuda13)',
     "torch": "pip install torch",
@@ -85,13 +85,13 @@ versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
 driver, library = (f"{version // 1000}.{version % 1000 // 10}" for version in versions)
 folder = pathlib.Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
 kept = sum(b"_planes_" in file.read_bytes() or b"_lines_" in file.read_bytes() for file in folder.glob("*.cubin"))
-said = f"{kept} kernels compiled, kept in {folder}" if kept else f"compiled when first used, kept in {folder}"
-print(json.dumps([f"driver {driver}, runtime {library}", said if devices else ""]))
+state = f"{kept} kernels compiled, kept in {folder}" if kept else f"compiled when first used, kept in {folder}"
+print(json.dumps([f"driver {driver}, runtime {library}", state if devices else ""]))
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--compile`."""
+    """Add `--compile`."""
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -100,12 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 0, whatever is missing."""
+    """Print the report; return 0 even if something is missing."""
     if arguments.compile and not _compile():
         return 1
-    namespaces = {name: _python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_there(name)}
-    mpi = _python(_MPI_PROBE) if _is_there("mpi4py") else None
-    gpus, numba = _gpu_probes(), _python(_NUMBA_PROBE) if _is_there("numba") else None
+    namespaces = {name: _start_python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_installed(name)}
+    mpi = _start_python(_MPI_PROBE) if _is_installed("mpi4py") else None
+    gpus, numba = _gpu_probes(), _start_python(_NUMBA_PROBE) if _is_installed("numba") else None
     deadline = time.monotonic() + TIME_LIMIT
     answers = {name: probe.answer(deadline) for name, probe in gpus.items()}
     sections = {
@@ -122,8 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compile() -> bool:
-    """Compile the CPU kernels and say how long it takes; whether they can be."""
-    if not _is_there("numba"):
+    """Compile the CPU kernels and print the times; return False without numba."""
+    if not _is_installed("numba"):
         print('--compile: expected numba; it is not installed. Run: pip install "arraybn[cpu]"', file=sys.stderr)
         return False
     from ..kernels.cpu.entries import compile_all
@@ -135,14 +135,14 @@ def _compile() -> bool:
     return True
 
 
-# ---- Asking in a subprocess ----
+# ---- Probes in subprocesses ----
 
 
-Answer: TypeAlias = tuple[list[str], str]  # the lines that a probe printed; and what went wrong, or ''
+Answer: TypeAlias = tuple[list[str], str]  # the lines that a probe printed, and its problem or ''
 
 
 class Probe:
-    """A command that has been started; its output goes to files, so that no grandchild can keep us waiting."""
+    """A started command. Its output goes to files: a pipe would wait for a grandchild that keeps the pipe open."""
 
     def __init__(self, *command: str, env: dict[str, str] | None = None) -> None:
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, `answer` closes them
@@ -150,7 +150,7 @@ class Probe:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
 
     def answer(self, deadline: float) -> Answer:
-        """The lines it printed; and what went wrong, or ''."""
+        """Wait until the deadline; return the printed lines, and the problem or ''."""
         problem = ""
         try:
             status = self._process.wait(max(0.1, deadline - time.monotonic()))
@@ -172,8 +172,8 @@ class Probe:
         return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _python(code: str, *arguments: str) -> Probe:
-    """A probe of Python code, which finds this arraybn and takes itself for no rank of a running MPI job."""
+def _start_python(code: str, *arguments: str) -> Probe:
+    """Start Python code that can import this arraybn and does not count as a rank of a running MPI job."""
     launched = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "HYDI_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     home = str(Path(__file__).resolve().parents[2])
@@ -182,13 +182,13 @@ def _python(code: str, *arguments: str) -> Probe:
 
 
 def _gpu_probes() -> dict[str, Probe]:
-    """Those who may know of GPUs."""
+    """Start the GPU probes."""
     probes = {}
     if program := shutil.which("nvidia-smi"):
         query = "--query-gpu=name,memory.total,driver_version"
         probes["nvidia-smi"] = Probe(program, query, "--format=csv,noheader")
-    if _is_there("cupy"):
-        probes["cupy"] = _python(_CUPY_PROBE)
+    if _is_installed("cupy"):
+        probes["cupy"] = _start_python(_CUPY_PROBE)
     return probes
 
 
@@ -196,7 +196,7 @@ def _gpu_probes() -> dict[str, Probe]:
 
 
 class Row(NamedTuple):
-    """What is reported on, its version, and what there is to say."""
+    """A line of the report."""
 
     name: str
     version: str
@@ -212,7 +212,7 @@ def _basics() -> list[Row]:
 
 
 def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
-    """Its version and dtypes, or why it cannot be used."""
+    """Return the namespace's version and dtypes, or the reason why it cannot be used."""
     if probe is None:
         return Row(name, "missing", NAMESPACES[name])
     lines, problem = probe.answer(deadline)
@@ -237,7 +237,7 @@ def _kernels(numba: Probe | None, deadline: float) -> list[Row]:
 
 
 def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
-    launcher = _launcher()
+    program = launcher()
     rows = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')]
     if probe is not None:
         lines, problem = probe.answer(deadline)
@@ -245,35 +245,35 @@ def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
         state = "starts" if "started" in lines else f"does not start: {problem or 'it ended early'}"
         rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
     missing = 'missing: pip install "arraybn[mpi]" or an MPI of the system'
-    return [*rows, Row("launcher", "", launcher or missing)]
+    return [*rows, Row("launcher", "", program or missing)]
 
 
-def _launcher() -> str | None:
-    """The program that starts ranks: beside this Python first, where the wheel of the mpi extra puts it."""
+def launcher() -> str | None:
+    """Return the program that starts ranks, first from the folder of this Python, where the mpi extra installs it."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return shutil.which("mpiexec", path=path) or shutil.which("mpirun", path=path)
 
 
 def _cuda_kernels(answer: Answer | None) -> Row:
-    """Whether the CUDA kernels can be used, and how many CuPy has compiled here."""
+    """Return the state of the CUDA kernels and the number of compiled kernels."""
     if answer is None:
         return Row("cuda", "missing", NAMESPACES["cupy"])
     lines, problem = answer
-    said = "" if problem or not lines else json.loads(lines[-1])[1]
-    return Row("cuda", "", f"CuPy arrays; {said}" if said else f"cannot be used: {problem or 'no GPU'}")
+    state = "" if problem or not lines else json.loads(lines[-1])[1]
+    return Row("cuda", "", f"CuPy arrays; {state}" if state else f"cannot be used: {problem or 'no GPU'}")
 
 
 def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
-    """What nvidia-smi and CuPy know of, a row for each."""
+    """Return one row for each line that nvidia-smi and CuPy report."""
     rows = []
     for name, (lines, problem) in answers.items():
-        said = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
-        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in said]
+        texts = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
+        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in texts]
     return rows or [Row("none found", "", "")]
 
 
 def _extra(name: str) -> Row:
-    """What an extra brings and the versions that are here; or the command for what is not."""
+    """Return the versions of an extra's distributions, or the command that installs the missing ones."""
     versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
     if "missing" in versions.values():
         missing = [distribution for distribution, version in versions.items() if version == "missing"]
@@ -281,8 +281,8 @@ def _extra(name: str) -> Row:
     return Row(name, "complete", ", ".join(f"{key} {version}" for key, version in versions.items()))
 
 
-def _is_there(module: str) -> bool:
-    """Whether the package can be found; it is not imported."""
+def _is_installed(module: str) -> bool:
+    """Return True if the package can be found, without importing the package."""
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
@@ -294,13 +294,13 @@ def _version(distribution: str) -> str:
 
 
 def _shortened(library: str) -> str:
-    """'MPICH 5.0.2' and 'Open MPI v5.0.7' of the long texts that they give."""
+    """Return 'MPICH 5.0.2' or 'Open MPI v5.0.7' from the long text of the library."""
     words = library.partition(",")[0].replace("Version:", "").split()
     return " ".join(words[:2] if words[:1] == ["MPICH"] else words[:8])
 
 
 def _report(sections: Mapping[str, Sequence[Row]]) -> str:
-    """Headings, and under each its rows in columns of one width throughout."""
+    """Return headings with their rows, in columns of the same width in all sections."""
     rows = [row for section in sections.values() for row in section]
     name, version = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = []
