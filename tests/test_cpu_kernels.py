@@ -364,7 +364,8 @@ def test_without_a_folder_for_the_cache_it_says_so_once_and_works() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             print(arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean, end=" ")
-            arraybn.batch_norm(numpy.asarray([[1.0], [3.0]]))
+            batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
+            arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 0.5)  # a second entry, soon compiled
         from arraybn.kernels.cpu.entries import cache_folder
         print(len(caught), caught[0].category.__name__, "NUMBA_CACHE_DIR" in str(caught[0].message), cache_folder())
     """
@@ -376,12 +377,13 @@ def test_compiled_code_is_kept_elsewhere_where_the_package_cannot_be_written(tmp
     code = """
         import numpy, arraybn
         from arraybn.kernels.cpu.entries import cache_folder
-        arraybn.moments(numpy.ones((2, 1)))
+        batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
+        arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 0.5)  # soon compiled
         print(cache_folder())
     """
     folder = Path(python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip())
     assert folder.is_relative_to(tmp_path)
-    assert list(folder.glob("entries._moments*.nbc"))
+    assert list(folder.glob("entries._running*.nbc"))
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
@@ -534,7 +536,8 @@ def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            mean = arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean
+            batch = arraybn.Moments(5, numpy.full(1, 2.0), numpy.ones(1))
+            mean, _ = arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 1.0)  # soon compiled
         print(mean, caught[0].category.__name__)
     """
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["[2.]", "RuntimeWarning"]
