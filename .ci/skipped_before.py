@@ -14,7 +14,7 @@ NOTES = Path(os.environ["SKIPPED_BEFORE"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options."""
+    """Add the options."""
     parser.addoption("--skipped-before", action="store_true", help="only what was skipped in the run before")
     parser.addoption("--and-all-of", action="append", default=[], metavar="FILE", help="but all tests of these files")
 

@@ -9,8 +9,7 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
 from .statistics import moments, pool, update_running_stats
-from .sync import SyncError, SyncTimeoutError
-from .sync.replicas import average_gradients, broadcast_state
+from .sync import SyncError, SyncTimeoutError, average_gradients, broadcast_state
 
 __all__ = [
     "BatchNorm1d",

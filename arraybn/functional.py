@@ -1,14 +1,14 @@
-"""The functions users call: validate, choose the kernels, reduce, pool, map.
+"""The functions that users call: validate, choose a backend, call the backend, place the result.
 
-Each takes arrays and returns arrays; none keeps or changes anything. The maths is in ``reference.py``.
+Each function takes arrays and returns arrays, and keeps or changes nothing else. The maths is in ``reference.py``.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from . import sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
@@ -17,18 +17,14 @@ from ._arrays.namespaces import Array, array_namespace
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Backend, Module, select
 from .reference import Moments
-
-if TYPE_CHECKING:
-    from .sync import Call, Comm
-    from .sync.pooling import RankPool
-
+from .sync import Call, Comm, RankPool
 
 _ALONE = nullcontext()
 
 
 @dataclass(slots=True, eq=False)
 class Saved:
-    """What a forward hands to its backward; opaque but for `moments`.
+    """The values that a forward hands to its backward; opaque but for `moments`.
 
     Attributes
     ----------
@@ -39,9 +35,9 @@ class Saved:
     _moments: Moments | None = field(repr=False)
     _backend: Backend = field(repr=False)
     _layout: Layout = field(repr=False)
-    _x: Array = field(repr=False)  # (N, C, *S), the caller's own; None once it is overwritten
-    _overwritten: str | None = field(repr=False)  # by what
-    _mean: Array = field(repr=False)  # (C,), and so are the next two: of the forward, nobody else's
+    _x: Array = field(repr=False)  # (N, C, *S), the caller's array; None once x is overwritten
+    _overwritten: str | None = field(repr=False)  # the cause, as a clause
+    _mean: Array = field(repr=False)  # (C,); mean, rstd and weight are private copies
     _rstd: Array = field(repr=False)
     _weight: Array | None = field(repr=False)
     _has_bias: bool = field(repr=False)
@@ -50,7 +46,7 @@ class Saved:
 
     @property
     def moments(self) -> Moments | None:
-        """Of the batch; its mean is a copy, made when it is asked for: the caller may change it."""
+        """The moments of the batch. Their mean is a copy, made at the first access: the caller may change the mean."""
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
@@ -139,10 +135,9 @@ def batch_norm(
            [0., 0.]]), None, array([2., 2.]))
     """
     call = None
-    if comm is not None and (mean is None or var is None):  # one alone is an error, which all ranks hear of
-        from . import sync
-
-        call = sync.begin(sync.channel_of("comm", comm), sync.FORWARD, "batch_norm", {"eps": sync.said(eps)})
+    if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
+        settings = {"eps": sync.settings_text(eps)}
+        call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or _ALONE, on_device_of(x):
         return forward_in(
             call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
@@ -162,7 +157,7 @@ def forward_in(
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
-    """`batch_norm` as a part of `call`, or alone."""
+    """Carry out `batch_norm` as a part of `call`, or alone."""
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     channels = layout.ncs[1]
@@ -182,7 +177,7 @@ def forward_in(
         moments = pool = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
-        pool = None if call is None else call.pool()
+        pool = None if call is None else RankPool(call)
         if pool is not None and target is None:  # after the exchange it is too late to find out that memory is short
             target = backend.preallocate_result(view)
         weight, bias = backend.widened(weight, bias)
@@ -197,7 +192,7 @@ def forward_in(
 def batch_norm_backward(
     dy: Array, saved: Saved, *, out: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    """The gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 with fixed statistics).
+    """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 
     Parameters
     ----------
@@ -248,7 +243,7 @@ def batch_norm_backward(
 def backward_in(
     call: Call | None, dy: Array, saved: Saved, out: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    """`batch_norm_backward` as a part of `call`, or alone."""
+    """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     if saved._overwritten is not None:
         raise RuntimeError(
             f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
@@ -275,11 +270,11 @@ def backward_in(
 
 
 def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
-    """dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
+    """Return dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
     backend, rstd, weight = saved._backend, saved._rstd, saved._weight
     if saved._moments is None:
         return backend.evaluation_backward(dy, x, saved._mean, rstd, weight, out)
-    pool = None if call is None else call.pool(saved._pool)
+    pool = None if call is None else RankPool(call, saved._pool)
     if pool is not None and out is None:
         out = backend.preallocate_result(x)
     return backend.backward(dy, x, saved._moments, rstd, weight, pool, out)

@@ -94,7 +94,7 @@ class _NormBase(Module):
         raise NotImplementedError(f"{type(self).__name__} does not say which inputs it takes")
 
     def extra_repr(self) -> str:
-        """The arguments as PyTorch prints them, then those of ours that are not the default."""
+        """Return the arguments as PyTorch prints them, then further arguments that are not the default."""
         text = (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine},"
             f" track_running_stats={self.track_running_stats}"
@@ -108,11 +108,11 @@ class _NormBase(Module):
         return text
 
     def _own_parameters(self) -> tuple[Parameter | None, Parameter | None]:
-        """Weight and bias, without the detour of `Module.__getattr__`."""
+        """Return weight and bias, without the detour of `Module.__getattr__`."""
         return self._parameters["weight"], self._parameters["bias"]
 
     def _an_array(self) -> Array | None:
-        """One of this layer's arrays, which all are of one home; None if there is none."""
+        """Return one of this layer's arrays, all of one namespace and device; None if there is none."""
         for parameter in self._own_parameters():
             if parameter is not None:
                 return parameter.data
@@ -144,7 +144,7 @@ class _NormBase(Module):
         )
 
 
-# Mean and var before a batch, the weight that it will have in them, and how many batches there will have been.
+# Mean and var before a batch, the weight of the batch in both, and the number of batches after the batch.
 _Tracking: TypeAlias = tuple[Array | None, Array | None, float, int | None]
 
 
@@ -170,7 +170,7 @@ class _BatchNorm(_NormBase):
             return self._forward(x, None)
 
     def _forward(self, x: Array, call: Call | None) -> Array:
-        """`forward` as a part of `call`, or alone."""
+        """Carry out `forward` as a part of `call`, or alone."""
         x = as_floating("x", x)
         if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
             check_lasting("x", x, self._an_array())
@@ -181,14 +181,14 @@ class _BatchNorm(_NormBase):
         weight, bias = weight and weight.data, bias and bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
-            if call is not None:
-                call.alike = moments.n == 1  # which every rank refuses
+            if call is not None and moments.n == 1:
+                call.every_rank_raises()
             self._buffers.update(self._tracked(moments, x, tracking))
         self._remember(saved)
         return y
 
     def backward(self, dy: Array) -> Array:
-        """The gradient by x of the latest forward, from dy (N, C, *S); adds to weight.grad and bias.grad.
+        """Return the gradient by x of the latest forward, from dy (N, C, *S); adds to weight.grad and bias.grad.
 
         Raises
         ------
@@ -203,7 +203,7 @@ class _BatchNorm(_NormBase):
             return self._backward(dy, None)
 
     def _backward(self, dy: Array, call: Call | None) -> Array:
-        """`backward` as a part of `call`, or alone."""
+        """Carry out `backward` as a part of `call`, or alone."""
         dx, dweight, dbias = backward_in(call, dy, self._recall())
         weight, bias = self._own_parameters()
         self._finish_backward((weight, dweight), (bias, dbias))
@@ -222,7 +222,7 @@ class _BatchNorm(_NormBase):
             )
 
     def _fixed_statistics(self, x: Array) -> dict[str, Array]:
-        """The running statistics where they are to be used as they are for x, otherwise nothing."""
+        """Return the running statistics, by name, where x is to be normalized with them; otherwise no item."""
         as_flag("training", self.training)
         as_flag("track_running_stats", self.track_running_stats)
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
@@ -233,12 +233,12 @@ class _BatchNorm(_NormBase):
             )
         if self.training or mean is None:
             return {}
-        as_channel_vector("running_mean", mean, x, self.num_features)  # `batch_norm` would refuse it as "mean"
+        as_channel_vector("running_mean", mean, x, self.num_features)  # `batch_norm` would name a wrong array "mean"
         as_channel_vector("running_var", var, x, self.num_features)
         return {"mean": mean, "var": var}
 
     def _tracking(self, x: Array) -> _Tracking | None:
-        """How the buffers will take in the batch x, checked before there is a result; None if they will not."""
+        """Return the buffers and momentum for the batch x, checked before there is a result; None without tracking."""
         if not (self.training and self.track_running_stats):
             return None
         buffers, momentum = self._buffers, self.momentum
@@ -254,7 +254,7 @@ class _BatchNorm(_NormBase):
         return mean, var, as_number("momentum", momentum), count
 
     def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
-        """The buffers after this batch, by name: nothing where they stay as they are."""
+        """Return the buffers that this batch changes, by name."""
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
             raise ValueError(
@@ -370,7 +370,7 @@ class BatchNorm3d(_BatchNorm):
 
 
 class _Group:
-    """A communicator, which copies share, and in place of which a pickle has the world."""
+    """A communicator. Copies share the communicator; a pickle holds the world in its place."""
 
     __slots__ = ("comm",)
 
@@ -392,7 +392,7 @@ class SyncBatchNorm(_BatchNorm):
     num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype, device, xp : optional
         As in `BatchNorm1d`.
     process_group : mpi4py communicator, optional
-        The ranks that synchronize; None for all of them.
+        The ranks that synchronize; None for all ranks.
     timeout : float or None
         Seconds to wait for the other ranks, None for ever.
 
@@ -462,7 +462,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **home)
         self.process_group = process_group
         self.timeout = timeout
-        self._path = ""  # in the model that it was converted in
+        self._path = ""  # path in the model at conversion
         self._converted_from: type[_BatchNorm] | None = None
 
     @property
@@ -496,7 +496,7 @@ class SyncBatchNorm(_BatchNorm):
     # ---- Forward and backward as calls of all ranks ----
 
     def forward(self, x: Array) -> Array:
-        """As `BatchNorm1d.forward`, with the statistics of all ranks; raises a SyncError on all of them.
+        """Normalize x as `BatchNorm1d` does, with the statistics of all ranks; an error is a SyncError on all ranks.
 
         Each channel having one value over all ranks is the plain layer's ValueError, on every rank.
         """
@@ -507,12 +507,12 @@ class SyncBatchNorm(_BatchNorm):
             return self._forward(x, call)
 
     def backward(self, dy: Array) -> Array:
-        """As `BatchNorm1d.backward`; dx knows of all ranks, weight.grad and bias.grad of this one's batch alone."""
+        """Return dx over all ranks; weight.grad and bias.grad get the sums over this rank's batch alone."""
         if self._remembered is not None:
             call = self._remembered._backward_call()
             if call is not None:
                 call.timeout = self.timeout  # it may have been changed
-        else:  # an error, which the others have to hear of if they are waiting
+        else:  # an error; the other ranks may be waiting and have to hear of it
             call = self._begin(sync.BACKWARD) if self._uses_batch_statistics() else None
         if call is None:
             return super().backward(dy)
@@ -527,24 +527,24 @@ class SyncBatchNorm(_BatchNorm):
         return not evaluation or (self.running_mean is None and self.running_var is None)
 
     def _begin(self, operation: str) -> Call | None:
-        if (channel := sync.channel_of("process_group", self.process_group)) is None:
+        if (exchange := sync.exchange_over("process_group", self.process_group)) is None:
             return None
         count, array = self.num_batches_tracked, self._an_array()
         settings = {
-            "num_features": sync.said(self.num_features).removesuffix(".0"),
-            "eps": sync.said(self.eps),
-            "momentum": sync.said(self.momentum),
+            "num_features": sync.settings_text(self.num_features).removesuffix(".0"),
+            "eps": sync.settings_text(self.eps),
+            "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
-            "track_running_stats": sync.said(self.track_running_stats),
+            "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
-            "training": sync.said(self.training),
+            "training": sync.settings_text(self.training),
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
-        return sync.begin(channel, operation, self._path or self, settings, **options)
+        return sync.begin(exchange, operation, self._path or self, settings, **options)
 
     def extra_repr(self) -> str:
-        """As PyTorch prints it, and the time limit where it is not the default."""
+        """Return the arguments as PyTorch prints them, and the time limit unless it is the default."""
         text = super().extra_repr()
         return text if self.timeout == sync.TIMEOUT else f"{text}, timeout={self.timeout}"
 
@@ -552,7 +552,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: Comm | None = None) -> M:
-        """The module with every batch norm layer in it replaced by a SyncBatchNorm, in place.
+        """Replace every batch norm layer in the module by a SyncBatchNorm, in place, and return the module.
 
         A bare layer is returned as a new one. Parameters and buffers are handed over, not copied; an existing
         SyncBatchNorm is replaced too, to get the new group. A layer that is registered twice becomes one layer. A
@@ -563,7 +563,7 @@ class SyncBatchNorm(_BatchNorm):
         module : Module
             The model, or one layer.
         process_group : mpi4py communicator, optional
-            The ranks that synchronize; None for all of them.
+            The ranks that synchronize; None for all ranks.
 
         Raises
         ------
@@ -593,7 +593,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def revert_sync_batchnorm(cls, module: M) -> M:
-        """The module with every SyncBatchNorm in it replaced by what it was converted from, in place.
+        """Replace every SyncBatchNorm in the module by the layer class that it was converted from, in place.
 
         Parameters
         ----------
@@ -632,14 +632,14 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def _as_class(kind: type[N], layer: _BatchNorm) -> N:
-    """A layer of that class with all attributes of `layer`: its parameters themselves, its buffers, its training."""
+    """Return a layer of that class that shares all attributes of `layer`: parameters, buffers, training."""
     new = kind.__new__(kind)
     new.__dict__.update(layer.__getstate__())
     return new
 
 
 def _replaced(module: M, kind: type[Any], new: Callable[[str, Any], Module]) -> M:
-    """`module` with every layer of that class replaced; all of the new layers are made before one is put in place."""
+    """Replace every layer of that class in `module`; all new layers are made before the first is put in place."""
     if not isinstance(module, Module):
         raise TypeError(f"module: expected a Module; got {type(module).__name__}")
     made = {id(found): new(path, found) for path, found in module.named_modules() if isinstance(found, kind)}

@@ -13,7 +13,7 @@ from .reference import Moments
 
 
 def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
-    """n, mean and m2 of each channel of x (E1).
+    """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
 
 
 def pool(*moments: Moments) -> Moments:
-    """The moments of disjoint batches taken together, as if they had been one batch (E2).
+    """Return the moments of disjoint batches together, as if they had been one batch (E2).
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def pool(*moments: Moments) -> Moments:
 def update_running_stats(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
-    """The running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
+    """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def update_running_stats(
 def update_unchecked(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, correction: int = 1
 ) -> tuple[Array, Array]:
-    """(E4) `update_running_stats` of arguments that are known to be right."""
+    """(E4) Return the running statistics after one more batch; the arguments are known to be right."""
     update = select(moments.mean).update_running_stats
     return update(running_mean, running_var, moments.mean, moments.var(correction), momentum)
 

@@ -1,7 +1,7 @@
-"""How Sphinx makes the site from these pages: ``python -m sphinx -W --keep-going docs build/site``.
+"""Settings of Sphinx, which makes the site from these pages: ``python -m sphinx -W --keep-going docs build/site``.
 
-The pages are plain Markdown and read as well where the code is hosted. Here the lessons are brought in from notebooks/,
-formulas become MathML, which a browser draws without script or network, and the capability table is made from tests/.
+The pages are plain Markdown, so a code host can show them too. This file copies the lessons from notebooks/, turns
+formulas into MathML, which a browser draws without script or network, and makes the capability table from tests/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from arraybn.__main__ import COMMANDS  # noqa: E402
 
 SHOWN = re.findall(r"literalinclude\} \.\./\.\./(\S+)", (DOCS / "reference" / "source.md").read_text())
 
-QUOTED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages that are files beside docs/
+QUOTED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages whose text is in a file beside docs/
 
 project = "arraybn"
 author = "The arraybn developers"
@@ -44,12 +44,12 @@ exclude_patterns = ["build", "**/.ipynb_checkpoints"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
-nb_execution_mode = "off"  # the outputs are kept in the notebooks, and tests run these
+nb_execution_mode = "off"  # the notebooks hold their outputs, and tests run the notebooks
 nb_merge_streams = True
 
 default_role = "code"  # `x` in docstrings
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say shapes, which types do not
+autodoc_typehints = "none"  # the docstrings state the shapes; types do not
 napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -104,7 +104,7 @@ def links_within_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
 
 @cache
 def katex() -> MiniRacer:
-    """KaTeX, which knows more of LaTeX than what there is in Python, in a JavaScript machine of its own."""
+    """Return KaTeX in a JavaScript machine of its own; KaTeX supports more of LaTeX than the Python packages do."""
     machine = MiniRacer()
     machine.eval("self = this;" + Path(sphinxcontrib.katex.__file__).with_name("katex.min.js").read_text())
     machine.eval("mathml = (text, block) => katex.renderToString(text, {output: 'mathml', displayMode: block})")
@@ -112,7 +112,7 @@ def katex() -> MiniRacer:
 
 
 def as_mathml(self: Any, node: nodes.Element) -> None:
-    """Write a formula as MathML; one that is wrong is a warning."""
+    """Write a formula as MathML; warn of a formula that cannot be parsed."""
     block = isinstance(node, nodes.math_block)
     try:
         mathml = katex().call("mathml", node.astext(), block)
@@ -125,7 +125,7 @@ def as_mathml(self: Any, node: nodes.Element) -> None:
 
 
 def names_of_tests_break(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Let the long names of tests break at their underscores, and mark the tables that have a column of them."""
+    """Allow line breaks in the long names of tests, and mark the tables that have a column of test names."""
     for literal in doctree.findall(nodes.literal):
         if (text := literal.astext()).startswith("tests/"):
             broken = re.sub(r"(_|::)", r"\1<wbr>", text)
@@ -136,16 +136,16 @@ def names_of_tests_break(app: Sphinx, doctree: nodes.document, docname: str) -> 
 
 
 def formulas_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep (N, C, *S) from being read as emphasis, and |mean| as a substitution."""
+    """Escape (N, C, *S), or docutils reads emphasis, and |mean|, or docutils reads a substitution."""
     starred = (re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines)
     lines[:] = [re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred]
 
 
 class CommandHelp(SphinxDirective):
-    """What ``--help`` of each command prints."""
+    """The directive ``command-help``: the text that ``--help`` of each command prints."""
 
     def run(self) -> list[nodes.Node]:
-        """One block for each."""
+        """Return one block for each command."""
         made: list[nodes.Node] = []
         for name, command in COMMANDS.items():
             parser = argparse.ArgumentParser(f"python -m arraybn {name}", description=command.DESCRIPTION)
@@ -156,10 +156,10 @@ class CommandHelp(SphinxDirective):
 
 
 class CapabilityTable(SphinxDirective):
-    """The cases of tests/test_capabilities.py."""
+    """The directive ``capability-table``: the cases of tests/test_capabilities.py."""
 
     def run(self) -> list[nodes.Node]:
-        """The table, by way of Markdown."""
+        """Return the table, parsed from Markdown."""
         import test_capabilities  # imports hypothesis and pytest
 
         head, rows = test_capabilities.table()
@@ -170,7 +170,7 @@ class CapabilityTable(SphinxDirective):
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this first."""
+    """Connect everything above; Sphinx calls this function first."""
     bring_lessons()
     app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     app.add_directive("command-help", CommandHelp)

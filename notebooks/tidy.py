@@ -1,10 +1,10 @@
-"""Run lessons from a fresh kernel and keep them tidy, so that a changed lesson is a small difference.
+"""Run lessons from a fresh kernel and write them in a fixed form, so that a changed lesson is a small difference.
 
     python notebooks/tidy.py notebooks/1-*.ipynb            # run, strip and write in place
     python notebooks/tidy.py --no-run notebooks/1-*.ipynb   # only strip and write
 
-The kernel is that of the running Python, whatever else the user has installed. The first cell that raises is shown, and
-nothing is written. What is stripped: execution times, the editor's settings, and what tells one machine from another.
+The kernel is that of the running Python, whatever other kernels are installed. If a cell raises, the error is shown and
+nothing is written. Execution times, the editor's settings and all traces of the machine are removed.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TIME_LIMIT = 300  # seconds for one cell; the first of all may have much to compile
+TIME_LIMIT = 300  # seconds for one cell; the first cell may have much to compile
 COLOURS = r"\x1b\[[0-9;]*m"  # of IPython's tracebacks
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Execute the cells in a fresh kernel of this Python that works in `folder`; raise at the first that fails."""
+    """Execute the cells in `folder`, in a fresh kernel of this Python; raise at the first cell that fails."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
-    os.environ.pop("MPLBACKEND", None)  # otherwise there would be no pictures
+    os.environ.pop("MPLBACKEND", None)  # with another backend there would be no pictures
     with tempfile.TemporaryDirectory() as profile:
-        os.environ["IPYTHONDIR"] = profile  # without what the user has set for every notebook
+        os.environ["IPYTHONDIR"] = profile  # ignores the user's own settings
         manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         where = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, km=manager, timeout=TIME_LIMIT, resources=where, record_timing=False).execute()
 
 
 def tidy(notebook: nbformat.NotebookNode, prefix: str) -> None:
-    """Strip what says nothing to a reader, and give cells that have none an id to be read, such as l3-momentum."""
+    """Remove metadata that no reader needs, and give each cell without an id a readable one, like l3-momentum."""
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     taken: set[str] = set()
@@ -56,7 +56,7 @@ def tidy(notebook: nbformat.NotebookNode, prefix: str) -> None:
 
 
 def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """The outputs without metadata; what was printed in parts is one, because the parts differ from run to run."""
+    """Return the outputs without metadata; join printed parts, because the parts differ from run to run."""
     result: list[nbformat.NotebookNode] = []
     for output in outputs:
         if "metadata" in output:
@@ -70,12 +70,12 @@ def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 
 def slug(source: str) -> str:
-    """The first words of a cell that an id may have."""
+    """Return the first words of a cell, in the letters that an id may have."""
     return "-".join(re.findall(r"[a-z][a-z0-9]+", source.lower())[:3])[:24].strip("-") or "cell"
 
 
 def unique(name: str, taken: set[str]) -> str:
-    """The name, with a number where it is taken."""
+    """Return the name, with a number if the name is taken."""
     number, result = 1, name
     while result in taken:
         number += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn import reference
@@ -380,13 +380,13 @@ def test_an_empty_batch_gives_an_empty_y_and_zero_gradients() -> None:
         assert np.isnan(saved.moments.var()).all()
 
 
-def test_var_is_nan_without_a_warning_where_it_is_not_defined() -> None:
+def test_e1_var_is_nan_without_a_warning_where_it_is_not_defined() -> None:
     moments = arraybn.moments(X[:1, :, :1, :1])
     assert np.isnan(moments.var(1)).all()
     assert moments.var(0).tolist() == [0, 0, 0]
 
 
-def test_update_running_stats_returns_new_arrays_even_of_nothing() -> None:
+def test_e4_update_running_stats_returns_new_arrays_even_of_nothing() -> None:
     mean, var = np.asarray([1.0, 2.0, 3.0]), np.ones(3)
     for batch in (arraybn.moments(X[:0]), arraybn.moments(X)):
         new_mean, new_var = arraybn.update_running_stats(mean, var, batch, 0.5)

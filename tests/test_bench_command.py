@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
-from test_commands import bare, bare_site  # noqa: F401, a fixture
+from support.commands import bare
+from support.libraries import need
 
 import arraybn
 from arraybn import reference
@@ -699,7 +699,7 @@ def environment_is_of(path: Path, parent: int) -> bool:
         return False
 
 
-def test_it_works_without_any_peer_numba_tqdm_and_matplotlib(bare_site: Path) -> None:  # noqa: F811
+def test_it_works_without_any_peer_numba_tqdm_and_matplotlib(bare_site: Path) -> None:
     result = bare(bare_site, "bench", "--shapes", "40,30", "--repeats", "3")
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert 'numba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"' in result.stdout

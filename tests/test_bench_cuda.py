@@ -23,7 +23,8 @@ import fake_device
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import cupy_here, need
+from support.gpu import cupy_here
+from support.libraries import need
 
 import arraybn
 from arraybn import reference

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOMES, Home, need
+from support.homes import HOMES, Home
+from support.libraries import need
 
 import arraybn
 from arraybn import kernels

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn.commands import check

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 

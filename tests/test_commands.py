@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import configparser
-import contextlib
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-import venv
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.commands import PACKAGE, Result, added, after, arraybn_command, bare, environment, python
+from support.libraries import need
 
 import arraybn
 
-PACKAGE = Path(arraybn.__file__).parent
 MODULES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 ROW = re.compile(
     r"^(?P<network>with(?:out)? batch norm) +(?P<lr>\S+) +(?P<loss>\S+) +(?P<batch>\S+) +(?P<running>\S+) +[\d.]+$",
     re.MULTILINE,
 )
-
-Result = subprocess.CompletedProcess[str]
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """The child finds the same arraybn from any folder, and is asked for no colours or encodings."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **changes}
-
-
-def python(*arguments: str, limit: float = 60, cwd: Path, **changes: str) -> Result:
-    command = [sys.executable, *arguments]
-    env = environment(**changes)
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=limit, cwd=cwd, env=env, check=False)
-
-
-def arraybn_command(*arguments: str, cwd: Path, limit: float = 60, **changes: str) -> Result:
-    return python("-m", "arraybn", *arguments, cwd=cwd, limit=limit, **changes)
-
-
-def after(preparation: str, *arguments: str, cwd: Path) -> Result:
-    """The command, run in a Python that has executed `preparation` first."""
-    code = f"import sys\n{preparation}\nfrom arraybn.__main__ import main\nsys.exit(main({list(arguments)!r}))"
-    return python("-c", code, cwd=cwd)
 
 
 def table(result: Result) -> list[dict[str, str]]:
@@ -64,52 +36,6 @@ def table(result: Result) -> list[dict[str, str]]:
 def is_clean(result: Result) -> bool:
     """Whether nothing was written to stderr that a person would wonder about."""
     return not re.search(r"Traceback|Warning|Exception", result.stderr)
-
-
-# ---- A Python that has arraybn and what it requires, and nothing else ----
-
-
-@pytest.fixture(scope="module")
-def bare_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of its packages, which are links; tests may add some."""
-    home = tmp_path_factory.mktemp("bare")
-    venv.create(home, symlinks=os.name != "nt")
-    site = next(home.rglob("site-packages"))
-    (site / "arraybn").symlink_to(PACKAGE)
-    for name in ("numpy", "array-api-compat"):
-        distribution = metadata.distribution(name)
-        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
-        for top in tops:
-            (site / top).symlink_to(Path(str(distribution.locate_file(top))))
-    return site
-
-
-def bare(site: Path, *arguments: str, **changes: str) -> Result:
-    """`python -m arraybn` there, with nothing on PATH."""
-    home = next(parent for parent in site.parents if (parent / "pyvenv.cfg").exists())
-    program = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"PATH": str(site), "PYTHONIOENCODING": "utf-8", **changes}
-    command = [str(program), *(arguments if arguments[0] == "-c" else ("-m", "arraybn", *arguments))]
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", timeout=60, cwd=site.parent, env=env, check=False
-    )
-
-
-@contextlib.contextmanager
-def added(site: Path, files: dict[str, str]) -> Iterator[None]:
-    """The site with more files in it, of packages or programs that it does not have."""
-    tops = {site / Path(name).parts[0] for name in files}
-    assert not any(top.exists() for top in tops)
-    try:
-        for name, text in files.items():
-            (site / name).parent.mkdir(exist_ok=True)
-            (site / name).write_text(text)
-            (site / name).chmod(0o755)
-        yield
-    finally:
-        for top in tops:
-            shutil.rmtree(top) if top.is_dir() else top.unlink()
 
 
 def line(result: Result, start: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn.testing import ThreadComm
@@ -72,7 +72,7 @@ TABLE: dict[str, tuple[Callable[[], tuple[Any, Any]], float, int]] = {  # moment
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras with JAX on NumPy 2
 @pytest.mark.parametrize("library", TABLE)
-def test_a_library_weighs_and_corrects_as_the_table_says(library: str) -> None:
+def test_e4_a_library_weighs_and_corrects_as_the_table_says(library: str) -> None:
     ask, momentum, correction = TABLE[library]
     mean, var = (np.asarray(value).reshape(1) for value in ask())
 
@@ -87,7 +87,7 @@ def test_a_library_weighs_and_corrects_as_the_table_says(library: str) -> None:
     assert not alike(ours(momentum, 1 - correction))
 
 
-def test_one_value_is_bias_in_the_functions_and_no_unbiased_variance() -> None:
+def test_e4_n3_one_value_is_bias_in_the_functions_and_has_no_unbiased_variance() -> None:
     x, bias = np.asarray([[3.0, -7e8]]), np.asarray([0.5, 2.0])
     y, saved = arraybn.batch_norm(x, np.ones(2), bias)
     assert y.tolist() == [bias.tolist()]

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAKE_CUPY, cupy_here, need
-from test_mpi import environment, passes, variables
+from support.gpu import FAKE_CUPY, cupy_here
+from support.libraries import need
+from support.ranks import mpi_of, passes, variables
 
 import arraybn
 from arraybn import kernels
@@ -429,7 +430,7 @@ def test_everything_holds_under_mpirun_on_three_ranks_that_share_two_gpus(served
     need("mpi4py")
     if served == "cuda" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("there is no g++")
-    mpi = environment(sys.executable)
+    mpi = mpi_of(sys.executable)
     if mpi is None:
         pytest.skip("there is no mpirun")
     path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "cuda", FAKE_CUPY]))
@@ -473,7 +474,7 @@ def test_the_demo_trains_on_a_gpu_and_says_which(tmp_path: Path) -> None:
 def test_the_demo_trains_on_ranks_that_each_have_a_gpu(tmp_path: Path) -> None:
     for name in ("sklearn", "tqdm", "threadpoolctl", "mpi4py"):
         need(name)
-    mpi = environment(sys.executable)
+    mpi = mpi_of(sys.executable)
     if mpi is None:
         pytest.skip("there is no mpirun")
     env = variables(PYTHONPATH=os.pathsep.join([str(ROOT), str(FAKE_CUPY)]), ARRAYBN_FAKE_HIP="1")

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAKE_CUPY, REQUIRED, _real_cupy, cupy_here
-from test_mpi import environment, passes
+from support.gpu import FAKE_CUPY, cupy_here, real_cupy
+from support.libraries import REQUIRED
+from support.ranks import mpi_of, passes
 
 import arraybn
 from arraybn.kernels import MODULES
@@ -45,7 +46,7 @@ RNG = np.random.default_rng(20)
 @pytest.fixture(scope="module")
 def cupy() -> Iterator[Any]:
     """CuPy with a GPU; a skip, or a failure, without."""
-    if _real_cupy() is None and not ON_FAKE:
+    if real_cupy() is None and not ON_FAKE:
         assert "cupy" not in REQUIRED, "CuPy finds no GPU, or is not installed"
         pytest.skip("CuPy finds no GPU, or is not installed")
     with cupy_here("cuda") as found:
@@ -127,7 +128,7 @@ def usable(dtype: str, scale: str) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_the_promises_hold_over_the_table(cupy: Any, kernels: str, dtype: str, layout: str) -> None:
+def test_n1_n2_hold_over_the_table(cupy: Any, kernels: str, dtype: str, layout: str) -> None:
     for shape, scale in [case for case in CASES if usable(dtype, case[1])][:: 5 if ON_FAKE else 1]:
         batch, (x, dy, exact) = scenarios.make(shape, scale), truth(shape, scale, dtype)
         here, weight, bias = placed(cupy, x, layout), cupy.asarray(batch.weight), cupy.asarray(batch.bias)
@@ -145,7 +146,7 @@ def test_the_promises_hold_over_the_table(cupy: Any, kernels: str, dtype: str, l
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_constant_channels_are_exactly_bias_and_others_do_not_mind_nan(cupy: Any, kernels: str) -> None:
+def test_n3_constant_channels_are_exactly_bias_and_others_do_not_mind_nan(cupy: Any, kernels: str) -> None:
     values = np.asarray([3e7, 0.1, -1e-30, 0.0, 1 / 3, np.nan, np.inf], "f4")
     bias = np.asarray([0.1, -2.0, 3.0, 1e-9, 0.7, 5.0, 6.0], "f4")
     x = np.tile(values[None, :, None], (70, 1, 131))
@@ -170,7 +171,9 @@ SHAPES = {  # several blocks in a channel, many channels, odd planes, few values
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernels", FAST)
 @pytest.mark.parametrize("name", SHAPES)
-def test_large_batches_are_right_and_the_same_bits_each_time(cupy: Any, name: str, kernels: str, dtype: str) -> None:
+def test_n1_n4_large_batches_are_right_and_the_same_bits_each_time(
+    cupy: Any, name: str, kernels: str, dtype: str
+) -> None:
     n, c, s = SHAPES[name]
     if ON_FAKE:
         n, c, s = (max(1, size // 16) if size > 4 else size for size in (n, c, s))
@@ -249,7 +252,7 @@ def some(cupy: Any, *shape: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("kernels", FAST)
-def test_any_stream_and_several_threads_give_the_same_bits(cupy: Any, kernels: str) -> None:
+def test_n4_any_stream_and_several_threads_give_the_same_bits(cupy: Any, kernels: str) -> None:
     arrays = some(cupy, 4, 8, 3000)
     want = bits(*results_of(cupy, *arrays, kernels))
     cupy.cuda.Device().synchronize()
@@ -433,7 +436,7 @@ def test_ranks_as_threads_agree_with_the_whole_batch(cupy: Any, size: int) -> No
 @pytest.mark.parametrize("kernels", ["reference", "cuda"])
 def test_ranks_under_mpirun_share_the_gpu(cupy: Any, kernels: str) -> None:
     pytest.importorskip("mpi4py")
-    mpi = environment(sys.executable)
+    mpi = mpi_of(sys.executable)
     if mpi is None:
         pytest.skip("there is no mpirun")
     path = [ROOT, ROOT / "tests", ROOT / "tests" / "cuda", *([FAKE_CUPY] if hasattr(cupy, "_fake") else [])]

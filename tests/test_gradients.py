@@ -64,7 +64,7 @@ def test_e7_gradients_of_fixed_statistics(shape: tuple[int, ...]) -> None:
     with_control(lambda *a: arraybn.batch_norm(*a, **fixed)[0], [x, weight, bias], dy, gradients)
 
 
-def test_gradients_without_weight_or_bias_are_none() -> None:
+def test_e5_gradients_without_weight_or_bias_are_none() -> None:
     x, weight, bias, dy = draw((5, 3), 3)
     for given in ({}, {"weight": weight}, {"bias": bias}):
         _, saved = arraybn.batch_norm(x, **given)
@@ -73,7 +73,7 @@ def test_gradients_without_weight_or_bias_are_none() -> None:
         check_vjp(lambda x, given=given: arraybn.batch_norm(x, **given)[0], [x], dy, [dx])
 
 
-def test_layers_add_to_gradients_until_they_are_zeroed() -> None:
+def test_e5_layers_add_to_gradients_until_they_are_zeroed() -> None:
     x, _, _, dy = draw((6, 3), 3)
     layer = arraybn.BatchNorm1d(3, dtype="float64")
     for times in (1, 2):

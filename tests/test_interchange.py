@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 from arraybn import interchange

@@ -97,7 +97,7 @@ def test_updates_replace_buffers_and_never_write_into_them() -> None:
     assert (mean.tolist(), weight.tolist()) == ([0, 0, 0], [1, 1, 1])
 
 
-def test_evaluation_backward_uses_the_statistics_of_its_forward() -> None:
+def test_e7_evaluation_backward_uses_the_statistics_of_its_forward() -> None:
     layer = arraybn.BatchNorm1d(3, dtype="float64").eval()
     layer(X)
     saved = layer._remembered
@@ -109,7 +109,7 @@ def test_evaluation_backward_uses_the_statistics_of_its_forward() -> None:
     assert (layer.backward(X) != expected).any()  # the control
 
 
-def test_momentum_none_is_the_average_of_all_batches_and_without_a_counter_nothing() -> None:
+def test_e4_momentum_none_is_the_average_of_all_batches_and_without_a_counter_nothing() -> None:
     layer = arraybn.BatchNorm1d(3, momentum=None, dtype="float64")
     batches = [X * scale for scale in (1, 2, 5)]
     for x in batches:

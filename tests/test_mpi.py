@@ -8,63 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REQUIRED, need
+from support.libraries import REQUIRED, need
+from support.ranks import Job, Mpi, mpi_of, passes, variables
 
-from arraybn.sync.mpi import LAUNCHERS
+from arraybn.sync.process import LAUNCHERS
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = Path(__file__).parent / "mpi"
 SOAK = int(os.environ.get("ARRAYBN_SOAK", "150"))
-LAUNCHED = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_WORLD_", "HYDI_")
-
-
-@dataclass(frozen=True)
-class Mpi:
-    """A Python with mpi4py, the mpirun of its MPI, and which that is."""
-
-    python: str
-    mpirun: str
-    library: str
-
-    @property
-    def is_open_mpi(self) -> bool:
-        return "Open MPI" in self.library
-
-
-@cache
-def environment(python: str) -> Mpi | None:
-    """The MPI of that Python; None where there is no mpirun."""
-    path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
-    mpirun = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
-    if mpirun is None:
-        return None
-    code = "from mpi4py import MPI; print(MPI.Get_library_version())"
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=variables())
-    return Mpi(python, mpirun, run.stdout)
-
-
-def variables(**more: str) -> dict[str, str]:
-    """The environment of a job: this arraybn, and leave for Open MPI to run as root and on few cores."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), str(SCRIPTS), kept.get("PYTHONPATH")]))
-    open_mpi = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-    return {**kept, "PYTHONPATH": path, "ARRAYBN_TEST_KERNELS": "reference", **open_mpi, **more}
 
 
 @pytest.fixture(params=["here", "openmpi"])
@@ -75,49 +30,11 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
         pytest.skip("ARRAYBN_OPENMPI_PYTHON names no Python with Open MPI")
     if request.param == "here":
         need("mpi4py")
-    found = environment(python)
+    found = mpi_of(python)
     if found is None:
         assert "mpi4py" not in REQUIRED, "no mpirun"
         pytest.skip("there is no mpirun")
     return found
-
-
-class Job:
-    """An mpirun in a session of its own, so that all of it can be ended."""
-
-    def __init__(self, mpi: Mpi, ranks: int, script: str, *arguments: str, module: bool = True, **env: str) -> None:
-        command = [mpi.mpirun, "-n", str(ranks), mpi.python, *(["-m", "mpi4py"] if module else [])]
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115, `ended` closes it
-        self._process = subprocess.Popen(
-            [*command, str(SCRIPTS / script), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            env=variables(**env),
-            start_new_session=True,
-        )
-        self._started = time.monotonic()
-
-    def ended(self, limit: float) -> tuple[int, str]:
-        """Its status and output; a failure if it takes longer than `limit` seconds."""
-        try:
-            status = self._process.wait(max(0.1, self._started + limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            status = None
-        with self._output as output:
-            output.seek(0)
-            text = output.read().decode(errors="replace").replace("\0", "")
-        assert status is not None, f"still running after {limit:g} s:\n{text}"
-        return status, text
-
-
-def passes(mpi: Mpi, ranks: int, script: str, *arguments: str, limit: float = 90, **env: str) -> str:
-    status, text = Job(mpi, ranks, script, *arguments, **env).ended(limit)
-    assert status == 0, text
-    assert "passed " + " ".join(arguments) in text
-    return text
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -127,7 +44,7 @@ def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [4, 5, 7])
-def test_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
+def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", "exact", "bits", "counts")
 
 
@@ -144,7 +61,7 @@ def test_an_error_of_mpi_is_an_error_of_ours(mpi: Mpi) -> None:
     passes(mpi, 2, "checks.py", "broken")
 
 
-def test_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:
+def test_n4_bits_that_differ_between_ranks_are_noticed(mpi: Mpi) -> None:
     """MPICH has an algorithm that breaks MPI's promise of the same result on all ranks."""
     if mpi.is_open_mpi:
         pytest.skip("Open MPI has no such algorithm")
@@ -233,10 +150,10 @@ def test_the_mpirun_of_another_mpi_is_told_or_ends_at_once(tmp_path: Path) -> No
     """Open MPI's library under MPICH's mpirun starts P times alone; MPICH's under Open MPI's refuses to start."""
     need("mpi4py")
     other = os.environ.get("ARRAYBN_OPENMPI_PYTHON")
-    here = environment(sys.executable)
+    here = mpi_of(sys.executable)
     if not other or here is None or here.is_open_mpi:
         pytest.skip("needs an environment with MPICH, and ARRAYBN_OPENMPI_PYTHON")
-    mixed = [Mpi(other, here.mpirun, ""), Mpi(here.python, environment(other).mpirun, "")]
+    mixed = [Mpi(other, here.mpirun, ""), Mpi(here.python, mpi_of(other).mpirun, "")]
     results = [Job(mpi, 2, "checks.py", "bits").ended(45) for mpi in mixed]
     assert all(status != 0 for status, _ in results)
     assert (

@@ -9,7 +9,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
-from conftest import Home, need
+from support.homes import Home
+from support.libraries import need
 
 import arraybn
 from arraybn._arrays.devices import on_device, on_device_of
@@ -62,7 +63,7 @@ def functions_agree_with_numpy(home: Home, shape: str, dtype: str, fixed: bool) 
         assert not close(one + 1e-3 * scale, other, home.wide, scale, ulps)
 
 
-def test_moments_pool_and_running_statistics_agree_with_numpy(home: Home) -> None:
+def test_e1_e2_e4_moments_pool_and_running_statistics_agree_with_numpy(home: Home) -> None:
     batch = scenarios.make("images", "far")
     x = batch.x.astype("f4")
     expected = arraybn.pool(arraybn.moments(x[:3]), arraybn.moments(x[3:]))
@@ -83,7 +84,7 @@ def test_moments_pool_and_running_statistics_agree_with_numpy(home: Home) -> Non
     assert not home.numpy(nothing.mean).any()
 
 
-def test_pool_is_commutative_to_the_bit_without_float64_too(home: Home) -> None:
+def test_e2_n4_pool_is_commutative_to_the_bit_without_float64_too(home: Home) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 5, 300)).astype("f4") + 1000
     parts = [arraybn.moments(home.array(part)) for part in x]
@@ -94,7 +95,7 @@ def test_pool_is_commutative_to_the_bit_without_float64_too(home: Home) -> None:
         assert one.any()
 
 
-def test_the_low_part_of_a_pooled_mean_is_that_of_the_whole_batch(home: Home) -> None:
+def test_e2_the_low_part_of_a_pooled_mean_is_that_of_the_whole_batch(home: Home) -> None:
     x = (np.random.default_rng(0).standard_normal((40, 30)) + 1e5).astype("f4")
     pooled = arraybn.pool(*(arraybn.moments(home.array(part)) for part in np.split(x, [13, 29])))
     low = 0 if pooled.mean_low is None else home.numpy(pooled.mean_low).astype("f8")
@@ -105,7 +106,7 @@ def test_the_low_part_of_a_pooled_mean_is_that_of_the_whole_batch(home: Home) ->
         assert abs(home.numpy(pooled.mean).astype("f8") - exact).max() > 2.0**-10  # the control
 
 
-def test_pooling_infinities_keeps_them(home: Home) -> None:
+def test_e2_pooling_infinities_keeps_them(home: Home) -> None:
     x = home.array(np.asarray([[np.inf, 1.0], [np.inf, 2.0]]), "float32")
     with np.errstate(invalid="ignore"):
         pooled = arraybn.pool(arraybn.moments(x[:1, ...]), arraybn.moments(x[1:, ...]))
@@ -131,7 +132,7 @@ def test_functions_work_inside_jax_transformations_and_layers_say_that_they_do_n
     assert layer.num_batches_tracked == 0
 
 
-def test_pool_is_commutative_where_only_the_low_parts_of_the_means_differ() -> None:
+def test_e2_n4_pool_is_commutative_where_only_the_low_parts_of_the_means_differ() -> None:
     xp = need("array_api_strict")
     where = {"device": xp.Device("no_float64"), "dtype": xp.float32}
     rng = np.random.default_rng(0)

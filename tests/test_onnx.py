@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
+from support.libraries import need
 
 import arraybn
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2, 3)])
 @pytest.mark.parametrize("decay", [0.9, 0.0])
-def test_onnx_training_and_inference_are_reproduced(shape: tuple[int, ...], decay: float) -> None:
+def test_e3_e4_onnx_training_and_inference_are_reproduced(shape: tuple[int, ...], decay: float) -> None:
     helper, reference = need("onnx.helper"), need("onnx.reference")
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype("f4") + 2

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.libraries import need
 
 import arraybn
 from arraybn import __main__ as command_line
@@ -33,7 +34,7 @@ NOT_RUN = {  # page, how often, and what the comment before the block says
     ("how-to/mpirun.md", "needs ranks"): 1,
     ("how-to/install.md", "needs a GPU"): 1,
 }
-PEERS = {"how-to/pytorch.md": "torch"}  # pages whose blocks need more than the tests do
+PEERS = {"how-to/pytorch.md": "torch", "how-to/jax.md": "jax"}  # pages whose blocks need more than the tests do
 
 
 class Block(NamedTuple):
@@ -101,8 +102,6 @@ def run(path: Path) -> None:
 )
 def test_code_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name_of(path) in PEERS:
-        from conftest import need
-
         need(PEERS[name_of(path)])
     monkeypatch.chdir(tmp_path)
     run(path)

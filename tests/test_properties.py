@@ -76,7 +76,7 @@ def test_permuting_the_batch_permutes_y_and_changes_no_statistic(x: Any, rng: An
 
 
 @given(batches(), st.data())
-def test_splitting_and_pooling_changes_nothing(x: Any, data: st.DataObject) -> None:
+def test_e2_splitting_and_pooling_changes_nothing(x: Any, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, x.shape[0]), max_size=4)))
     parts = [arraybn.moments(part) for part in np.split(x, cuts) if len(part) or data.draw(st.booleans())]
     whole, pooled = arraybn.moments(x), arraybn.pool(*parts)
@@ -88,7 +88,7 @@ def test_splitting_and_pooling_changes_nothing(x: Any, data: st.DataObject) -> N
 
 
 @given(batches(), st.data())
-def test_pool_is_commutative_to_the_bit(x: Any, data: st.DataObject) -> None:
+def test_e2_n4_pool_is_commutative_to_the_bit(x: Any, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, x.shape[0]))
     a, b = arraybn.moments(x[:cut]), arraybn.moments(x[cut:])
     for first, second in ((a, b), (arraybn.moments(x), arraybn.moments(-0.37 * x))):  # the second pair has equal n
@@ -99,7 +99,7 @@ def test_pool_is_commutative_to_the_bit(x: Any, data: st.DataObject) -> None:
         assert abs(ab.mean).min() > 0
 
 
-def test_pooling_a_far_outlier_keeps_the_digits_of_the_larger_batch() -> None:
+def test_e2_pooling_a_far_outlier_keeps_the_digits_of_the_larger_batch() -> None:
     many, one = arraybn.moments(np.ones((999, 1))), arraybn.moments(np.full((1, 1), 1e16))
     exact = 1e13 + 0.999
     for pooled in (arraybn.pool(many, one), arraybn.pool(one, many)):
@@ -107,7 +107,7 @@ def test_pooling_a_far_outlier_keeps_the_digits_of_the_larger_batch() -> None:
     assert abs((1e16 + (1 - 1e16) * 0.999) - exact) > 2 * np.spacing(exact)  # the control: starting from the smaller
 
 
-def test_pool_without_its_ordering_is_not_commutative() -> None:
+def test_e2_pool_without_its_ordering_is_not_commutative() -> None:
     """The control of the test above: the plain formula has other bits when swapped, for many pairs."""
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 1000))
@@ -115,7 +115,7 @@ def test_pool_without_its_ordering_is_not_commutative() -> None:
 
 
 @given(batches(), st.integers(-20, 20), seeds)
-def test_scaling_x_by_a_power_of_two_and_eps_by_its_square_leaves_y(x: Any, power: int, rng: Any) -> None:
+def test_e3_scaling_x_by_a_power_of_two_and_eps_by_its_square_leaves_y(x: Any, power: int, rng: Any) -> None:
     weight, bias = parameters(rng, x.shape[1])
     y, _ = arraybn.batch_norm(x, weight, bias, eps=EPS)
     scaled, _ = arraybn.batch_norm(2.0**power * x, weight, bias, eps=4.0**power * EPS)
@@ -129,7 +129,7 @@ def test_scaling_x_by_a_power_of_two_and_eps_by_its_square_leaves_y(x: Any, powe
 
 
 @given(batches(), seeds)
-def test_y_has_mean_bias_and_variance_weight_squared_var_over_var_plus_eps(x: Any, rng: Any) -> None:
+def test_e3_y_has_mean_bias_and_variance_weight_squared_var_over_var_plus_eps(x: Any, rng: Any) -> None:
     weight, bias = parameters(rng, x.shape[1])
     y, saved = arraybn.batch_norm(x, weight, bias)
     var = saved.moments.var()
@@ -147,7 +147,7 @@ def test_y_has_mean_bias_and_variance_weight_squared_var_over_var_plus_eps(x: An
 
 
 @given(batches(), seeds)
-def test_dx_sums_to_zero_per_channel_and_against_xhat_as_e6_says(x: Any, rng: Any) -> None:
+def test_e6_n3_dx_sums_to_zero_per_channel_and_against_xhat_as_the_equation_says(x: Any, rng: Any) -> None:
     weight, bias = parameters(rng, x.shape[1])
     dy = rng.standard_normal(x.shape) + 0.5
     _, saved = arraybn.batch_norm(x, weight, bias)
@@ -170,7 +170,7 @@ def test_dx_sums_to_zero_per_channel_and_against_xhat_as_e6_says(x: Any, rng: An
 
 
 @given(batches(), seeds)
-def test_backward_is_linear_in_dy(x: Any, rng: Any) -> None:
+def test_e6_backward_is_linear_in_dy(x: Any, rng: Any) -> None:
     weight, bias = parameters(rng, x.shape[1])
     _, saved = arraybn.batch_norm(x, weight, bias)
     u, v = rng.standard_normal((2, *x.shape))
@@ -184,7 +184,7 @@ def test_backward_is_linear_in_dy(x: Any, rng: Any) -> None:
 
 
 @given(seeds, st.integers(2, 40), st.floats(-(2.0**99), 2.0**99, width=32))
-def test_constant_channels_give_bias_and_nearly_constant_ones_do_not(rng: Any, n: int, value: float) -> None:
+def test_n3_constant_channels_give_bias_and_nearly_constant_ones_do_not(rng: Any, n: int, value: float) -> None:
     assume(value == 0 or abs(value) > 1e-30)
     x = np.full((n, 2, 3), value, "f4")
     x[0, 1, 0] = np.nextafter(np.float32(value), np.float32(np.inf))
@@ -196,7 +196,7 @@ def test_constant_channels_give_bias_and_nearly_constant_ones_do_not(rng: Any, n
 
 
 @given(batches(), seeds)
-def test_after_one_batch_with_momentum_1_evaluation_uses_its_mean_and_unbiased_variance(x: Any, rng: Any) -> None:
+def test_e4_after_one_batch_with_momentum_1_evaluation_uses_its_mean_and_unbiased_variance(x: Any, rng: Any) -> None:
     layer = arraybn.BatchNorm1d(x.shape[1], eps=0, momentum=1.0, dtype="float64")
     layer.weight.data, layer.bias.data = parameters(rng, x.shape[1])
     trained = layer(x)
@@ -240,7 +240,7 @@ def test_channels_do_not_see_each_others_values(x: Any, rng: Any, scale: float) 
 
 
 @given(batches(), seeds, st.floats(0, 0.999))
-def test_running_statistics_follow_the_onnx_definition_with_decay_and_biased_variance(
+def test_e4_running_statistics_follow_the_onnx_definition_with_decay_and_biased_variance(
     x: Any, rng: Any, decay: float
 ) -> None:
     running_mean, running_var = rng.standard_normal(x.shape[1]), rng.uniform(0.5, 2, x.shape[1]) * x.var(axis=(0, 2))
@@ -254,7 +254,7 @@ def test_running_statistics_follow_the_onnx_definition_with_decay_and_biased_var
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_running_statistics_of_many_batches_are_the_recurrence_and_the_plain_average(momentum: float | None) -> None:
+def test_e4_running_statistics_of_many_batches_are_the_recurrence_and_the_plain_average(momentum: float | None) -> None:
     rng = np.random.default_rng(0)
     layer = arraybn.BatchNorm1d(3, momentum=momentum, dtype="float64")
     mean, var, means = np.zeros(3), np.ones(3), []

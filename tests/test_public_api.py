@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import graphlib
 import importlib
 import importlib.util
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
-from conftest import need
+from support.imports import imports_among, module_files
+from support.libraries import need
 
 import arraybn
 from arraybn import kernels, reference
@@ -68,7 +71,7 @@ SIGNATURES = {
     "load": "(path)",
 }
 
-SILENT = {"save", "broadcast_state", "average_gradients"}  # return nothing
+SILENT = {"save", "broadcast_state", "average_gradients", "set_num_threads"}  # return nothing
 
 
 def test_the_public_names_are_these() -> None:
@@ -149,14 +152,14 @@ def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: p
 def test_docstrings_have_every_section(name: str) -> None:
     text = inspect.getdoc(getattr(arraybn, name)) or ""
     sections = re.findall(r"^([A-Z]\w+)\n-+$", text, re.MULTILINE)
-    needed = ["Parameters", "Raises", "Examples"] + (["Returns"] if name not in SILENT else [])
     signature = inspect.signature(getattr(arraybn, name))
     needed = ["Examples"] + (["Parameters", "Raises"] if signature.parameters else [])
-    needed += ["Returns"] if signature.return_annotation != "None" else []
+    needed += ["Returns"] if name not in SILENT else []
+    assert (signature.return_annotation == "None") == (name in SILENT)
     assert set(needed) <= set(sections)
     documented = set(re.findall(r"\w+", " ".join(re.findall(r"^([*\w, ]+) : ", text, re.MULTILINE))))
     documented |= set(re.findall(r"^\*(\w+)", text, re.MULTILINE))
-    assert set(inspect.signature(getattr(arraybn, name)).parameters) <= documented
+    assert set(signature.parameters) <= documented
 
 
 def test_importing_loads_nothing_optional() -> None:
@@ -178,37 +181,101 @@ def test_importing_loads_nothing_optional() -> None:
     assert run.stdout.strip() == "set()"
 
 
-ORDER = [
-    "_arrays",
-    "_checks",
-    "reference",
-    "kernels",
-    "statistics",
-    "modules",
-    "sync",
-    "functional",
-    "layers",
-    "network",
-    "checkpoint",
-    "interchange",
-]
+# The rooms of the package, and those that the modules of each may import. A room imports only rooms above it.
+ROOMS = {
+    "_version": "",
+    "_plotting": "",
+    "_arrays": "",
+    "_checks": "_arrays",
+    "reference": "_arrays",
+    "kernels": "_arrays _checks reference",
+    "statistics": "_arrays _checks reference kernels",
+    "modules": "_arrays _checks",
+    "sync": "_arrays _checks reference modules",
+    "functional": "_arrays _checks reference kernels statistics sync",
+    "layers": "_arrays _checks reference statistics modules sync functional",
+    "testing": "_arrays _checks sync",
+    "network": "_arrays _checks modules",
+    "checkpoint": "_arrays _checks modules",
+    "interchange": "_arrays _checks modules",
+}
+ROOMS["bench"] = " ".join(ROOMS)
+ROOMS["commands"] = " ".join(ROOMS)
+ROOMS["__main__"] = "_version commands"
+ROOMS[""] = " ".join(room for room in ROOMS if room not in ("bench", "commands", "__main__"))  # arraybn/__init__.py
+
+BEING_MENDED = {
+    ("arraybn.commands._bench_sync_figure", "arraybn.commands._bench_sync"),
+    ("arraybn.commands._check_figure", "arraybn.commands.check"),
+}
 
 
-def imported(path: Path) -> set[str]:
-    """The names of arraybn's own modules that a file imports when it is loaded."""
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level == (2 if path.name == "__init__.py" else 1):
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def wrong_imports(package: Path) -> list[str]:
+    """Return the imports from a room into one that it may not import, and a circle among modules, if there is one."""
+    edges = {
+        (name, other)
+        for name, imported in imports_among(package).items()
+        for other in imported
+        if (name, other) not in BEING_MENDED
+    }
+    found = [
+        f"{name} imports {other}"
+        for name, other in sorted(edges)
+        if room_of(name) != room_of(other) and room_of(other) not in ROOMS[room_of(name)].split()
+    ]
+    modules = graphlib.TopologicalSorter[str]()
+    for name, other in edges:
+        modules.add(name, other)
+    try:
+        modules.prepare()
+    except graphlib.CycleError as error:
+        found.append(f"a circle: {' is imported by '.join(error.args[1])}")
     return found
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_run_one_way(name: str) -> None:
-    path = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
-    assert imported(path) <= set(ORDER[: ORDER.index(name)])
-    if name == "reference":
-        assert imported(path) == {"_arrays"}
+def test_imports_run_one_way() -> None:
+    rooms = list(ROOMS)
+    assert all(set(allowed.split()) <= set(rooms[: rooms.index(room)]) for room, allowed in ROOMS.items())
+    assert {room_of(name) for name in module_files(PACKAGE)} <= set(ROOMS)
+    assert wrong_imports(PACKAGE) == []
+
+
+PLANTED = [
+    ("reference.py", "from .functional import batch_norm", "reference imports arraybn.functional"),
+    ("reference.py", "import arraybn.layers as layers", "reference imports arraybn.layers"),
+    ("_checks.py", "from . import _arrays, sync", "_checks imports arraybn.sync"),
+    ("_arrays/memory.py", "def work():\n    from .. import reference", "memory imports arraybn.reference"),
+    ("kernels/cpu/tiles.py", "def work():\n    from ...layers import at", "tiles imports arraybn.layers"),
+    ("modules.py", "if TYPE_CHECKING:\n    from .layers import BatchNorm1d", "modules imports arraybn.layers"),
+    ("testing/oracle.py", "class Late:\n    from arraybn import kernels", "oracle imports arraybn.kernels"),
+    ("layers.py", "def work():\n    import arraybn", "layers imports arraybn"),
+    ("commands/info.py", "from .. import __main__", "info imports arraybn.__main__"),
+    ("network.py", "from .commands import demo", "network imports arraybn.commands.demo"),
+    ("kernels/cpu/half.py", "def work():\n    from . import tiles", "a circle"),
+    ("sync/frames.py", "from . import SyncError", "a circle"),
+    ("kernels/cuda/launch.py", "if TYPE_CHECKING:\n    from .fused import FILES", "a circle"),
+    ("testing/scenarios.py", "from .checking import Failure", "a circle"),
+]
+
+
+@pytest.mark.parametrize(("path", "planted", "complaint"), PLANTED)
+def test_a_planted_import_against_the_order_is_found(path: str, planted: str, complaint: str, tmp_path: Path) -> None:
+    package = tmp_path / "arraybn"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert wrong_imports(package) == []
+    with (package / path).open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{planted}\n")
+    found = wrong_imports(package)
+    assert any(complaint in text for text in found), found
+
+
+def test_the_reference_imports_nothing_but_arrays() -> None:
+    imported = imports_among(PACKAGE)["arraybn.reference"]
+    assert {room_of(name) for name in imported} == {"_arrays"}
 
 
 def test_the_reference_calls_only_the_standard() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REQUIRED, need
-from test_commands import after, arraybn_command, environment
+from support.commands import after, arraybn_command, environment
+from support.libraries import REQUIRED, need
 
 import arraybn
 from arraybn.__main__ import main

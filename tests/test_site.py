@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need
+from support.libraries import need
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_bad_input import bits
+from support.bits import bits
 
 import arraybn
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOMES, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mpi import faults, whole
+from support.homes import HOMES
+from support.libraries import need
 
 import arraybn
 from arraybn import SyncBatchNorm, reference
@@ -53,12 +54,12 @@ def together(a: Any, b: Any) -> bytes:
 
 
 @given(st.sampled_from(["forward", "backward"]), st.data())
-def test_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
+def test_e2_n4_two_frames_give_the_same_bits_in_either_order(operation: str, data: st.DataObject) -> None:
     a, b = data.draw(drawn_frames(operation)), data.draw(drawn_frames(operation))
     assert together(a, b) == together(b, a)
 
 
-def test_without_the_ordering_of_e2_the_bits_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_e2_n4_without_the_ordering_the_bits_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def unordered(a: arraybn.Moments, b: arraybn.Moments) -> arraybn.Moments:
         n, delta = a.n + b.n, b.mean - a.mean
         return arraybn.Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.n * b.n / n))
@@ -99,7 +100,7 @@ def test_a_disagreement_is_seen_whatever_the_order_and_agreement_is_not_a_disagr
 
 @settings(max_examples=30)
 @given(strategies.batches(kinds=["normal", "far", "outlier", "constant", "nearly constant"]), st.data())
-def test_every_order_of_pooling_keeps_n1(batch: Any, data: st.DataObject) -> None:
+def test_n1_every_order_of_pooling_keeps_the_digits(batch: Any, data: st.DataObject) -> None:
     samples, c, _ = batch.x.shape
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=6)))
     parts = [arraybn.moments(part) for part in np.split(batch.x, cuts)]
@@ -254,7 +255,7 @@ class Counting:
 
 def test_one_collective_of_one_length_each_way_and_two_beyond_256_channels() -> None:
     def work(comm: Any) -> Any:
-        comm.channel.reducer = counting = Counting(comm.channel.reducer)
+        comm.exchange.reducer = counting = Counting(comm.exchange.reducer)
         found = []
         for channels in (1, 64, 256, 257, 2048):
             layer = SyncBatchNorm(channels, process_group=comm)
@@ -330,7 +331,7 @@ def test_fixed_statistics_take_no_part() -> None:
             layer.backward(layer(np.ones((2, 3))))
             with pytest.raises(RuntimeError, match=r"^SyncBatchNorm.backward: expected a forward"):
                 layer.backward(np.ones((2, 3)))
-        return comm.channel.calls
+        return comm.exchange.calls
 
     assert ThreadComm.run(2, work) == [0, 0]
 
@@ -497,7 +498,7 @@ def test_an_interrupt_while_waiting_breaks_the_channel_of_that_rank() -> None:
             def pressed(frame: Any, deadline: Any) -> None:
                 raise KeyboardInterrupt
 
-            comm.channel.reducer.allreduce = pressed
+            comm.exchange.reducer.allreduce = pressed
             with pytest.raises(KeyboardInterrupt):
                 layer(np.ones((2, 3)))
             with pytest.raises(arraybn.SyncError, match=r"^rank 1: KeyboardInterrupt ended the"):
@@ -582,7 +583,7 @@ def test_texts_have_a_time_limit_too() -> None:
         layer.timeout = 0.2
         if comm.rank == 1:  # it takes part in the frame, and is gone before the texts
             fields = [frames.FORMAT, *(0,) * 8]
-            comm.channel.reducer.allreduce(frames.frame(fields, frames.ERROR, 0), None)
+            comm.exchange.reducer.allreduce(frames.frame(fields, frames.ERROR, 0), None)
             return
         with pytest.raises(arraybn.SyncTimeoutError, match=r"rank 0 of 2 waited 0.2 s .* \(call 1 on this"):
             layer(np.ones((2, 3)))
@@ -604,10 +605,10 @@ def test_ranks_that_have_ended_are_named_without_waiting() -> None:
     assert caught.value.__notes__ == ["on rank 1 of 2"]
 
 
-def test_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
+def test_n4_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> None:
     def work(comm: Any) -> Any:
         layer = faults.layer_on(comm)
-        allreduce = comm.channel.reducer.allreduce
+        allreduce = comm.exchange.reducer.allreduce
 
         def off(frame: Any, deadline: Any) -> None:
             allreduce(frame, deadline)
@@ -615,9 +616,9 @@ def test_results_that_differ_between_ranks_are_noticed_by_the_next_call() -> Non
                 body = frames.body(frame)
                 body[0, 0] = np.nextafter(body[0, 0], 9)
 
-        comm.channel.reducer.allreduce = off
+        comm.exchange.reducer.allreduce = off
         layer(faults.part(faults.X, comm))
-        comm.channel.reducer.allreduce = allreduce
+        comm.exchange.reducer.allreduce = allreduce
         with pytest.raises(arraybn.SyncError, match=r"they disagree on checksum of all results: .* on rank 0"):
             layer.backward(faults.part(faults.DY, comm))
 
@@ -629,7 +630,7 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
     def work(comm: Any) -> None:
         layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
         name = "add" if kind == "gradients" else "allreduce"
-        original = getattr(comm.channel.reducer, name)
+        original = getattr(comm.exchange.reducer, name)
 
         def off(numbers: Any, deadline: Any) -> None:
             original(numbers, deadline)
@@ -638,19 +639,19 @@ def test_so_are_differences_in_what_goes_after_the_first_frame(kind: str) -> Non
                 last[:] = np.nextafter(last, 9)
 
         layer.bias.grad = np.ones(3, "f4")
-        setattr(comm.channel.reducer, name, off)
+        setattr(comm.exchange.reducer, name, off)
         if kind == "gradients":
             arraybn.average_gradients(layer, comm, weight=1)
         else:
             arraybn.batch_norm(np.ones((2, 300)), comm=comm)
-        setattr(comm.channel.reducer, name, original)
+        setattr(comm.exchange.reducer, name, original)
         with pytest.raises(arraybn.SyncError, match=r"they disagree on checksum of all results: .* on rank 0"):
             layer(x)
 
     ThreadComm.run(2, work)
 
 
-def test_nan_has_the_same_bits_whichever_came_first() -> None:
+def test_n4_nan_has_the_same_bits_whichever_came_first() -> None:
     quiet = np.frombuffer(np.asarray([0x7FF8000000000001, -0x0007FFFFFFFFFFFE], "i8").tobytes(), "f8")
 
     def work(comm: Any) -> Any:
@@ -670,7 +671,7 @@ def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> No
         layer = faults.layer_on(comm)
         layer.timeout = 0.2
         with (
-            comm.channel._lock,
+            comm.exchange._lock,
             pytest.raises(arraybn.SyncTimeoutError, match=rf"rank {comm.rank}: another thread did"),
         ):
             layer(np.ones((2, 3)))
@@ -681,7 +682,7 @@ def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> No
 
 def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(comm: Any) -> Any:
-        comm.channel._process = -1
+        comm.exchange._process = -1
         with pytest.raises(arraybn.SyncError, match=rf"rank {comm.rank}: this is a forked child, which is no rank"):
             faults.layer_on(comm)(np.ones((2, 3)))
 
@@ -744,7 +745,7 @@ def test_one_rank_is_the_plain_layer_bit_for_bit(options: dict[str, Any]) -> Non
         assert arraybn.batch_norm(x, comm=comm)[0].tobytes() == arraybn.batch_norm(x)[0].tobytes()
         arraybn.broadcast_state(plain, comm)
         arraybn.average_gradients(plain, comm, weight=3)
-        assert comm.channel.calls == 0
+        assert comm.exchange.calls == 0
 
     ThreadComm.run(1, work)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
 from hypothesis import find, given, settings
+from support.libraries import need
 
 import arraybn
 from arraybn.testing import (

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
+from support.libraries import need
 
 import arraybn
 
@@ -55,7 +55,7 @@ def assert_same_state(ours: Any, theirs: Any, dtype: str) -> None:
 @pytest.mark.parametrize(("dims", "shape"), CASES)
 @pytest.mark.parametrize(("affine", "track", "momentum"), FLAGS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_forward_gradients_and_running_statistics(
+def test_e3_to_e7_forward_gradients_and_running_statistics(
     torch: Any, dims: int, shape: tuple[int, ...], affine: bool, track: bool, momentum: float | None, dtype: str
 ) -> None:
     ours, theirs = pair(torch, dims, dtype, affine=affine, track_running_stats=track, momentum=momentum)

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def under_mpirun() -> bool:
     """Whether a launcher says that it has started this process."""
-    from ..sync.mpi import LAUNCHERS
+    from ..sync.process import LAUNCHERS
 
     return any(os.environ.get(name, "").isdigit() for name in LAUNCHERS)
 

@@ -84,25 +84,25 @@ class Ours:
         self.comm = comm
 
     def _begin(self, operation: str) -> sync.Call:
-        call = sync.begin(sync.channel_of("comm", self.comm), operation, "bench", {"eps": EPS})
+        call = sync.begin(sync.exchange_over("comm", self.comm), operation, "bench", {"eps": EPS})
         assert call is not None
         return call
 
     def forward(self, moments: Moments) -> tuple[Array, Array]:
         """Mean and m2 of all ranks."""
         with self._begin(sync.FORWARD) as call:
-            pooled = call.pool().moments(moments)
+            pooled = sync.RankPool(call).moments(moments)
         return pooled.mean, pooled.m2
 
     def backward(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Both sums over all ranks."""
         with self._begin(sync.BACKWARD) as call:
-            a, b = call.pool().sums(a, b)
+            a, b = sync.RankPool(call).sums(a, b)
         return a, b
 
     def traffic(self, work: Callable[[], object]) -> Traffic:
         """Of what `work` does."""
-        channel = sync.channel_of("comm", self.comm)
+        channel = sync.exchange_over("comm", self.comm)
         assert channel is not None
         counted: Any = Counted(channel.reducer)
         channel.reducer = counted

@@ -25,7 +25,7 @@ from ..kernels.threads import set_num_threads
 from ..layers import SyncBatchNorm
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
-from ..sync.replicas import average_gradients, broadcast_state
+from ..sync import average_gradients, broadcast_state
 from . import _demo_machine, info
 from ._demo_figure import COLOR, write_heading
 from ._demo_machine import to_network_device
@@ -273,7 +273,7 @@ def world() -> Comm:
         raise ImportError(
             f'--data-parallel needs mpi4py ({error}): {sys.executable} -m pip install "arraybn[mpi]"'
         ) from error
-    if sync.channel_of("comm", None) is None:  # raises SyncError where each of several processes is a world of its own
+    if sync.exchange_over("comm", None) is None:  # raises SyncError where each of several processes is its own world
         raise RuntimeError(f"--data-parallel: expected 2 ranks or more; this is one process. Run:\n  {command}")
     from mpi4py import MPI
 

@@ -171,7 +171,7 @@ def backend(name: str) -> Backend:
 
 @functools.cache
 def _has_numba() -> bool:
-    """Whether numba can be used: one that was not made for this NumPy cannot be imported."""
+    """Return whether numba can be imported: a numba that was not made for this NumPy cannot."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -188,13 +188,13 @@ def _has_half() -> bool:
 
 
 def _has_cuda(x: Array) -> bool:
-    """Whether `x` is a CuPy array on a GPU that takes the CUDA kernels."""
+    """Return whether `x` is a CuPy array on a GPU that runs the CUDA kernels."""
     return is_cupy_array(x) and _is_recent(x.device.id)
 
 
 @functools.cache
 def _is_recent(number: int) -> bool:
-    """Whether that GPU is one of NVIDIA's (CuPy can be built for AMD's, whose language is HIP) since Volta."""
+    """Return whether that GPU is NVIDIA's, Volta or later. (CuPy can also be built for AMD's GPUs, in HIP.)"""
     cuda = importlib.import_module("cupy").cuda
     return not cuda.runtime.is_hip and int(cuda.Device(number).compute_capability) >= 70
 

@@ -1,4 +1,4 @@
-"""The thread pool of the CPU kernels, and how many threads it has: the one global, which changes no bits."""
+"""The thread pool of the CPU kernels. The number of threads is the one global of arraybn; it changes no bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._checks import as_integer
 
 
 def get_num_threads() -> int:
-    """How many threads the CPU kernels use.
+    """Return the number of threads that the CPU kernels use.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads the CPU kernels use in this process. No result depends on it, to the last bit.
+    """Set the number of threads that the CPU kernels use in this process. No bit of a result depends on this number.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def run(work: Callable[[int], None], items: Iterable[int]) -> None:
-    """Call `work` once with each of `items`, in that order but on all threads at once; raise what it raises.
+    """Call `work` once with each item, in that order but on all threads at once; raise the first error of `work`.
 
     The calling thread works too and never waits for a helper that has not begun, so any number of threads may call.
     """
@@ -74,7 +74,7 @@ def run(work: Callable[[int], None], items: Iterable[int]) -> None:
             for item in queue:
                 work(item)
         except BaseException:
-            for _ in queue:  # nobody begins another
+            for _ in queue:  # drain the queue so that the helpers stop
                 pass
             raise
 
@@ -89,20 +89,20 @@ def run(work: Callable[[int], None], items: Iterable[int]) -> None:
 
 
 class _Pool:
-    """The helpers: one thread fewer than the kernels use."""
+    """The helper threads: one thread fewer than the kernels use."""
 
     def __init__(self) -> None:
         self.threads: int | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, as in a forked child, where the threads of the parent do not exist."""
+        """Start with no threads, as in a forked child, where the threads of the parent do not exist."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._size = 0
 
     def resize(self, threads: int) -> None:
-        """Use so many threads from now on; calls that are running keep theirs."""
+        """Use `threads` threads from now on; running calls keep their threads."""
         with self._lock:
             self.threads = threads
             if self._executor is not None and threads - 1 != self._size:
@@ -128,7 +128,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _default_threads() -> int:
-    """The cores of this process; its share of the machine's where several ranks are on it."""
+    """Return the cores of this process, or its share of the machine's cores where several ranks run on the machine."""
     machine = os.cpu_count() or 1
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     ranks = _positive("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE") or 1
@@ -137,7 +137,7 @@ def _default_threads() -> int:
 
 
 def _positive(*names: str) -> int | None:
-    """The first of these environment variables that is a number ≥ 1."""
+    """Return the first of these environment variables that is a number ≥ 1."""
     for value in map(os.environ.get, names):
         if value is not None and value.isdecimal() and int(value) >= 1:
             return int(value)

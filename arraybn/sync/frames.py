@@ -1,7 +1,7 @@
-"""What travels in the synchronized mode: frames of one length, how two of them become one, how ranks disagree.
+"""The data that ranks send: frames of one length, the reduction of two frames to one, and the texts of errors.
 
-A frame is a header and room for two numbers for each of 256 channels. The header says which call this is; ranks that
-are not in the same call leave a flag in the reduced header, which then is the same on all of them.
+A frame is a header and room for two numbers for each of 256 channels. The header identifies the call. Where the
+headers of two ranks differ, the reduction sets a flag, and the reduced header has the same flags on every rank.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from .. import reference
 from .._arrays.namespaces import Array
 from ..reference import Moments
 
-CHANNELS = 256  # whose numbers go into the first frame of a call
-TEXT = 1024  # bytes of what a rank says when something is wrong
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header has the index
+FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
+TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header holds the index
+FORWARD, BACKWARD, AVERAGE, BROADCAST = OPERATIONS
 
-# What all ranks have to agree on, in the order of the header; `bits` is a checksum of all results so far.
+# The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")
-FORMAT = int.from_bytes(b"arraybn1", "big")  # changes whenever what is sent changes
+FORMAT = int.from_bytes(b"arraybn1", "big")  # a new number whenever the data that ranks send changes
 _HEADER = struct.Struct(f"={len(FIELDS)}qqq")  # the fields, flags, n
-LENGTH = _HEADER.size + 16 * CHANNELS
-ERROR, BROKEN = 1 << len(FIELDS), 2 << len(FIELDS)  # flags beside one for each field
+LENGTH = _HEADER.size + 16 * FIRST_FRAME_CHANNELS
+ERROR, BROKEN = 1 << len(FIELDS), 2 << len(FIELDS)  # flags, after one flag for each field
 
 # ---- Frames ----------------------------------------------------------------------------------------------------------
 
 
 def code(operation: str) -> int:
-    """The number of an operation in the header."""
+    """Return the number of an operation in the header."""
     return OPERATIONS.index(operation)
 
 
-def word(text: str) -> int:
-    """64 bits that stand for `text`."""
+def hash64(text: str) -> int:
+    """Return a hash of `text` as a signed number of 64 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big", signed=True)
 
 
-def frame(fields: Sequence[int], flags: int, n: int, rows: Array | None = None, room: int = CHANNELS) -> Array:
-    """A frame, in bytes, with room for (2, room) numbers, of which `rows` (2, ≤ room) are set."""
+def frame(
+    fields: Sequence[int], flags: int, n: int, rows: Array | None = None, room: int = FIRST_FRAME_CHANNELS
+) -> Array:
+    """Return a frame in bytes, with room for (2, room) numbers, of which `rows` (2, ≤ room) are set."""
     buffer: Any = np.zeros(_HEADER.size + 16 * room, np.uint8)
     _HEADER.pack_into(buffer, 0, *fields, flags, n)
     if rows is not None:
@@ -51,21 +54,21 @@ def frame(fields: Sequence[int], flags: int, n: int, rows: Array | None = None, 
 
 
 def body(buffer: Any) -> Array:
-    """The numbers (2, room) in a frame, as a view."""
+    """Return the numbers (2, room) of a frame, as a view."""
     return np.frombuffer(buffer, np.float64, offset=_HEADER.size).reshape(2, -1)
 
 
 def flags_and_n(buffer: Any) -> tuple[int, int]:
-    """What a reduced frame says."""
+    """Return the flags and n of a reduced frame."""
     *_, flags, n = _HEADER.unpack_from(buffer)
     return flags, n
 
 
 def combine(a: Any, b: Any) -> Any:
-    """The frame b, made what a and b are together: moments pooled (E2), other numbers summed.
+    """Replace the frame b by that of a and b together, and return b: moments pooled (E2) in a forward, else sums.
 
-    combine(a, b) and combine(b, a) have the same bits where the headers agree, so that it does not matter which of two
-    ranks does it. The flags that disagreeing headers leave are the same for every order of the ranks.
+    combine(a, b) and combine(b, a) have the same bits where the headers agree, so that either of two ranks may combine.
+    The flags that different headers set are the same for every order of the ranks.
     """
     *fields_a, flags_a, n_a = _HEADER.unpack_from(a)
     *fields_b, flags_b, n_b = _HEADER.unpack_from(b)
@@ -74,10 +77,10 @@ def combine(a: Any, b: Any) -> Any:
         flags |= sum((p != q) << index for index, (p, q) in enumerate(zip(fields_a, fields_b, strict=True)))
     _HEADER.pack_into(b, 0, *fields_b, flags, 0 if flags else n_a + n_b)
     if flags:
-        return b  # nobody will read the numbers, which may mean different things
+        return b  # the numbers, which may mean different things, will not be read
     ours, theirs = body(a), body(b)
-    with np.errstate(all="ignore"):  # a warning may have been made an error, and an error here would end the job
-        if fields_b[2] == code("forward"):
+    with np.errstate(all="ignore"):  # where warnings are errors, an error here would end the job
+        if fields_b[2] == code(FORWARD):
             pooled = reference.pool(Moments(n_a, ours[0], ours[1]), Moments(n_b, theirs[0], theirs[1]))
             theirs[0], theirs[1] = pooled.mean, pooled.m2
         else:
@@ -86,23 +89,23 @@ def combine(a: Any, b: Any) -> Any:
 
 
 def canonical(numbers: Array) -> None:
-    """Give every NaN the same bits: which of two NaNs an addition keeps depends on their order."""
+    """Give every NaN the same bits, because the NaN that an addition of two NaNs keeps depends on their order."""
     numbers[np.isnan(numbers)] = np.nan
 
 
-# ---- What the ranks say when something is wrong ----------------------------------------------------------------------
+# ---- Texts after an error or a disagreement --------------------------------------------------------------------------
 
 
 def length_of_text(flags: int) -> int:
-    """How many bytes each rank says: the settings of a model are a line for each parameter.
+    """Return the bytes of the text of each rank: more for settings, which are a line for each parameter of a model.
 
-    All ranks see the same flags.
+    The number is the same on all ranks, because the reduced flags are.
     """
     return 64 * TEXT if flags >> FIELDS.index("settings") & 1 else TEXT
 
 
 def text_of_error(error: BaseException, length: int = TEXT) -> bytes:
-    """The message of an error, or its class where the message alone would not tell."""
+    """Return the message of an error, after its class where the message alone would be unclear."""
     text = str(error)
     if not text or not isinstance(error, TypeError | ValueError | RuntimeError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -110,7 +113,7 @@ def text_of_error(error: BaseException, length: int = TEXT) -> bytes:
 
 
 def text_of_call(description: Mapping[str, Any], length: int = TEXT) -> bytes:
-    """What a rank without an error was doing, name by name."""
+    """Return the description of a call, a line for each name, from a rank without an error."""
     return _cut("\n".join(f"{name}\t{value}" for name, value in description.items()), length)
 
 
@@ -118,24 +121,32 @@ def _cut(text: str, length: int) -> bytes:
     return text.encode(errors="replace")[:length].ljust(length, b"\0")
 
 
+def read_text(text: bytes) -> str:
+    """Return the text that a rank has sent; the text of an error begins with "!"."""
+    return text.rstrip(b"\0").decode(errors="ignore")
+
+
 def message(texts: Sequence[bytes], flags: int) -> str:
-    """What is wrong, from the texts of all ranks: the errors, or what they disagree on."""
-    read = [text.rstrip(b"\0").decode(errors="ignore") for text in texts]
-    if errors := _by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
+    """Return the errors in the texts of all ranks, or the settings on which the ranks disagree."""
+    read = [read_text(text) for text in texts]
+    if errors := _ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
         return "\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in errors.items())
-    said = [dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line) for text in read]
+    differences = _differences(read) or [", ".join(name for index, name in enumerate(FIELDS) if flags >> index & 1)]
+    return "the ranks are not in the same call; they disagree on " + "; ".join(differences)
+
+
+def _differences(texts: Sequence[str]) -> list[str]:
+    """Return a line for each name whose values differ between the calls of the ranks."""
+    calls = [dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line) for text in texts]
     lines = []
-    for name in {name: None for description in said for name in description}:
-        values = _by_text({rank: description.get(name, "not said") for rank, description in enumerate(said)})
+    for name in {name: None for call in calls for name in call}:
+        values = _ranks_by_text({rank: call.get(name, "not said") for rank, call in enumerate(calls)})
         if len(values) > 1:
             lines.append(f"{name}: " + " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items()))
-    if not lines:
-        lines = [", ".join(name for index, name in enumerate(FIELDS) if flags >> index & 1)]
-    return "the ranks are not in the same call; they disagree on " + "; ".join(lines)
+    return lines
 
 
-def _by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
-    """The ranks that say the same."""
+def _ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for rank, text in texts.items():
         found.setdefault(text, []).append(rank)

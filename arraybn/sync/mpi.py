@@ -1,6 +1,6 @@
-"""mpi4py: a channel beside the user's communicator, and waiting with a time limit. No other file imports it.
+"""MPI through mpi4py: an exchange beside the user's communicator, and waiting with a time limit.
 
-Importing it initializes MPI, so this happens in the first synchronized call and not before.
+No other file imports mpi4py. Importing mpi4py.MPI initializes MPI, so `_mpi` does it in the first synchronized call.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from .._arrays.namespaces import Array, class_name
-from . import FORKED, Comm, SyncError, frames
-
-# How launchers tell a process how many of them there are.
-LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PALS_SIZE")
+from . import frames
+from .errors import SyncError
+from .exchange import Comm, Exchange
+from .process import check_alone, check_not_forked
 
 
 def _mpi() -> Any:
-    """mpi4py.MPI, initialized; None where it is missing."""
+    """Return mpi4py.MPI, initialized; None where mpi4py or its MPI library is missing."""
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is there, and no MPI library
+    except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
         return None
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise SyncError("MPI has been finalized, or has not been initialized; synchronizing needs it")
@@ -36,10 +36,10 @@ def _mpi() -> Any:
 
 
 def world() -> Comm | None:
-    """All ranks, or None without MPI."""
+    """Return the communicator of all ranks, or None without MPI."""
     mpi = _mpi()
     if mpi is None:
-        _check_alone("mpi4py cannot be imported")
+        check_alone("mpi4py cannot be imported")
         return None
     return mpi.COMM_WORLD
 
@@ -54,58 +54,46 @@ def check(name: str, comm: object) -> None:
         raise ValueError(f"{name}: expected an intracommunicator; got {kind}. Only None means the world")
 
 
-def _check_alone(reason: str) -> None:
-    """Raise if a launcher says that there are several processes."""
-    for name in LAUNCHERS:
-        if (size := os.environ.get(name, "")).isdigit() and int(size) > 1:
-            raise SyncError(
-                f"synchronizing over {size} processes ({name}={size}), but {reason}: each would train alone."
-                " Install mpi4py for the MPI whose mpirun starts the processes (python -m arraybn info shows both),"
-                " or use the mpirun of the MPI that mpi4py was built for"
-            )
+# ---- The exchange of a communicator, kept as an attribute of the communicator ----------------------------------------
 
 
-def channel(name: str, comm: Comm, make: Callable[[Reducer], Any]) -> Any:
-    """What `make` made of our own duplicate of `comm`, cached on it; None if it has one rank.
+def exchange_over(name: str, comm: Comm) -> Exchange | None:
+    """Return the exchange over our own duplicate of `comm`, made in the first call; None where `comm` has one rank.
 
-    Nothing of ours travels on the user's communicator, where it could meet a collective of the user's.
+    Nothing of ours travels on the user's communicator, where a frame could meet a collective of the user's.
     """
     if not hasattr(comm, "Get_attr") or comm == _mpi().COMM_NULL:
         check(name, comm)
     if (found := comm.Get_attr(_key())) is None:
         check(name, comm)
-        found = _alone(comm) if comm.size == 1 else _duplicated(comm, make)
+        found = _alone(comm) if comm.size == 1 else _duplicated(comm)
     return None if found is _ALONE else found
 
 
 def _alone(comm: Comm) -> object:
     mpi = _mpi()
     if mpi.COMM_WORLD.size == 1 and mpi.Comm.Compare(comm, mpi.COMM_SELF) != mpi.IDENT:
-        _check_alone("MPI's world has one rank here, because mpi4py was built for another MPI")
+        check_alone("MPI's world has one rank here, because mpi4py was built for another MPI")
     comm.Set_attr(_key(), _ALONE)
     return _ALONE
 
 
-def _duplicated(comm: Comm, make: Callable[[Reducer], Any]) -> Any:
-    if FORKED:
-        raise SyncError(
-            "this is a forked child of a process that had initialized MPI, and is no rank; synchronize in that process"
-            " alone, or start others with multiprocessing's spawn"
-        )
+def _duplicated(comm: Comm) -> Any:
+    check_not_forked()
     with _creating:
         if (found := comm.Get_attr(_key())) is None:
             duplicate, request = comm.Idup()
-            found = make(Reducer(duplicate, request, comm.rank, comm.size))
+            found = Exchange(Reducer(duplicate, request, comm.rank, comm.size))
             comm.Set_attr(_key(), found)
     return found
 
 
-_ALONE = object()  # in the place of a channel
+_ALONE = object()  # in the place of an exchange
 _creating = threading.RLock()
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """`make`, which is called once, also where two threads ask at the same time."""
+    """Return a function that calls `make` once and keeps the result, also where two threads ask at the same time."""
     made: list[Any] = []
 
     @functools.wraps(make)
@@ -120,31 +108,30 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
 
 @_once
 def _key() -> int:
-    """The key of our attribute on communicators; a user's own duplicate does not inherit it."""
+    """Return the key of our attribute on communicators, which a duplicate made by the user does not inherit."""
     return int(_mpi().Comm.Create_keyval(delete_fn=_freed))
 
 
-def _freed(comm: Comm, key: int, channel: Any) -> None:
-    """The user frees a communicator."""
-    if channel is not _ALONE:
-        channel.reducer.free()
+def _freed(comm: Comm, key: int, exchange: Any) -> None:
+    if exchange is not _ALONE:
+        exchange.reducer.free()
 
 
 @_once
 def _op() -> Any:
-    """`frames.combine` as MPI's operation: one for all frames, because mpi4py has room for few in a process.
+    """Return `frames.combine` as an operation of MPI: one for all frames, because mpi4py allows 32 in a process.
 
-    Declared not commutative, so that MPI combines in the order of the ranks, the same in every run, and does not choose
-    an algorithm that cuts a message into parts, of which we have one. All ranks then have the same bits, as the MPI
-    standard asks, with every algorithm of Open MPI and MPICH but one that must be asked for: MPICH's recexch with
-    k > 2. The next call would notice it, by the checksum of results in the header.
+    The operation is declared not commutative. MPI then combines in the order of the ranks, the same in every run, and
+    chooses no algorithm that cuts a message into parts, since a frame is a message of one element. All ranks then have
+    the same bits, as the MPI standard asks, with every algorithm of Open MPI and MPICH except MPICH's recexch with
+    k > 2, which a user must choose. The next call would notice different bits by the checksum in the header.
     """
     return _mpi().Op.Create(_combine, commute=False)
 
 
-# ---- Interrupts, which an exchange holds back ------------------------------------------------------------------------
+# ---- Interrupts, held back during an exchange ------------------------------------------------------------------------
 
-_interrupts: list[BaseException] = []  # of the main thread, which alone runs handlers of signals
+_interrupts: list[BaseException] = []  # of the main thread, the only one that runs handlers of signals
 
 
 def _note(number: int, stack: object) -> None:
@@ -152,9 +139,9 @@ def _note(number: int, stack: object) -> None:
 
 
 def _hold_interrupts() -> bool:
-    """Have Ctrl-C noted instead of raised, because it may come just as MPI calls `_combine`.
+    """Note Ctrl-C instead of raising, because an exception while MPI calls `_combine` would end the job.
 
-    False in other threads than the main one, and where its handler is not Python's own.
+    Return False, and change nothing, in a thread that is not the main one and where the handler is not Python's own.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
@@ -165,7 +152,7 @@ def _hold_interrupts() -> bool:
 
 
 def _raise_interrupt() -> None:
-    """Raise what was held back, in the thread that it came to."""
+    """Raise the interrupt that was held back, in the main thread alone."""
     if _interrupts and threading.current_thread() is threading.main_thread():
         interrupt = _interrupts.pop()
         _interrupts.clear()
@@ -173,15 +160,15 @@ def _raise_interrupt() -> None:
 
 
 def _combine(a: Any, b: Any, datatype: Any) -> None:
-    """An exception in here would end the job, so what handlers of signals raise waits until the exchange is over."""
-    if len(b) == 0:  # of a message that was cut: its other parts have no bytes
+    """Combine frames for MPI. An exception would end the job, so interrupts wait until the exchange is over."""
+    if len(b) == 0:  # a part of a message that MPI has cut: one part has all bytes
         return
     theirs, together = np.frombuffer(b, np.uint8), None
     while together is None:
         try:
             together = frames.combine(a, theirs.copy())
         except BaseException as interrupt:  # Ctrl-C, SystemExit on SIGTERM, …
-            if isinstance(interrupt, MemoryError) or len(_interrupts) > 99:  # no interrupt: it would come for ever
+            if isinstance(interrupt, MemoryError) or len(_interrupts) > 99:  # an error that would be raised for ever
                 raise
             _interrupts.append(interrupt)
     theirs[:] = together
@@ -189,23 +176,41 @@ def _combine(a: Any, b: Any, datatype: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _whole(length: int) -> Any:
-    """A datatype of so many bytes, so that MPI cannot cut a frame into pieces."""
+    """Return a datatype of `length` bytes, so that a frame is one element, which MPI cannot cut."""
     return _mpi().BYTE.Create_contiguous(length).Commit()
 
 
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-class Reducer:
-    """What the protocol needs of MPI, each under a time limit: TimeoutError, or ConnectionError if MPI fails."""
+def _wait(request: Any, deadline: float | None) -> None:
+    """Poll, giving the processor away at first, and sleeping after 5 ms.
 
-    def __init__(self, comm: Comm, request: Any, rank: int, size: int) -> None:
-        self._comm, self._duplicating = comm, request
+    Where there are more ranks than cores, a bare loop would keep the awaited rank from running.
+    """
+    started = time.monotonic()
+    while not request.Test():
+        now = time.monotonic()
+        if deadline is not None and now > deadline:
+            raise TimeoutError
+        if now - started < 0.005:
+            _yield()
+        else:
+            if now - started > 0.5:  # before, the awaited ranks may still come, and then no call is lost
+                _raise_interrupt()
+            time.sleep(min((now - started) / 100, 0.001))
+
+
+class Reducer:
+    """The operations of the protocol over MPI, which are polled until a deadline."""
+
+    def __init__(self, comm: Comm, duplicating: Any, rank: int, size: int) -> None:
+        self._comm, self._duplicating = comm, duplicating
         self.rank, self.size = rank, size
-        self._holding = False  # whether Ctrl-C is noted only
+        self._holding = False  # True while Ctrl-C is held back
 
     def open(self, deadline: float | None) -> None:
-        """Wait, once, until all ranks have duplicated the communicator; from now on Ctrl-C is held back."""
+        """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
         self._holding = _hold_interrupts()
         if self._duplicating is not None:
             self._run(lambda: self._duplicating, deadline)
@@ -227,36 +232,22 @@ class Reducer:
         self._run(lambda: self._comm.Ibcast(octets, 0), deadline, octets)
 
     def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
-        """The texts of all ranks, which are of one length."""
+        """Return the texts of all ranks, which have one length."""
         found = bytearray(len(text) * self.size)
         self._run(lambda: self._comm.Iallgather(text, found), deadline, text, found)
         return [bytes(found[start : start + len(text)]) for start in range(0, len(found), len(text))]
 
     def _run(self, start: Callable[[], Any], deadline: float | None, *buffers: Any) -> None:
-        """Poll, giving the processor away at first and sleeping after 5 ms.
-
-        With more ranks than cores a bare loop keeps the rank that is waited for from running. A request that is given
-        up is kept alive with its buffers, because MPI may still write into them.
-        """
+        """Start a request and wait. If the wait fails, keep the request and its buffers: MPI may still write there."""
         kept: list[Any] = [buffers]
-        _under_way[id(kept)] = kept  # before MPI hears of them: an interrupt may come as soon as it does
+        _under_way[id(kept)] = kept  # before the request starts: an interrupt may follow at once
         try:
-            started, request = time.monotonic(), start()
-            kept.append(request)
-            while not request.Test():
-                now = time.monotonic()
-                if deadline is not None and now > deadline:
-                    raise TimeoutError
-                if now - started < 0.005:
-                    _yield()
-                else:
-                    if now - started > 0.5:  # the others may have been about to come, and nothing would be lost
-                        _raise_interrupt()
-                    time.sleep(min((now - started) / 100, 0.001))
+            kept.append(start())
+            _wait(kept[1], deadline)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
-                del _under_way[id(kept)]  # MPI has refused to begin
+                del _under_way[id(kept)]  # MPI has refused to start the request
             else:
                 _give_up(kept)
             if failed:
@@ -265,14 +256,14 @@ class Reducer:
         del _under_way[id(kept)]
 
     def close(self) -> None:
-        """Raise an interrupt that came meanwhile; Ctrl-C raises again."""
+        """Let Ctrl-C raise again, and raise an interrupt that was held back."""
         if self._holding:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self._holding = False
         _raise_interrupt()
 
     def free(self) -> None:
-        """Free the duplicate, when the user frees the communicator."""
+        """Free the duplicate, because the user frees the communicator."""
         if self._duplicating is None and not _given_up:
             self._comm.Free()
 
@@ -282,10 +273,10 @@ _given_up: list[Any] = []
 
 
 def _give_up(kept: Any) -> None:
-    """Keep a request that will not complete, with its buffers, and see to it that the job ends with this process.
+    """Keep a request that may not complete, with its buffers, and let the job end when this process exits.
 
-    mpi4py does not keep the buffers of all requests alive: an Iallreduce into an array that was dropped writes into
-    whatever has taken its place.
+    mpi4py does not keep the buffers of all requests alive: an Iallreduce into an array that was freed writes into the
+    array that now has its memory.
     """
     if not _given_up:
         atexit.register(_end_job, os.getpid())
@@ -293,11 +284,11 @@ def _give_up(kept: Any) -> None:
 
 
 def _end_job(pid: int) -> None:
-    """MPI_Finalize would wait for the missing rank for ever."""
+    """End all ranks, because MPI_Finalize would wait for the missing rank for ever."""
     from mpi4py import MPI
 
     if os.getpid() == pid and not MPI.Is_finalized():
         sys.stdout.flush()
         print("arraybn: a synchronized call was given up; ending all ranks", file=sys.stderr, flush=True)
-        time.sleep(0.2)  # for the launcher to pass on what was printed, before it ends everything
+        time.sleep(0.2)  # for the launcher to pass the printed line on before it ends all ranks
         MPI.COMM_WORLD.Abort(1)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
 from .._arrays.namespaces import Array, dtype_name
-from ..reference import Moments
-from .staging import Staging
+from ..reference import Moments, Pool
+from .exchange import Call
+from .staging import Staging, staging_for
 
 
-class Call(Protocol):
-    """A synchronized call, which exchanges vectors once, and the call of its backward."""
-
-    def exchange(self, rows: Array, n: int = 0) -> tuple[Array, int]:
-        """Return the rows (2, C) and n of all ranks together: moments pooled, other numbers summed."""
-
-    def backward(self) -> Any:
-        """Return the call of the backward of this forward."""
-
-
-class RankPool:
-    """The ranks of one call. Vectors (C,) are staged to the host, exchanged in float64, and staged home."""
+class RankPool(Pool):
+    """The ranks of one call: vectors (C,) are staged to the host, exchanged in float64, and staged home."""
 
     kept: tuple[Array, Array | None]  # rstd and mean_low on the host, from a forward to its backward
+    _staging: Staging
 
     def __init__(self, call: Call, forward: RankPool | None = None) -> None:
         self.call = call
@@ -34,18 +25,19 @@ class RankPool:
 
     def moments(self, part: Moments) -> Moments:
         """(E2) Return the moments of all parts together, on the host."""
-        mean, m2, low = part.mean, part.m2, part.mean_low
-        self._staging, self._wide = Staging(mean, 4), dtype_name(mean.dtype) == "float64"
-        rows = self._staging.host(mean, m2, *([] if low is None else [low]))
-        if low is not None:
+        self._staging, self._wide = staging_for(part.mean, 4), dtype_name(part.mean.dtype) == "float64"
+        if part.mean_low is None:
+            rows = self._staging.host(part.mean, part.m2)
+        else:
+            rows = self._staging.host(part.mean, part.m2, part.mean_low)
             rows[0] += rows[2]
-        (mean, m2), n = self.call.exchange(rows[:2], part.n)
+        (mean, m2), n = self.call.combine(rows[:2], part.n)
         return Moments(n, mean, m2)
 
     def sums(self, *parts: Array) -> Array:
         """Return the sum of each vector over all parts, on the host."""
-        self._staging = Staging(parts[0], 3)
-        rows, _ = self.call.exchange(self._staging.host(*parts))
+        self._staging = staging_for(parts[0], 3)
+        rows, _ = self.call.combine(self._staging.host(*parts))
         return rows
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:

@@ -1,18 +1,19 @@
-"""Copies of one model on all ranks: the same state to begin with, and the gradients of all batches together."""
+"""Copies of one model on all ranks: equal state before training, and the gradients of all batches together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from .. import sync
 from .._arrays.copies import as_numpy, converted
 from .._arrays.namespaces import Array, array_namespace, device, dtype_name
 from .._checks import as_number
 from ..modules import Module, Parameter
-from . import Comm
+from . import frames
+from .communicators import exchange_over
+from .exchange import Comm, begin
 
 
 def broadcast_state(model: Module, comm: Comm | None) -> None:
@@ -21,9 +22,9 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     Parameters
     ----------
     model : Module
-        Of the same structure on all ranks. Its values are replaced, never written into; gradients stay.
+        A model of the same structure on all ranks. Its values are replaced, never written into; gradients stay.
     comm : mpi4py communicator or None
-        The ranks; None for all of them.
+        The ranks; None for all ranks.
 
     Raises
     ------
@@ -44,9 +45,9 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     >>> ThreadComm.run(2, work)
     [5, 5]
     """
-    channel = sync.channel_of("comm", comm)
     state = list(_state(model)) if isinstance(model, Module) else []
-    call = sync.begin(channel, sync.BROADCAST, "the model", {name: _shape(value) for name, _, value in state})
+    settings = {name: _dtype_and_shape(value) for name, _, value in state}
+    call = begin(exchange_over("comm", comm), frames.BROADCAST, "the model", settings)
     if call is None:
         _check_module(model)
         return
@@ -55,16 +56,9 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
         own = [_native(as_numpy(name, value)) for name, _, value in state]
         octets = np.concatenate([np.zeros(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in own)])
         call.broadcast(octets)
-        new = []
-        for array, (name, _, value) in zip(own, state, strict=True):
-            part, octets = octets[: array.nbytes], octets[array.nbytes :]
-            new.append(_like(name, part.view(array.dtype).reshape(array.shape), value))
-        for (name, module, _), value in zip(state, new, strict=True):
-            key = name.rpartition(".")[2]
-            if key in module._parameters:
-                module._parameters[key].data = value
-            else:
-                module._buffers[key] = value
+        parts = _split(octets, [array.nbytes for array in own])
+        arrays = [part.view(array.dtype).reshape(array.shape) for part, array in zip(parts, own, strict=True)]
+        _replace(state, [_like(name, array, value) for array, (name, _, value) in zip(arrays, state, strict=True)])
 
 
 def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> None:
@@ -73,11 +67,11 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     Parameters
     ----------
     model : Module
-        With the same parameters on all ranks.
+        A model with the same parameters on all ranks.
     comm : mpi4py communicator or None
-        The ranks; None for all of them.
+        The ranks; None for all ranks.
     weight : float
-        This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not looked at.
+        This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not read.
 
     Raises
     ------
@@ -92,11 +86,12 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     A gradient that is None counts as 0, and stays None if it is None on every rank. Where all weights are 0 the
     gradients become 0, but with one rank, or without MPI, they stay as they are. The sums are taken in float64.
 
-    With gradients of the mean loss of each rank's batch, and its size as weight, this is the gradient of the mean over
-    all batches, as long as no rank's output depends on the batch of another. With `SyncBatchNorm` it does: then the
-    loss gradients that enter `backward` have to be of one scale on all ranks. Divide the loss of each rank by the size
-    of all batches together, not of its own; the gradients of the ranks are to be added up, which is `weight=1` and the
-    loss times the number of ranks. With batches of one size there is no difference.
+    Where each rank has the gradients of the mean loss over its batch, and the size of its batch as weight, the result
+    is the gradient of the mean loss over all batches, as long as no rank's output depends on the batch of another rank.
+    With `SyncBatchNorm` every output does. The loss gradients that enter `backward` then need one scale on all ranks:
+    divide the loss of each rank by the size of all batches together, not by the size of its own. The gradients of the
+    ranks then have to be added up: use `weight=1` and the loss times the number of ranks. With batches of one size
+    there is no difference.
 
     Examples
     --------
@@ -111,8 +106,8 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     [([3.0], None), ([3.0], None)]
     """
     parameters = dict(model.named_parameters()) if isinstance(model, Module) else {}
-    settings = {name: _shape(parameter.data) for name, parameter in parameters.items()}
-    call = sync.begin(sync.channel_of("comm", comm), sync.AVERAGE, "the model", settings)
+    settings = {name: _dtype_and_shape(parameter.data) for name, parameter in parameters.items()}
+    call = begin(exchange_over("comm", comm), frames.AVERAGE, "the model", settings)
     if call is None:
         _check_module(model)
         _as_weight(weight)
@@ -120,17 +115,14 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     with call:
         _check_module(model)
         weight = _as_weight(weight)
-        there = [float(parameter.grad is not None) for parameter in parameters.values()]
-        parts = [_weighted(name, parameter, weight) for name, parameter in parameters.items()]
-        numbers = np.concatenate([np.asarray(there), *parts])
-        total = call.add(weight, numbers)
-        there, numbers = numbers[: len(there)].tolist(), numbers[len(there) :] / (total or 1)
-        new: list[tuple[Parameter, Array]] = []
-        for (name, parameter), known, part in zip(parameters.items(), there, parts, strict=True):
-            gradient, numbers = numbers[: part.size], numbers[part.size :]
-            if known:
-                new.append((parameter, _like(name, gradient.reshape(parameter.data.shape), parameter.data)))
-        for parameter, gradient in new:
+        there = np.asarray([parameter.grad is not None for parameter in parameters.values()], np.float64)
+        own = [_weighted(name, parameter, weight) for name, parameter in parameters.items()]
+        numbers = np.concatenate([there, *own])
+        total = call.add(weight, numbers) or 1
+        there, *sums = _split(numbers, [there.size, *(part.size for part in own)])
+        known = [(*item, part) for item, part, ranks in zip(parameters.items(), sums, there, strict=True) if ranks]
+        new = [_like(name, (part / total).reshape(p.data.shape), p.data) for name, p, part in known]
+        for (_, parameter, _), gradient in zip(known, new, strict=True):
             parameter.grad = gradient
 
 
@@ -146,7 +138,7 @@ def _as_weight(weight: Any) -> float:
 
 
 def _weighted(name: str, parameter: Parameter, weight: float) -> Array:
-    """w·g of one parameter as float64 in host memory, in one dimension; 0 without a gradient, whatever it may be."""
+    """Return w·g as a float64 vector on the host; 0 without a gradient or with w = 0, even where g is NaN."""
     if parameter.grad is None or weight == 0:
         return np.zeros(int(np.prod(parameter.data.shape)))
     with np.errstate(all="ignore"):
@@ -154,7 +146,7 @@ def _weighted(name: str, parameter: Parameter, weight: float) -> Array:
 
 
 def _state(model: Module) -> Iterator[tuple[str, Module, Any]]:
-    """(path, its module, value) of each parameter's data and each buffer."""
+    """Return path, module and value of each parameter and each buffer."""
     for path, module in model.named_modules():
         parameters = {name: p.data for name, p in module._parameters.items() if p is not None}
         for name, value in {**parameters, **module._buffers}.items():
@@ -162,18 +154,32 @@ def _state(model: Module) -> Iterator[tuple[str, Module, Any]]:
                 yield f"{path}.{name}" if path else name, module, value
 
 
+def _replace(state: Sequence[tuple[str, Module, Any]], values: Sequence[Any]) -> None:
+    for (path, module, _), value in zip(state, values, strict=True):
+        name = path.rpartition(".")[2]
+        if name in module._parameters:
+            module._parameters[name].data = value
+        else:
+            module._buffers[name] = value
+
+
+def _split(vector: Array, sizes: Sequence[int]) -> list[Array]:
+    """Return the consecutive parts of a vector, as views, which have these sizes and fill the vector."""
+    return np.split(vector, np.cumsum(sizes, dtype=int))[:-1]
+
+
 def _native(array: Array) -> Array:
-    """`array` in native byte order, as its bytes are to be read on every rank."""
+    """Return `array` in native byte order, in which every rank reads its bytes."""
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _shape(value: Any) -> str:
-    """'float32 (3,)'."""
+def _dtype_and_shape(value: Any) -> str:
+    """Return 'float32 (3,)', or 'count' for an int."""
     return "count" if isinstance(value, int) else f"{dtype_name(value.dtype)} {tuple(value.shape)}"
 
 
 def _like(name: str, numbers: Array, value: Any) -> Any:
-    """The host's `numbers` as what `value` is: an int, or an array of its namespace, device and dtype."""
+    """Return the host's `numbers` as an int, or in the namespace and dtype and on the device of `value`."""
     if isinstance(value, int):
         return int(numbers)
     return converted(name, numbers, array_namespace(value), device(value), value.dtype)

@@ -1,7 +1,7 @@
-"""The way of a few numbers per channel to the host, where MPI can read them, and back.
+"""Staging: the way of vectors (C,) to the host, where MPI can read them, and home to their device.
 
-A device pointer never reaches MPI: where MPI was not built for the GPU at hand, that ends all processes. From a GPU the
-numbers go through pinned host memory, on the array's stream, and the host waits for them once.
+A device pointer never reaches MPI, because an MPI that was not built for this GPU would end all processes. Data of a
+GPU goes through pinned host memory, on the array's stream, and the host waits for that stream once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,26 +17,66 @@ from .._arrays.copies import as_numpy, converted
 from .._arrays.namespaces import Array, array_namespace, device, is_cupy_array
 
 
-class Staging:
-    """Room for the `rows` of numbers (C,) that come back, beside the vectors `like` (C,).
-
-    It is made before ranks exchange what it brings, because afterwards it is too late to find out that memory is short.
-    On a GPU its device has to be the current one, from here to `home`.
-    """
-
-    def __init__(self, like: Array, rows: int) -> None:
-        self._like, self._pinned = like, None
-        if is_cupy_array(like):
-            shape = rows, like.shape[0]
-            self._room = array_namespace(like).empty(shape, dtype=np.float64)
-            self._pinned = _pinned_of_this_stream(self._room.size)
-            away, back = self._pinned.away, self._pinned.back
-            self._away, self._back = (memory[: self._room.size].reshape(shape) for memory in (away, back))
+class Staging(Protocol):
+    """The two ways between a device and the host, for vectors of one length, dtype and device."""
 
     def host(self, *vectors: Array) -> Array:
-        """The vectors (C,) as rows (k, C), float64 in host memory."""
-        if self._pinned is None:
-            return np.stack([np.asarray(as_numpy("moments", vector), np.float64) for vector in vectors])
+        """Return k vectors (C,) of the device as new rows (k, C), float64 in host memory."""
+
+    def home(self, *rows: Array) -> Sequence[Array]:
+        """Return rows (C,) of the host in the namespace and dtype and on the device of the vectors."""
+
+
+def staging_for(like: Array, rows: int) -> Staging:
+    """Return the staging of vectors like `like` (C,), with memory for the `rows` that come home.
+
+    Call this before the exchange: afterwards it is too late to find out that memory is short.
+    """
+    if type(like) is np.ndarray:
+        return _NO_STAGING
+    return _GpuStaging(like, rows) if is_cupy_array(like) else _CopyStaging(like)
+
+
+class _NoStaging:
+    """For NumPy, whose vectors are on the host."""
+
+    def host(self, *vectors: Array) -> Array:
+        return np.stack(vectors).astype(np.float64, copy=False)
+
+    def home(self, *rows: Array) -> Sequence[Array]:
+        return rows
+
+
+_NO_STAGING = _NoStaging()
+
+
+class _CopyStaging:
+    """For namespaces that exchange arrays with NumPy."""
+
+    def __init__(self, like: Array) -> None:
+        self._like = like
+
+    def host(self, *vectors: Array) -> Array:
+        return np.stack([np.asarray(as_numpy("moments", vector), np.float64) for vector in vectors])
+
+    def home(self, *rows: Array) -> Sequence[Array]:
+        like = self._like
+        xp, where = array_namespace(like), device(like)
+        with np.errstate(all="ignore"):  # in float32 a moment may be infinite
+            return [converted("moments", row, xp, where, like.dtype) for row in rows]
+
+
+class _GpuStaging:
+    """For CuPy, whose current device has to be that of the vectors until they are home."""
+
+    def __init__(self, like: Array, rows: int) -> None:
+        shape = rows, like.shape[0]
+        self._room = array_namespace(like).empty(shape, dtype=np.float64)
+        self._pinned = _pinned_of_this_stream(self._room.size)
+        away, back = self._pinned.away, self._pinned.back
+        self._away, self._back = (memory[: self._room.size].reshape(shape) for memory in (away, back))
+
+    def host(self, *vectors: Array) -> Array:
         rows = self._away[: len(vectors)]
         for row, vector in zip(rows, vectors, strict=True):
             vector.astype(np.float64, copy=False).get(self._pinned.stream, out=row, blocking=False)
@@ -44,14 +84,6 @@ class Staging:
         return np.array(rows)
 
     def home(self, *rows: Array) -> Sequence[Array]:
-        """The host's rows (C,) in the namespace and dtype and on the device of `like`."""
-        like = self._like
-        if type(like) is np.ndarray:
-            return rows
-        if self._pinned is None:
-            xp, where = array_namespace(like), device(like)
-            with np.errstate(all="ignore"):  # in float32 a moment may be infinite
-                return [converted("moments", row, xp, where, like.dtype) for row in rows]
         room, back = self._room[: len(rows)], self._back[: len(rows)]
         np.stack(rows, out=back)
         room.set(back, self._pinned.stream)
@@ -61,8 +93,8 @@ class Staging:
 class _Pinned:
     """Host memory that a GPU copies to and from without the processor, for one stream and one thread.
 
-    Copies on a stream come one after the other, and `Staging.host` waits for all of them before the memory is written
-    to again.
+    Copies on a stream come one after the other, and `_GpuStaging.host` waits for all of them before the memory is
+    written to again.
     """
 
     def __init__(self, stream: Any, size: int) -> None:
@@ -70,22 +102,22 @@ class _Pinned:
         self.away, self.back = (importlib.import_module("cupyx").empty_pinned((size,), np.float64) for _ in range(2))
 
 
-class _Kept(threading.local):
+class _PinnedOfThread(threading.local):
     def __init__(self) -> None:
         self.by_stream: dict[tuple[int, int], _Pinned] = {}
 
 
-_kept = _Kept()
+_pinned_of_thread = _PinnedOfThread()
 
 
 def _pinned_of_this_stream(size: int) -> _Pinned:
-    """At least `size` numbers for the current stream of the current device."""
+    """Return pinned memory for at least `size` numbers, of the current stream of the current device."""
     cuda = importlib.import_module("cupy").cuda
     stream = cuda.get_current_stream()
     key = cuda.runtime.getDevice(), stream.ptr
-    found = _kept.by_stream.get(key)
+    found = _pinned_of_thread.by_stream.get(key)
     if found is None or found.away.size < size:
         if found is not None:
-            stream.synchronize()  # it may still be copied from
-        found = _kept.by_stream[key] = _Pinned(stream, max(size, 1024))
+            stream.synchronize()  # a copy from the smaller memory may be under way
+        found = _pinned_of_thread.by_stream[key] = _Pinned(stream, max(size, 1024))
     return found

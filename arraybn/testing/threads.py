@@ -11,23 +11,25 @@ import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_integer
-from ..sync import Channel, SyncError, frames
+from ..sync import frames
+from ..sync.errors import SyncError
+from ..sync.exchange import Exchange
 
 T = TypeVar("T")
 
 
 class ThreadComm:
-    """One rank of a communicator whose ranks are threads. Made by `ThreadComm.run`; goes wherever `comm` does.
+    """One rank of a communicator whose ranks are threads, made by `ThreadComm.run` and accepted wherever `comm` is.
 
     Attributes
     ----------
     rank, size : int
-        Which rank this is, and of how many.
+        The number of this rank, and the number of ranks.
 
     Notes
     -----
-    The protocol, its frames and its errors are those of MPI. Python runs one thread at a time, so this is for trying
-    and testing; for speed there is ``mpirun``.
+    The protocol, its frames and its errors are those of MPI. Python runs one thread at a time, so threads are for
+    trials and tests; for speed use ``mpirun``.
 
     Examples
     --------
@@ -44,7 +46,7 @@ class ThreadComm:
 
     def __init__(self, rank: int, table: _Table) -> None:
         self.rank, self.size = rank, table.size
-        self.channel = Channel(_ThreadReducer(rank, table))
+        self.exchange = Exchange(_ThreadReducer(rank, table))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: rank {self.rank} of {self.size}>"
@@ -54,22 +56,23 @@ class ThreadComm:
 
     @classmethod
     def run(cls, size: int, work: Callable[[ThreadComm], T], *, leave: bool = True) -> list[T]:
-        """What `work(comm)` returns on each rank, in the order of the ranks.
+        """Call `work(comm)` on each rank, and return the results in the order of the ranks.
 
         Parameters
         ----------
         size : int
             The number of ranks.
         work : callable
-            Called on each rank, at the same time, with the `ThreadComm` of that rank.
+            A function that takes the `ThreadComm` of its rank; the ranks run at the same time.
         leave : bool
-            Whether ranks that wait for one that has returned are told so. Without it they wait until the time limit,
-            as under MPI.
+            If True, a rank that waits for one that has returned raises at once. If False, it waits until the time
+            limit, as under MPI.
 
         Raises
         ------
         Exception
-            What `work` raised, with a note of the rank: preferably not a `SyncError`, which may be but the echo.
+            The error that `work` raised, with a note of the rank. A `SyncError` comes last, because it may only repeat
+            the error of another rank.
 
         Examples
         --------
@@ -102,7 +105,7 @@ class ThreadComm:
 
 
 class _Table:
-    """Where the ranks lay down what they send; the last to come puts it together."""
+    """The values that the ranks send; the last rank to come combines them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -113,13 +116,13 @@ class _Table:
         self._news = threading.Condition()
 
     def leave(self, rank: int) -> None:
-        """Nothing more will come from this rank."""
+        """Note that this rank sends nothing more."""
         with self._news:
             self._left.add(rank)
             self._news.notify_all()
 
     def meet(self, rank: int, value: Any, together: Callable[[list[Any]], Any], deadline: float | None) -> Any:
-        """`together` of the values of all ranks, the same object on each."""
+        """Return `together` of the values of all ranks, the same object on each rank."""
         with self._news:
             now, self._values[rank] = self._round, value
             if len(self._values) == self.size:
@@ -136,16 +139,16 @@ class _Table:
 
 
 class _ThreadReducer:
-    """`arraybn.sync.Reducer` over a table."""
+    """The operations of `arraybn.sync.exchange.Reducer` over a table."""
 
     def __init__(self, rank: int, table: _Table) -> None:
         self.rank, self.size, self._table = rank, table.size, table
 
     def open(self, deadline: float | None) -> None:
-        """Threads are connected."""
+        """Do nothing: threads are connected."""
 
     def close(self) -> None:
-        """Interrupts go to the main thread, which is no rank."""
+        """Do nothing: interrupts go to the main thread, which is no rank."""
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         frame[:] = self._table.meet(self.rank, frame, _combined, deadline)
@@ -161,7 +164,7 @@ class _ThreadReducer:
 
 
 def _combined(parts: list[Array]) -> Array:
-    """Two halves, each combined in the same way, as MPI does it over a tree."""
+    """Combine the two halves, each combined in the same way, as MPI does over a tree."""
     if len(parts) == 1:
         return parts[0].copy()
     half = len(parts) // 2

@@ -361,9 +361,9 @@ def broken() -> None:
         def Test(self) -> bool:  # noqa: N802
             raise MPI.Exception(MPI.ERR_OTHER)
 
-    channel = sync.channel_of("comm", comm)
-    assert channel is not None
-    channel.reducer._comm = type("Comm", (), {"Iallreduce": lambda self, *_: Broken()})()
+    exchange = sync.exchange_over("comm", comm)
+    assert exchange is not None
+    exchange.reducer._comm = type("Comm", (), {"Iallreduce": lambda self, *_: Broken()})()
     for text in ("the forward of .* failed: ", "Nothing more can be synchronized over this communicator"):
         try:
             layer(faults.part(faults.X, comm))

@@ -43,7 +43,7 @@ from .tiles import (
 
 @plain
 def _shift(x: Any, sample: int, plane: int, n: int, c0: int, shift: Any) -> None:
-    """Set `shift` to a value near the mean of each channel: that of its first values, exactly if they are all equal."""
+    """Set `shift` to a value near the mean of each channel: the mean of its first values, exact if all are equal."""
     places = min(plane, 8)
     samples = min(n // plane, 8 // places)
     first, total = np.empty(shift.size), np.zeros(shift.size)
@@ -69,14 +69,14 @@ def _spread(x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, shift: A
 
 @plain
 def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
-    """Turn Σd and Σd² into mean and m2, in place; return whether some shift was so far off that digits were lost.
+    """Turn Σd and Σd² into mean and m2, in place; return True if some shift was so far off that digits were lost.
 
-    Such a shift becomes the mean. The others stay, so that sums made again have the same bits for their channels.
+    A shift that was far off becomes the mean. The other shifts stay, so that their sums have the same bits again.
     """
     some = False
     for j in range(s.size):
         d = s[j] / n
-        m2 = q[j] if np.isinf(q[j]) and np.isfinite(d) else q[j] - s[j] * d  # too large for float64, as in NumPy
+        m2 = q[j] if np.isinf(q[j]) and np.isfinite(d) else q[j] - s[j] * d  # overflow gives inf, as in NumPy
         far = s[j] * d > 4 * m2
         s[j] = shift[j] + d
         q[j] = 0.0 if m2 < 0 else m2
@@ -88,7 +88,7 @@ def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
 
 @plain
 def _moments(x: Any, sample: int, plane: int, n: int, c0: int, rows: int, mean: Any, m2: Any) -> None:
-    """(E1) The moments of whole channels, where they are one tile."""
+    """(E1) Set mean and m2 of whole channels, which are one tile."""
     shift = np.empty(mean.size)
     _shift(x, sample, plane, n, c0, shift)
     for _ in range(2):
@@ -140,7 +140,7 @@ def _affine2(
         affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
 
 
-# ---- Two sweeps over whole channels, where they are one tile, with the formulas of ``reference.py`` between ----------
+# ---- Two sweeps over whole channels that are one tile, with the formulas of ``reference.py`` between -----------------
 # The formulas are compiled for the numbers of one channel.
 
 
@@ -218,10 +218,12 @@ _STORED = {"e": types.int16, "E": types.uint16, "f": types.float32, "d": types.f
 
 
 class Compiled:
-    """The entries for one dtype, each compiled, or read from the cache on disk, when it is first asked for."""
+    """The entries for one dtype. Each is compiled, or read from the cache on disk, at its first use."""
 
     def __init__(self, stored: types.Type) -> None:
-        self.storage = np.dtype(stored.name) if isinstance(stored, types.Integer) else None  # to be viewed as
+        self.storage = (
+            np.dtype(stored.name) if isinstance(stored, types.Integer) else None
+        )  # the dtype that data is viewed as
         data, result = _READ(stored), _WRITE(stored)
         given, sums = _READ(types.float64), _WRITE(types.float64)
         place, in_place, eps = (types.intp,) * 5, types.intp, types.float64
@@ -246,13 +248,13 @@ class Compiled:
         return entry
 
     def names(self) -> list[str]:
-        """The entries."""
+        """Return the names of the entries."""
         return list(self._signatures)
 
 
 @functools.cache
 def compiled(dtype: str) -> Compiled:
-    """The entries for the dtype of that character."""
+    """Return the entries for the dtype of that character."""
     return Compiled(_STORED[dtype])
 
 
@@ -268,7 +270,7 @@ def compile_all() -> Iterator[str]:
 
 
 def cache_folder() -> str | None:
-    """Where compiled entries are kept; None where no folder can be written."""
+    """Return the folder of the compiled entries; None where no folder can be written."""
     try:
         return str(_Cache(_forward, ()).cache_path)
     except RuntimeError:
@@ -276,12 +278,12 @@ def cache_folder() -> str | None:
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache on disk, which otherwise looks at this file alone to see whether it is out of date."""
+    """Numba's cache on disk, made stale by a change of any source; Numba's own looks at this file alone."""
 
     def __init__(self, function: Any, signature: tuple[types.Type, ...]) -> None:
         super().__init__(function)
-        # Files of its own for each key (signature, processor, sources): in Numba's, which all keys share, two processes
-        # that add to them at once can leave the code of one under the key of the other, for good.
+        # Each key (signature, processor, sources) has its own files. All keys share the files of Numba's cache, where
+        # two processes that write at once can leave the code of one process under the key of the other, for good.
         key = self._index_key(signature, cpu_target.target_context.codegen())
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         self._cache_file = IndexDataCacheFile(
@@ -292,7 +294,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return *super()._index_key(signature, codegen), _sources()
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        """As Numba's, but what cannot be read, as after a crash, is compiled anew."""
+        """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
         try:
             return super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
@@ -301,7 +303,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        """As Numba's, but where the disk is full it says so, and goes on."""
+        """Save as Numba does, but warn and go on where the disk is full."""
         try:
             super().save_overload(signature, data)
         except OSError as error:
@@ -315,7 +317,7 @@ def _sources() -> str:
 
 
 def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
-    """`function`, compiled for these types, from the cache on disk if it is there."""
+    """Return `function` compiled for these types, from the cache on disk if it is there."""
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)

@@ -1,4 +1,4 @@
-"""Numba's loops over a tile of the data: what is done to a run of values, and how runs are strung together.
+"""Numba's loops over a tile of the data: the work on a run of values, and the loops from run to run.
 
 Data is seen as (N, C, S), contiguous, and addressed as one long line: the value of sample n, channel c, place s is at
 n·sample + c·plane + s, where `plane` is S and `sample` is C·S. All arithmetic is in float64, whatever the data's dtype.
@@ -21,8 +21,8 @@ from .half import narrow, wide
 LONG = 32  # planes of this many values are runs of their own
 WIDE = 1024  # values in a run over short planes: its coefficients stay in the first-level cache
 PIECE = 8192  # values in a run along a long plane
-SHORT = 512  # values that are summed in one go, some sixteen for each sum of a vector
-BLOCK = 64  # runs whose sums are added up before they are added to the tile's, which keeps rounding small
+SHORT = 512  # values in one partial sum, some sixteen for each lane of a vector register
+BLOCK = 64  # runs whose sums are added to each other before the sum of the tile, which keeps rounding small
 
 # Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `minus`.
 # Dividing by zero gives inf or NaN, as in NumPy.
@@ -33,12 +33,12 @@ _map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
 
 @plain
 def minus(x: Any, mean: Any) -> Any:
-    """x − mean, as written: were it taken apart, Σ(x−mean) could become Σx − n·mean and lose every digit."""
+    """Return x − mean, not reassociated: Σ(x−mean) could otherwise become Σx − n·mean and lose every digit."""
     return x - mean
 
 
-# ---- Runs: what each sweep does to values that lie side by side ------------------------------------------------------
-# Places are unsigned: of a signed one Numba asks at every step whether it counts from the end.
+# ---- Runs: the work of each sweep on values that lie side by side ----------------------------------------------------
+# Indices are unsigned: for a signed index Numba tests at every step whether the index counts from the end.
 
 
 @_sum
@@ -115,13 +115,13 @@ def _copy(buffer: Any, start: Any, stop: Any, out: Any) -> None:
 
 @plain
 def _pieces(plane: int) -> int:
-    """How many rows a sample is cut into."""
+    """Return the number of rows of a sample."""
     return (plane + PIECE - 1) // PIECE
 
 
 @plain
 def _row(r: int, sample: int, plane: int) -> tuple[int, int]:
-    """Where the run of row r and channel 0 begins, and how long the runs of that row are, where planes are long."""
+    """Return the start of the run of row r and channel 0, and the length of the runs of that row, for long planes."""
     if plane <= PIECE:
         return r * sample, plane
     n, k = divmod(r, _pieces(plane))
@@ -130,15 +130,15 @@ def _row(r: int, sample: int, plane: int) -> tuple[int, int]:
 
 @plain
 def _together(channels: int, sample: int, plane: int) -> tuple[int, int]:
-    """Of how many channels, and of how many times, a run over short planes takes the planes."""
-    if channels * plane == sample and sample <= WIDE:  # whole times lie side by side
+    """Return channels and samples per run over short planes."""
+    if channels * plane == sample and sample <= WIDE:  # whole samples lie side by side
         return channels, WIDE // sample
     return min(channels, max(1, WIDE // plane)), 1
 
 
 @plain
 def _lines(number: int, values: int) -> Any:
-    """Room for so many lines of so many values (number, ≥ values).
+    """Return an empty array (number, ≥ values) of lines.
 
     The lines are 2,720 bytes apart, modulo 4,096: a load seems to wait for a store whose address has the same last
     twelve bits, so lines that begin on the same place of a page, which is where malloc puts them, halve the speed.
@@ -148,7 +148,7 @@ def _lines(number: int, values: int) -> Any:
 
 @plain
 def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
-    """Set `line` to a channel's number for each value of a run over short planes."""
+    """Set `line` to the number of its channel for each value of a run over short planes."""
     if plane == 1:
         for k in range(times):
             for j in range(values.size):
@@ -162,7 +162,7 @@ def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
 
 @plain
 def _add_up(line: Any, plane: int, sums: Any) -> None:
-    """Add what each place of a run over short planes has gathered to the sum of its channel; `line` is used up."""
+    """Add the sums of each position of a run over short planes to the sum of its channel; `line` is overwritten."""
     whole = sums.size * plane
     times = line.size // whole
     while times > 1:  # by halves, as rounding would grow with the number of times
@@ -178,7 +178,7 @@ def _add_up(line: Any, plane: int, sums: Any) -> None:
 
 
 def _loops_of(run: Any) -> Any:
-    """Compiles the loops made for `run`, under a name of their own.
+    """Return a decorator that compiles the loops made for `run` under a name of their own.
 
     The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
     Of two of one name, kept on disk by two processes, a third would take one for the other.
@@ -192,7 +192,7 @@ def _loops_of(run: Any) -> Any:
 
 
 def _sums_along(run: Any) -> Any:
-    """The loops of a reduction where planes are long; `run` returns the two sums of a run."""
+    """Return the loops of a reduction over long planes; `run` returns the two sums of a run."""
 
     @_loops_of(run)
     def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
@@ -221,7 +221,7 @@ def _sums_along(run: Any) -> Any:
 
 
 def _sums_across(run: Any) -> Any:
-    """The loops of a reduction where planes are short; `run` adds to two lines of sums."""
+    """Return the loops of a reduction over short planes; `run` adds to two lines of sums."""
 
     @_loops_of(run)
     def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
@@ -247,11 +247,11 @@ def _sums_across(run: Any) -> Any:
     return reduce
 
 
-# A loop that writes over what it reads is not vectorized, so `in_place` a run is written to a buffer, and copied.
+# A loop that writes over its input is not vectorized, so `in_place` a run is written to a buffer and then copied.
 
 
 def _map_along(run: Any) -> Any:
-    """The loops of a map where planes are long; `run` writes a run of `out`, from place o on."""
+    """Return the loops of a map over long planes; `run` writes a run of `out`, from index o on."""
 
     @_loops_of(run)
     def map_(
@@ -284,7 +284,7 @@ def _map_along(run: Any) -> Any:
 
 
 def _map_across(run: Any) -> Any:
-    """The loops of a map where planes are short; `run` writes a run of `out`, from place o on."""
+    """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on."""
 
     @_loops_of(run)
     def map_(

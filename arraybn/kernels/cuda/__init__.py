@@ -1,4 +1,4 @@
-"""The sweeps for CuPy arrays: CUDA kernels, built when they are first used, for the device at hand.
+"""The sweeps for CuPy arrays: CUDA kernels, built for the current device at their first use.
 
 A forward is two launches, and so is a backward: the sums, whose last block to arrive applies the formulas to each
 channel, and the map, which goes over the data backwards, to find in the cache what the sums read last. No launch waits
@@ -21,14 +21,14 @@ from ..._arrays.namespaces import Array
 from . import launch
 from .launch import Grid, Kernel
 
-PART = 2**16  # bytes of x that a block takes of a channel, about
-LEAST = 2**14  # bytes that are worth a block
-BLOCKS = 528  # that keep a large GPU busy: four on each of 132 multiprocessors
-ROW = 64  # bytes that the threads of a block take of a row; few, so that there are enough blocks with few parts each
-MOST_ROWS = 2**15  # in a part, which keeps rounding small
-THREADS = 256  # in a block at most
+PART = 2**16  # bytes of one channel of x that a block reads, about
+LEAST = 2**14  # bytes that a block reads at least
+BLOCKS = 528  # blocks that keep a large GPU busy: four on each of 132 multiprocessors
+ROW = 64  # bytes of a row that a block reads; narrow, so that there are enough blocks and few parts of each channel
+MOST_ROWS = 2**15  # rows in a part at most, which keeps rounding small
+THREADS = 256  # threads in a block at most
 WARP = 32
-UNDER_WAY = 4  # items that a thread has under way
+UNDER_WAY = 4  # loads that a thread has in flight
 WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
 DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
 
@@ -36,7 +36,7 @@ DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by
 
 
 class Cut(NamedTuple):
-    """How (N, C, S) is cut into the work of blocks."""
+    """The cut of (N, C, S) into the work of blocks."""
 
     layout: str  # "planes" or "lines"
     width: int  # values in an item
@@ -46,7 +46,7 @@ class Cut(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def cut(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
-    """How data of that shape is cut; `address` has the last four bits of every address of data."""
+    """Cut data of that shape; `address` has the last four bits of every address of data."""
     samples, channels, plane = shape
     if channels == 1:
         samples, plane = 1, samples * plane
@@ -58,49 +58,52 @@ def cut(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
 
 
 def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int) -> Cut:
-    """Each channel in parts of its own."""
+    """Cut each channel into parts of its own."""
     items, item = samples * plane // width, width * itemsize
     target = min(max(channels * items * item // BLOCKS, LEAST), PART)
     parts = max(items * item // target, 1)
     part = -(-items // parts)
     parts = -(-items // part)
-    threads = min(max(_power_of_two(part // UNDER_WAY), WARP), THREADS)
+    threads = min(max(power_of_two(part // UNDER_WAY), WARP), THREADS)
     grid = _grid(channels, parts, 1, threads)
     shape = (items, part, plane // width, channels * plane, 1)
-    return Cut("planes", width, grid, _numbers(samples * plane, channels, channels, parts, shape))
+    return Cut("planes", width, grid, numbers_of(samples * plane, channels, channels, parts, shape))
 
 
 def _cut_lines(rows: int, channels: int, width: int, itemsize: int) -> Cut:
-    """Groups of channels side by side, each in parts of its own."""
-    columns = min(_power_of_two(channels // width), ROW // (width * itemsize), WARP)
+    """Cut groups of neighbouring channels, each into parts of its own."""
+    columns = min(power_of_two(channels // width), ROW // (width * itemsize), WARP)
     groups = -(-channels // (columns * width))
     row = columns * width * itemsize
     height = min(max(groups * rows * row // BLOCKS, LEAST) // row, MOST_ROWS)
     parts = max(rows // height, 1)
     height = -(-rows // parts)
     parts = -(-rows // height)
-    threads = min(max(_power_of_two(columns * height // UNDER_WAY), columns * width, WARP), THREADS)
+    threads = min(max(power_of_two(columns * height // UNDER_WAY), columns * width, WARP), THREADS)
     grid = _grid(groups, parts, columns * width, threads)
-    return Cut("lines", width, grid, _numbers(rows, channels, groups, parts, (rows, height, 1, channels, columns)))
+    return Cut("lines", width, grid, numbers_of(rows, channels, groups, parts, (rows, height, 1, channels, columns)))
 
 
 def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
-    """A block for each part of each group of `slots` channels; a pair of sums for each of its channels."""
+    """Return one block for each part of each group of `slots` channels, with two sums for each channel."""
     several = parts > 1
     return Grid(groups * parts, threads, several * 16 * groups * parts * slots, several * groups)
 
 
-def _numbers(n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...], ahead: int = 0) -> tuple[int, ...]:
+def numbers_of(
+    n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...], ahead: int = 0
+) -> tuple[int, ...]:
+    """Return the numbers of a launch, in the order of `launch.NUMBERS`."""
     return n, channels, groups, parts, *shape, ahead, *divisor(groups), *divisor(shape[2])
 
 
-def _power_of_two(number: int) -> int:
-    """The smallest that is not less."""
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two ≥ number."""
     return int(1 << max(number - 1, 0).bit_length())
 
 
 def divisor(number: int) -> tuple[int, int]:
-    """Multiplier and shift of a division by `number`: v // number is v·multiplier >> 64 >> shift for 0 ≤ v < 2⁶³.
+    """Return multiplier and shift: v // number is v·multiplier >> 64 >> shift for 0 ≤ v < 2⁶³.
 
     Source: T. Granlund, P. L. Montgomery, Division by invariant integers using multiplication, 1994, theorem 4.2.
     """
@@ -115,7 +118,7 @@ def divisor(number: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int) -> tuple[Kernel, Cut]:
-    """The kernel of a sweep over such data, and how it is cut."""
+    """Return the kernel of a sweep over data of that shape, and the cut of the data."""
     found = cut(shape, itemsize, address)
     return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width), found
 
@@ -124,8 +127,8 @@ def _usable(array: Array, address: int) -> bool:
     return bool(array.flags.c_contiguous) and address % array.itemsize == 0
 
 
-class _Work:
-    """The arrays of a call and their addresses. Arrays that kernels cannot read as they are are copied."""
+class LaunchArguments:
+    """The arrays of a call and their addresses. An array that kernels cannot read in place is copied."""
 
     __slots__ = ("dtype", "gpu", "kept", "shape", "size", "u", "x", "y")
 
@@ -147,7 +150,7 @@ class _Work:
         return self.gpu.pointer(copy)
 
     def vector(self, vector: Array | None) -> int:
-        """The address of a vector (C,) in float64; 0 where there is none."""
+        """Return the address of a vector (C,) in float64; 0 for None."""
         if vector is None:
             return 0
         if vector.dtype.char == "d" and vector.flags.c_contiguous:
@@ -158,12 +161,12 @@ class _Work:
         return self.gpu.pointer(copy)
 
     def vectors(self, number: int) -> Array:
-        """So many vectors (C,) to be set; zeros, if there is nothing to set them from."""
+        """Return `number` vectors (C,) for the kernels to set; zeros where x is empty."""
         make = self.gpu.empty if self.size else self.gpu.zeros
         return make((number, self.shape[1]), "f8")
 
     def writes(self, out: Array | None) -> Array:
-        """Where the result goes: `out` where kernels can write into it, otherwise a new array like x."""
+        """Return the array for the result: `out` where kernels can write into `out`, otherwise a new array like x."""
         if out is not None and _usable(out, self.gpu.pointer(out)):
             result = out
         else:
@@ -172,19 +175,19 @@ class _Work:
         return result
 
     def run(self, sweep: str, *, eps: float = 0.0, **vectors: int) -> None:
-        """Launch one sweep, unless there is nothing to go over."""
+        """Launch one sweep, unless x is empty."""
         if not self.size:
             return
         y = self.y if sweep.startswith("affine") else 0
         address = (self.x | self.u | y) % 16
         kernel, found = _plan(sweep, self.shape, self.dtype.char, self.dtype.itemsize, address)
-        pointers = (self.x, self.u, y, *map(vectors.get, _VECTORS, _ZEROS))
+        pointers = (self.x, self.u, y, *map(vectors.get, VECTORS, NO_VECTORS))
         self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
 
     def moments(self, mean: int, m2: int, rstd: int = 0, eps: float = 0.0) -> None:
-        """(E1, E3) Set mean and m2, and rstd where it is given."""
+        """(E1, E3) Set mean and m2, and rstd where its address is given."""
         shift = 0
-        if self.dtype.itemsize == 8:  # sums about a mean that is nearly right, as others lose digits
+        if self.dtype.itemsize == 8:  # float64 keeps its digits only in sums about a mean that is nearly right
             self.run("moments", mean=mean, m2=m2)
             shift = mean
         self.run("moments", shift=shift, mean=mean, m2=m2, rstd=rstd, eps=eps)
@@ -200,8 +203,8 @@ class _Work:
         self.run("affine2", **given)
 
 
-_VECTORS = launch.POINTERS[3:-2]
-_ZEROS = (0,) * len(_VECTORS)
+VECTORS = launch.POINTERS[3:-2]
+NO_VECTORS = (0,) * len(VECTORS)
 
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def moments(x: Array) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x)
+        work = LaunchArguments(gpu, x)
         mean, m2 = work.vectors(2)
         work.moments(gpu.pointer(mean), gpu.pointer(m2))
         return mean, m2
@@ -221,27 +224,27 @@ def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
     """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x, u)
+        work = LaunchArguments(gpu, x, u)
         s, q = work.vectors(2)
         work.run("dots", mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
         return s, q
 
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
-    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x)
+        work = LaunchArguments(gpu, x)
         result = work.writes(out)
         work.run("affine", mean=work.vector(mean), a=work.vector(a), c=work.vector(c))
         return result
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where that is contiguous."""
+    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x, u)
+        work = LaunchArguments(gpu, x, u)
         result = work.writes(out)
         work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
         return result
@@ -254,20 +257,20 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(_Work, x, weight, bias, eps, out)
+    return forward_by(LaunchArguments, x, weight, bias, eps, out)
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(_Work, dy, x, mean, rstd, weight, out)
+    return backward_by(LaunchArguments, dy, x, mean, rstd, weight, out)
 
 
 def forward_by(
-    kind: type[_Work], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    kind: type[LaunchArguments], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
 ) -> tuple[Array, Array, Array, Array]:
-    """`forward`, as that kind of work does it."""
+    """Carry out `forward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()
     with gpu.on(x):
         work = kind(gpu, x)
@@ -279,9 +282,9 @@ def forward_by(
 
 
 def backward_by(
-    kind: type[_Work], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
+    kind: type[LaunchArguments], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
 ) -> tuple[Array, Array, Array]:
-    """`backward`, as that kind of work does it."""
+    """Carry out `backward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()
     with gpu.on(x):
         work = kind(gpu, x, dy)
@@ -306,10 +309,10 @@ def update_running_stats(
         return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     gpu = launch.launcher()
     with gpu.on(running_mean):
-        work = _Work(gpu, running_mean, running_var)
+        work = LaunchArguments(gpu, running_mean, running_var)
         new = gpu.empty((2, size), dtype)
-        pointers = dict.fromkeys(_VECTORS, 0) | {"mean": work.vector(mean), "m2": work.vector(var)}
-        numbers = _numbers(0, size, 1, 1, (0, 0, 1, 0, 1))
+        pointers = dict.fromkeys(VECTORS, 0) | {"mean": work.vector(mean), "m2": work.vector(var)}
+        numbers = numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
         grid = Grid(-(-size // THREADS), THREADS)
         kernel = Kernel("running", DTYPES[dtype.char], 1)
         gpu.launch(kernel, grid, (work.x, work.u, gpu.pointer(new), *pointers.values()), (0.0, momentum, *numbers))
@@ -321,7 +324,7 @@ def update_running_stats(
 
 
 def widened(*vectors: Array | None) -> list[Array | None]:
-    """Copies of up to four vectors (C,) in float64, in one launch where they are of one dtype; None for None."""
+    """Return float64 copies of up to four vectors (C,), by one launch where all have one dtype; None for None."""
     rows = _rows(vectors + (None,) * (4 - len(vectors)))
     if rows is None:
         return [None if vector is None else vector.astype("f8") for vector in vectors]
@@ -334,7 +337,7 @@ def evaluate(
     """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = _Work(gpu, x)
+        work = LaunchArguments(gpu, x)
         y = work.writes(out)
         rows = _rows((mean, var, weight, bias), eps)
         if rows is None:
@@ -349,7 +352,7 @@ def evaluate(
 
 
 def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array | None:
-    """The four vectors as rows of float64, and with `eps` rstd of the second as a fifth; None where they differ."""
+    """Return the four vectors as rows of float64, and a fifth row, rstd, for `eps`; None where their dtypes differ."""
     there = [vector for vector in vectors if vector is not None]
     if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
         return None
@@ -358,9 +361,9 @@ def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array 
         rows = gpu.empty((5, size), "f8")
         x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
         out = gpu.pointer(rows)
-        pointers = dict.fromkeys(_VECTORS, 0) | {"weight": weight, "bias": bias}
+        pointers = dict.fromkeys(VECTORS, 0) | {"weight": weight, "bias": bias}
         pointers["rstd"] = 0 if eps is None else out + 4 * 8 * size
-        grid, numbers = Grid(-(-size // THREADS), THREADS), _numbers(0, size, 1, 1, (0, 0, 1, 0, 1))
+        grid, numbers = Grid(-(-size // THREADS), THREADS), numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
         kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
         gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (eps or 0.0, 0.0, *numbers))
         return rows

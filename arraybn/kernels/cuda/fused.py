@@ -1,4 +1,4 @@
-"""Forward and backward for CuPy arrays in one launch each, which reads every value from main memory once.
+"""Forward and backward for CuPy arrays in one launch each; the launch reads every value from main memory once.
 
 The sweeps are those of ``cuda.py``. A forward or a backward goes one of three ways, which `plan` chooses:
 
@@ -33,16 +33,14 @@ from typing import Any, NamedTuple
 
 from ..._arrays.namespaces import Array
 from . import (
-    _VECTORS,
-    _ZEROS,
     DTYPES,
     LEAST,
+    NO_VECTORS,
     THREADS,
     UNDER_WAY,
+    VECTORS,
     WARP,
-    _numbers,
-    _power_of_two,
-    _Work,
+    LaunchArguments,
     affine,
     affine2,
     backward_by,
@@ -51,6 +49,8 @@ from . import (
     evaluate,
     forward_by,
     moments,
+    numbers_of,
+    power_of_two,
     update_running_stats,
     widened,
 )
@@ -60,19 +60,19 @@ __all__ = ["affine", "affine2", "backward", "dots", "evaluate", "forward", "mome
 
 FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
-ROWS_DRAWN = (128, 64, 32)  # that a task of the pipeline takes
-ALONE = 2**16  # bytes that one block reads about as fast as a second launch starts
-ITEMS = 16  # that a thread of a resident block has
-ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: the sums', and the system's
-TASK = 3 * 2**14  # bytes that a block reads for a task of the pipeline, about
-BLOCKS = 3  # that draw tasks, for each multiprocessor
+ROWS_DRAWN = (128, 64, 32)  # the same for a task of the pipeline
+ALONE = 2**16  # bytes that one block reads in the time that a second launch takes to start
+ITEMS = 16  # items of each thread of a resident block
+ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
+TASK = 3 * 2**14  # bytes that a task of the pipeline reads, about
+BLOCKS = 3  # blocks on each multiprocessor that draw tasks
 SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
-ROUNDS = {1: 4, 2: 2}  # of loads that a block of the pipeline has room for, by the number of inputs
-KEPT = 0.6  # of the L2 cache, where values are found again
+ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, by the number of inputs
+KEPT = 0.6  # fraction of the L2 cache in which values are found again
 
 
 class Plan(NamedTuple):
-    """How a forward or backward of (N, C, S) is done in one launch."""
+    """One launch that does a forward or backward of (N, C, S)."""
 
     kernel: Kernel
     grid: Grid
@@ -80,11 +80,11 @@ class Plan(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """What there is to read."""
+    """The inputs of a launch, as items that a thread loads at once."""
 
     dtype: str
     channels: int
-    items: int  # of a channel; rows, of lines
+    items: int  # items of a channel; for lines, rows
     plane: int  # items in a plane
     lines: bool
     width: int
@@ -92,35 +92,35 @@ class _Data(NamedTuple):
     inputs: int
 
     def columns(self, row: int) -> int:
-        """Threads side by side that take `row` bytes of each input."""
+        """Return the number of neighbouring threads that read `row` bytes of each input."""
         if not self.lines:
             return 1
-        return min(_power_of_two(self.channels // self.width), max(row * self.inputs // self.item, 1))
+        return min(power_of_two(self.channels // self.width), max(row * self.inputs // self.item, 1))
 
     def groups(self, columns: int) -> int:
-        """How many groups of channels there are."""
+        """Return the number of groups of channels."""
         return -(-self.channels // (columns * self.width)) if self.lines else self.channels
 
     def kernel(self, way: str) -> Kernel:
-        """The kernel that goes this way."""
+        """Return the kernel of that way."""
         name = f"{'forward' if self.inputs == 1 else 'backward'}_{way}_{'lines' if self.lines else 'planes'}"
         return Kernel(name, self.dtype, self.width, FILES, dynamic=True)
 
     def threads(self, items: int, columns: int, each: int) -> int:
-        """Of a block, so that each has about so many items."""
+        """Return the threads of a block, for about `each` items a thread."""
         least = columns * self.width if self.lines else 1
-        return min(max(_power_of_two(items * columns // each), least, WARP), THREADS)
+        return min(max(power_of_two(items * columns // each), least, WARP), THREADS)
 
     def numbers(self, groups: int, parts: int, part: int, columns: int, ahead: int = 0) -> tuple[int, ...]:
-        """The numbers of a launch."""
+        """Return the numbers of a launch, in the order of `launch.NUMBERS`."""
         n = self.items * (1 if self.lines else self.width)
         stride = self.channels * (1 if self.lines else self.plane * self.width)
-        return _numbers(n, self.channels, groups, parts, (self.items, part, self.plane, stride, columns), ahead)
+        return numbers_of(n, self.channels, groups, parts, (self.items, part, self.plane, stride, columns), ahead)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device) -> Plan | None:
-    """How one launch goes over x, or over x and dy (two inputs), of that shape; None where two launches do better.
+    """Return the one launch over x, or over x and dy (two inputs), of that shape; None where two launches do better.
 
     `address` has the last four bits of every address of data.
     """
@@ -140,7 +140,7 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
 
 
 def _resident(data: _Data, device: Device) -> Plan | None:
-    """A block for each group of channels, which keeps all of their values."""
+    """Plan one block for each group of channels; the block keeps all values of its group in shared memory."""
     for row in ROWS_KEPT if data.lines else ROWS_KEPT[:1]:
         columns = data.columns(row)
         groups, kept = data.groups(columns), data.items * columns * data.item
@@ -156,7 +156,7 @@ def _resident(data: _Data, device: Device) -> Plan | None:
 
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
-    """Tasks of one part of a group, drawn by as many blocks as are at work at a time."""
+    """Plan tasks, each of one part of a group of channels, which all resident blocks draw in turn."""
     for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
         columns = data.columns(row)
         groups = data.groups(columns)
@@ -165,7 +165,9 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         parts = max(data.items * columns * data.item // task, 1)
         part = -(-data.items // parts)
         parts = -(-data.items // part)
-        ahead = min(parts + 3 * most // 4, groups * parts)  # half of the blocks are at sums; some more, so none waits
+        ahead = min(
+            parts + 3 * most // 4, groups * parts
+        )  # sums lead by one group plus ¾ of the blocks, so that no block waits
         threads = data.threads(part, columns, UNDER_WAY)
         ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
         if ahead * part * columns * data.item > KEPT * device.cache or ring + ROOM > device.shared:
@@ -178,30 +180,30 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
     return None
 
 
-class _Fused(_Work):
-    """The arrays of a call."""
+class FusedArguments(LaunchArguments):
+    """The arguments of a call that takes one launch where `plan` finds one, otherwise two."""
 
     __slots__ = ()
 
     def normalize(self, m2: int, eps: float, **given: int) -> None:
-        """(E1, E3) In one launch where there is a plan for that."""
+        """(E1, E3) Set m2, mean and rstd, and write y."""
         if not self.fuse(m2=m2, eps=eps, **given):
             super().normalize(m2, eps, **given)
 
     def differentiate(self, **given: int) -> None:
-        """(E5, E6) In one launch where there is a plan for that."""
+        """(E5, E6) Set dweight and dbias, and write dx."""
         if not self.fuse(**given):
             super().differentiate(**given)
 
     def fuse(self, *, eps: float = 0.0, **vectors: int) -> bool:
-        """Do all with one launch; False where there is no plan for that."""
+        """Do the whole call with one launch; return False where no plan exists."""
         if not self.size:
             return True
         address = (self.x | self.u | self.y) % 16
         found = plan(self.shape, self.dtype, address, 2 if self.u else 1, self.gpu.device())
         if found is None:
             return False
-        pointers = (self.x, self.u, self.y, *map(vectors.get, _VECTORS, _ZEROS))
+        pointers = (self.x, self.u, self.y, *map(vectors.get, VECTORS, NO_VECTORS))
         self.gpu.launch(found.kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
         return True
 
@@ -210,11 +212,11 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(_Fused, x, weight, bias, eps, out)
+    return forward_by(FusedArguments, x, weight, bias, eps, out)
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(_Fused, dy, x, mean, rstd, weight, out)
+    return backward_by(FusedArguments, dy, x, mean, rstd, weight, out)

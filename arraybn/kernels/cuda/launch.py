@@ -1,4 +1,4 @@
-"""How a kernel is built and launched: everything that touches CuPy.
+"""Building and launching kernels: everything that touches CuPy.
 
 `Launcher` knows what a launch needs: a function built for the device, room for the sums of parts, one packed struct.
 `CuPy` has the few calls that reach the GPU. ``tests/cuda/shim.py`` puts others in their place, which run the same
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ..._arrays.namespaces import Array
 
 # CuPy adds -ftz=true, so float32 numbers below 2⁻¹²⁶ count as 0. Without -fmad=false each compiler would choose which
-# products and sums it fuses; where it matters the source says so.
+# products and sums it fuses; where fusing matters, the source asks for it.
 OPTIONS = ("-std=c++17", "-fmad=false")
 SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
 
@@ -37,37 +37,37 @@ _STRUCT = struct.Struct(f"={len(POINTERS)}Q{len(FLOATS)}d{len(NUMBERS) - 2}qQqQq
 
 
 class Kernel(NamedTuple):
-    """A kernel of the source `files`, for a dtype and a number of values that are loaded at once."""
+    """A kernel of the source `files`, for a dtype and a number of values that one load brings."""
 
     name: str
     dtype: str
     width: int
     files: tuple[str, ...] = SWEEPS
-    dynamic: bool = False  # whether a launch says how much shared memory it has
+    dynamic: bool = False  # True where a launch states the size of its shared memory
 
     @property
     def entry(self) -> str:
-        """Its name in the compiled code."""
+        """The kernel's name in the compiled code."""
         return f"{self.name}_{self.dtype}_{self.width}"
 
 
 class Grid(NamedTuple):
-    """How many blocks and threads a launch has, and what it needs beside its arguments."""
+    """The blocks and threads of a launch, and the memory that the launch needs beside its arguments."""
 
     blocks: int
     threads: int
     partials: int = 0  # bytes for the sums of parts
     tickets: int = 0  # counters
-    shared: int = 0  # bytes of shared memory that are not in the source
+    shared: int = 0  # bytes of shared memory that the launch states
 
 
 class Device(NamedTuple):
-    """What the choice of a kernel asks of a GPU; memory in bytes."""
+    """The properties of a GPU on which the choice of a kernel depends; memory in bytes."""
 
     multiprocessors: int
     cache: int  # L2
-    shared: int  # memory that one block may have
-    shared_in_all: int  # that the blocks of a multiprocessor have together
+    shared: int  # shared memory of one block at most
+    shared_in_all: int  # shared memory of all blocks of a multiprocessor together
 
 
 @functools.cache
@@ -76,13 +76,13 @@ def _text(file: str) -> str:
 
 
 def source(*kernels: Kernel) -> str:
-    """The CUDA source that defines the entries of these kernels, which are all of the same files."""
+    """Return the CUDA source that defines the entries of these kernels, all from the same files."""
     files = [f'#line 1 "{file}"\n{_text(file)}' for file in kernels[0].files]
     return "\n".join([*files, *(f"ENTRY({k.name}, {k.dtype}, {k.width})" for k in kernels), ""])
 
 
 class _Room(NamedTuple):
-    """The workspace of a stream: where it is, and how large."""
+    """The workspace of a stream: its arrays, and their sizes in bytes."""
 
     arrays: tuple[Array, Array]
     partials: int
@@ -90,7 +90,7 @@ class _Room(NamedTuple):
 
 
 class _Packed(threading.local):
-    """Where a thread packs the parameters of a launch; the driver has copied them when the launch returns."""
+    """A thread's buffer for the parameters of a launch, which the driver copies before the launch returns."""
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(_STRUCT.size)
@@ -99,7 +99,7 @@ class _Packed(threading.local):
 
 
 class Launcher:
-    """Builds a kernel when it is first launched on a device, and keeps a workspace for each stream.
+    """The launcher: it builds a kernel at the kernel's first launch on a device, and keeps a workspace for each stream.
 
     A workspace is zeroed once; a kernel leaves its counters at zero. Launches on one stream follow each other, so they
     share it. A CUDA graph has that of the stream it was captured on, and must not run at the same time as another one,
@@ -113,45 +113,45 @@ class Launcher:
         self._lock = threading.Lock()
         self._packed = _Packed()
 
-    # What reaches the GPU
+    # The calls that reach the GPU
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
-        """Within it, the device of `array` is the current one."""
+        """Return a context in which the device of `array` is the current device."""
         raise NotImplementedError
 
     def current(self) -> tuple[int, int]:
-        """The number of the current device, and the address of its current stream."""
+        """Return the number of the current device, and the address of its current stream."""
         raise NotImplementedError
 
     def capturing(self, stream: int) -> bool:
-        """Whether what is queued on this stream of the current device becomes part of a CUDA graph."""
+        """Return whether a CUDA graph is being captured on this stream of the current device."""
         return False
 
     def device(self) -> Device:
-        """What the current device has."""
+        """Return the properties of the current device."""
         raise NotImplementedError
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array on the current device."""
+        """Return a new array on the current device."""
         raise NotImplementedError
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array of zeros on the current device."""
+        """Return a new array of zeros on the current device."""
         raise NotImplementedError
 
     def pointer(self, array: Array) -> int:
-        """The address of the first value."""
+        """Return the address of the first value."""
         raise NotImplementedError
 
     def build(self, kernel: Kernel) -> tuple[int, Any]:
-        """The kernel's address on the current device, and what keeps it loaded."""
+        """Return the kernel's address on the current device, and the object that keeps the kernel loaded."""
         raise NotImplementedError
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         """Launch `function` with the addresses of its arguments at `arguments`."""
         raise NotImplementedError
 
-    # What is made of it
+    # The launch
 
     def launch(self, kernel: Kernel, grid: Grid, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> None:
         """Launch `kernel` on the current stream, with all pointers but the two of the workspace, and all numbers."""
@@ -163,7 +163,7 @@ class Launcher:
             _STRUCT.pack_into(packed.buffer, 0, *pointers, *room, *numbers)
             self.start(function, grid, stream, packed.address)
         except Exception as error:
-            with self._lock:  # what it left in the counters is not known
+            with self._lock:  # the state of its counters is not known now
                 self._outgrown += [self._rooms.pop(key) for key in list(self._rooms) if key[0] == device]
             raise RuntimeError(f"the CUDA kernel {kernel.entry} could not be launched: {error}") from error
 
@@ -174,10 +174,10 @@ class Launcher:
             return self._functions[kernel, device]
 
     def _room(self, device: int, stream: int, grid: Grid) -> tuple[int, int]:
-        """The addresses of the sums of parts and of the counters."""
+        """Return the addresses of the sums of parts and of the counters."""
         if not grid.tickets:
             return 0, 0
-        thread = threading.get_ident() if stream == 2 else 0  # one address for the default stream of each thread
+        thread = threading.get_ident() if stream == 2 else 0  # the default streams of all threads have one address
         key = device, stream, thread
         room = self._rooms.get(key)
         if room is None or room.partials < grid.partials or room.tickets < grid.tickets:
@@ -199,7 +199,7 @@ class Launcher:
 
 
 class _Contexts(threading.local):
-    """The devices whose context a thread has."""
+    """The devices for which a thread has a context."""
 
     def __init__(self) -> None:
         self.devices: set[int] = set()
@@ -220,47 +220,53 @@ class CuPy(Launcher):
         self._contexts = _Contexts()
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
-        """Within it, the device of `array` is the current one."""
+        """Return a context in which the device of `array` is the current device."""
         device = array.data.device_id
         return nullcontext() if device == self._runtime.getDevice() else self._cupy.cuda.Device(device)
 
     def current(self) -> tuple[int, int]:
-        """The number of the current device, and the address of its current stream."""
+        """Return the number of the current device, and the address of its current stream."""
         device = self._runtime.getDevice()
-        if device not in self._contexts.devices:  # a new thread has no context, and the driver launches nothing then
-            self._runtime.memGetInfo()  # makes it; CuPy's allocator does not, where it has memory put by
+        if (
+            device not in self._contexts.devices
+        ):  # a new thread has no context, and the driver cannot launch without one
+            self._runtime.memGetInfo()  # creates the context; a pooled allocation would not
             self._contexts.devices.add(device)
         return device, self._cupy.cuda.get_current_stream().ptr
 
     def capturing(self, stream: int) -> bool:
-        """Whether what is queued on this stream of the current device becomes part of a CUDA graph."""
-        return stream > 1 and bool(self._runtime.streamIsCapturing(stream))  # 0 and 1, the old default, never are
+        """Return whether a CUDA graph is being captured on this stream of the current device."""
+        return stream > 1 and bool(
+            self._runtime.streamIsCapturing(stream)
+        )  # the legacy default streams, 0 and 1, are never captured
 
     def device(self) -> Device:
-        """What the current device has."""
+        """Return the properties of the current device."""
         number = self._runtime.getDevice()
         if number not in self._devices:
             self._devices[number] = Device(*(self._runtime.deviceGetAttribute(a, number) for a in _ATTRIBUTES))
         return self._devices[number]
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array on the current device."""
+        """Return a new array on the current device."""
         return self._cupy.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array of zeros on the current device."""
+        """Return a new array of zeros on the current device."""
         return self._cupy.zeros(shape, dtype)
 
     def pointer(self, array: Array) -> int:
-        """The address of the first value."""
+        """Return the address of the first value."""
         return int(array.data.ptr)
 
     def build(self, kernel: Kernel) -> tuple[int, Any]:
-        """The kernel's address on the current device, and what keeps it loaded; CuPy keeps the code on disk."""
+        """Return the kernel's address and the object that keeps the kernel loaded; CuPy keeps the code on disk."""
         function = self._cupy.RawKernel(source(kernel), kernel.entry, OPTIONS)
         if kernel.dynamic:
             function.max_dynamic_shared_size_bytes = self.device().shared - function.shared_size_bytes
-            function.preferred_shared_memory_carveout = 100  # per cent, so that as many blocks have room as can be
+            function.preferred_shared_memory_carveout = (
+                100  # per cent of the memory, so that as many blocks as possible are resident
+            )
         return function.kernel.ptr, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
@@ -270,5 +276,5 @@ class CuPy(Launcher):
 
 @functools.cache
 def launcher() -> Launcher:
-    """The one that is used."""
+    """Return the launcher of this process."""
     return CuPy()

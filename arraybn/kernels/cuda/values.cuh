@@ -24,8 +24,8 @@ struct Divisor {
     int64 shift;
 };
 
-// Every field has 8 bytes, and FIELDS in launch.py is the same list. A pointer that a kernel can do without is
-// null where there is nothing.
+// Every field has 8 bytes; POINTERS, FLOATS and NUMBERS in launch.py are the same list. An optional pointer is null
+// where its array is not given.
 struct Parameters {
     const void* x;   // (N, C, S)
     const void* u;   // (N, C, S): dy in a backward

@@ -1,0 +1,315 @@
+"""The protocol: how the ranks of a communicator make one call together, and what becomes of an error on one of them.
+
+A call is one exchange of frames (``frames.py``). Everything that can fail is done before it, and an error is sent to
+all ranks in the place of the numbers. The reduced header of the frames tells every rank whether all ranks are in the
+same call. A `Reducer` carries the frames, over MPI (``mpi.py``) or between threads (`arraybn.testing.ThreadComm`).
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from .._arrays.namespaces import Array
+from . import frames
+from .errors import SyncError, SyncTimeoutError
+
+Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
+TIMEOUT = 600.0  # seconds, as in torch.distributed
+
+
+class Reducer(Protocol):
+    """The operations that the protocol needs of MPI or of threads.
+
+    Each may wait until `deadline`, on the clock time.monotonic, and then raises a TimeoutError. It raises a
+    ConnectionError where a rank cannot be reached.
+    """
+
+    rank: int
+    size: int
+
+    def open(self, deadline: float | None) -> None:
+        """Wait until the ranks are connected; called before each exchange."""
+
+    def allreduce(self, frame: Array, deadline: float | None) -> None:
+        """Replace the frame by `frames.combine` over all ranks."""
+
+    def add(self, numbers: Array, deadline: float | None) -> None:
+        """Replace float64 numbers by their sums over all ranks."""
+
+    def broadcast(self, octets: Array, deadline: float | None) -> None:
+        """Replace bytes by those of rank 0."""
+
+    def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
+        """Return the texts of all ranks, which have one length."""
+
+    def close(self) -> None:
+        """Raise an interrupt that was held back; called after each exchange, and never waits."""
+
+
+More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
+
+
+class Exchange:
+    """The calls over one communicator, one after the other."""
+
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+        self.calls = 0
+        self._checksum = 0  # of all results, whose bits have to be the same on all ranks
+        self._broken = ""  # the reason why no further call can be made
+        self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
+        self._lock = threading.Lock()  # one thread at a time
+        self._process = os.getpid()
+        self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._layers_seen = 0  # counted apart, because a layer that is collected leaves the dictionary
+
+    def check(self) -> None:
+        """Raise if no call can be made."""
+        if os.getpid() != self._process:
+            raise SyncError(
+                f"rank {self.reducer.rank}: this is a forked child, which is no rank; synchronize in process"
+                f" {self._process} alone, or start others with multiprocessing's spawn"
+            )
+        if self._broken:
+            raise SyncError(f"{self._broken}. Nothing more can be synchronized over this communicator")
+
+    def name_of(self, layer: object) -> str:
+        """Return the name of a layer without a path: its place in the order of first use."""
+        if layer not in self._layers:
+            self._layers_seen += 1
+            self._layers[layer] = self._layers_seen
+        return f"unnamed layer {self._layers[layer]}"
+
+    def report_later(self, call: Call, error: BaseException) -> None:
+        """Let the next frame tell all ranks of a failure after the exchange, or of an interrupt before it."""
+        text = frames.read_text(frames.text_of_error(error))[1:]
+        if call.number:
+            text = f"after the exchange in {call} this rank alone failed, so that its state differs: {text}"
+        else:
+            text = f"before the exchange in {call} this rank was interrupted: {text}"
+        self._unreported_failure = text
+
+    def carry_out(
+        self, call: Call, rows: Array, n: int = 0, error: BaseException | None = None, more: More | None = None
+    ) -> tuple[Array, int]:
+        """Return `rows` (2, C) and n of all ranks together, or raise a SyncError on all of them.
+
+        `error` is what this rank sends in the place of its numbers; `more` is sent after them, in the same call.
+        """
+        deadline = None if call.timeout is None else time.monotonic() + call.timeout
+        self._acquire(call)
+        try:
+            self.check()
+            self.reducer.open(deadline)
+            return self._carry_out(call, rows, n, error, more, deadline)
+        except SyncError:
+            raise
+        except (TimeoutError, ConnectionError) as failure:
+            raise self._break(call, failure) from failure
+        except BaseException as failure:  # Ctrl-C while waiting
+            self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
+            raise
+        finally:
+            try:
+                self.reducer.close()
+            finally:
+                self._lock.release()
+
+    def _acquire(self, call: Call) -> None:
+        limit = call.timeout
+        if not self._lock.acquire(timeout=-1 if limit is None else limit):
+            raise SyncTimeoutError(
+                f"rank {self.reducer.rank}: another thread did not leave its call within {limit:g} s, in {call}"
+            )
+
+    def _carry_out(
+        self,
+        call: Call,
+        rows: Array,
+        n: int,
+        error: BaseException | None,
+        more: More | None,
+        deadline: float | None,
+    ) -> tuple[Array, int]:
+        channels = rows.shape[1]
+        fields = call.fields(self.calls + 1, channels, self._checksum)
+        flags = frames.ERROR if error else 0
+        if self._unreported_failure:
+            error, flags = SyncError(self._unreported_failure), frames.ERROR | frames.BROKEN
+        frame = frames.frame(fields, flags, n, rows[:, : frames.FIRST_FRAME_CHANNELS])
+        self.reducer.allreduce(frame, deadline)
+        self.calls += 1
+        call.number = self.calls
+        flags, total = frames.flags_and_n(frame)
+        if flags:
+            self._raise_on_all_ranks(call, flags, channels, error, deadline)
+        result = self._numbers_of(frame)[:, :channels]
+        if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
+            frame = frames.frame(fields, 0, n, rows[:, -beyond:], beyond)
+            self.reducer.allreduce(frame, deadline)
+            result = np.concatenate([result, self._numbers_of(frame)], axis=1)
+        if more is not None:
+            self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
+        return result, total
+
+    def _numbers_of(self, frame: Array) -> Array:
+        """Return the numbers of a reduced frame, whose bits enter the checksum."""
+        numbers = frames.body(frame)
+        frames.canonical(numbers)
+        self._checksum = zlib.crc32(frame, self._checksum)
+        return numbers
+
+    def _raise_on_all_ranks(
+        self, call: Call, flags: int, channels: int, error: BaseException | None, deadline: float | None
+    ) -> None:
+        """Gather a text from every rank, and raise the SyncError that they make: the same on all ranks."""
+        length = frames.length_of_text(flags)
+        if error is None:
+            text = frames.text_of_call(call.description(self.calls, channels, self._checksum), length)
+        else:
+            text = frames.text_of_error(error, length)
+        message = frames.message(self.reducer.allgather(text, deadline), flags)
+        call.every_rank_raises()
+        if flags & frames.BROKEN:
+            self._broken, self._unreported_failure = message, ""
+        raise SyncError(message)
+
+    def _break(self, call: Call, failure: OSError) -> SyncError:
+        """Return the error of this rank alone, after which no further call can be made."""
+        rank = f"rank {self.reducer.rank}"
+        if isinstance(failure, ConnectionError):
+            self._broken = f"{rank}: {call} failed: {failure}"
+            return SyncError(self._broken)
+        self._broken = f"{rank} gave up {call}"
+        return SyncTimeoutError(
+            f"{rank} of {self.reducer.size} waited {call.timeout:g} s for the other ranks in {call}. Likely causes: a"
+            " rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
+            " process_group, or has ended"
+        )
+
+
+class Call:
+    """One synchronized call, as a context: an error inside goes to all ranks, now or with the next call.
+
+    `settings` are what the ranks have to agree on, by name; `batches` is the layer's num_batches_tracked, and
+    `forward_number` the number of the forward that a backward belongs to.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        operation: str,
+        layer: str,
+        settings: Mapping[str, Any],
+        *,
+        batches: int | None = None,
+        timeout: float | None = TIMEOUT,
+        forward_number: int = 0,
+    ) -> None:
+        self.exchange, self.operation, self.layer, self.settings = exchange, operation, layer, settings
+        self.batches, self.timeout, self.forward_number = batches, timeout, forward_number
+        self.number = 0  # set by the exchange
+        self._same_error_everywhere = False
+
+    def __str__(self) -> str:
+        number = self.number or self.exchange.calls + 1
+        return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
+
+    def backward(self) -> Call:
+        """Return the call of the backward of this forward."""
+        options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "forward_number": self.number}
+        return Call(self.exchange, frames.BACKWARD, self.layer, self.settings, **options)
+
+    def fields(self, number: int, channels: int, checksum: int) -> tuple[int, ...]:
+        """Return the fields of the header, in the order of `frames.FIELDS`."""
+        settings = frames.hash64("\n".join(f"{name} {value}" for name, value in self.settings.items()))
+        batches = -1 if self.batches is None else self.batches
+        layer, operation = frames.hash64(self.layer), frames.code(self.operation)
+        return frames.FORMAT, number, operation, layer, channels, settings, batches, self.forward_number, checksum
+
+    def description(self, number: int, channels: int, checksum: int) -> dict[str, Any]:
+        """Return the same fields by name, for people."""
+        return {
+            "operation": self.operation,
+            "layer": self.layer,
+            "channels": channels,
+            **self.settings,
+            "num_batches_tracked": self.batches,
+            "call of the forward": self.forward_number,
+            "call": number,
+            "checksum of all results": checksum,
+        }
+
+    def __enter__(self) -> Call:
+        self.exchange.check()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or self._same_error_everywhere or isinstance(error, SyncError):
+            return
+        if self.number or not isinstance(error, Exception):
+            self.exchange.report_later(self, error)
+            return
+        try:
+            self.exchange.carry_out(self, np.zeros((2, 0)), error=error)
+        except SyncError as raised:
+            raise raised from error
+
+    def every_rank_raises(self) -> None:
+        """Promise that all ranks raise the error that follows, so that none has to be told."""
+        self._same_error_everywhere = True
+
+    def combine(self, rows: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the rows (2, C) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
+        return self.exchange.carry_out(self, rows, n)
+
+    def broadcast(self, octets: Array) -> None:
+        """Replace the bytes by those of rank 0."""
+
+        def more(reducer: Reducer, deadline: float | None) -> Array:
+            reducer.broadcast(octets, deadline)
+            return octets
+
+        self.exchange.carry_out(self, np.zeros((2, 0)), more=more)
+
+    def add(self, weight: float, numbers: Array) -> float:
+        """Replace the float64 numbers by their sums over all ranks, and return the sum of the weights."""
+
+        def more(reducer: Reducer, deadline: float | None) -> Array:
+            reducer.add(numbers, deadline)
+            frames.canonical(numbers)
+            return numbers
+
+        rows, _ = self.exchange.carry_out(self, np.full((2, 1), weight), more=more)
+        return float(rows[0, 0])
+
+
+def begin(
+    exchange: Exchange | None, operation: str, layer: object, settings: Mapping[str, Any], **options: Any
+) -> Call | None:
+    """Return a call of all ranks, or None where there is one rank; `layer` is a path, or a layer without a path."""
+    if exchange is None:
+        return None
+    exchange.check()
+    return Call(exchange, operation, layer if isinstance(layer, str) else exchange.name_of(layer), settings, **options)
+
+
+def settings_text(value: Any) -> str:
+    """Return a setting as text: a number as Python's float, so that 1 and numpy.float64(1) agree between ranks.
+
+    This never raises, because the error would be one of this rank alone.
+    """
+    try:
+        plain = isinstance(value, bool) or not isinstance(value, numbers.Real)
+        return str(value if plain else float(value))
+    except Exception:  # 10**400, or an object that cannot be printed
+        return f"<{type(value).__name__}>"
