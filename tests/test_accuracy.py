@@ -196,9 +196,9 @@ def test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape: str, scale: st
 @pytest.mark.parametrize("shape", ["images", "tall"])
 @pytest.mark.parametrize("scale", ["standard", "far", "very far"])
 def test_n1_n2_without_float64_the_mean_is_kept_in_two_parts(shape: str, scale: str) -> None:
-    # x − mean is rounded to float32, by at most half an ulp of it, and so the mean of these by half an ulp of std. var,
-    # rstd and weight·rstd take a few roundings each: at most 2 ulp for var, 8 for y, 16 for dx. A mean of one float32
-    # would cost up to |mean|/std/2 ulp, 5·10⁵ in the last scenario: that is the control.
+    # x − mean is rounded to float32, by at most half an ulp, and so the mean of the differences by half an ulp of std.
+    # var, rstd and weight·rstd take a few roundings each: at most 2 ulp for var, 8 for y, 16 for dx. A mean of one
+    # float32 would cost up to |mean|/std/2 ulp, 5·10⁵ in the last scenario: that is the control.
     xp = need("array_api_strict")
     device = xp.Device("no_float64")
     batch = scenarios.make(shape, scale)

@@ -1,4 +1,4 @@
-"""What arrays come in and how results go out: memory layouts, dtypes, byte order, `out`, and what is refused."""
+"""Arrays in and results out: memory layouts, dtypes, byte order, `out`, and refused arrays."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def strided(x: Any) -> Any:
 
 
 def axes(*order: int) -> Any:
-    """Equal to x, lying in memory in that order of the axes."""
+    """Return an array equal to x whose memory has that order of the axes."""
     return lambda x: np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
 
 

@@ -95,7 +95,7 @@ def complaints(row: Bad) -> list[str]:
     if not any(re.fullmatch(words, text) for words in FIXED_WORDS):
         if "expected " not in text:
             found.append("does not say what was expected")
-        if not re.search(r"(^|\W)got |this is a |net\.npz: expected", text):  # of a file, only that it is no such file
+        if not re.search(r"(^|\W)got |this is a |net\.npz: expected", text):  # files have only a kind
             found.append("does not say what came")
     if not row.error.__name__.startswith("Command") and re.search(r"0x[0-9a-fA-F]{6}|object at", text):
         found.append("shows an address")

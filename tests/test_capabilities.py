@@ -1,4 +1,4 @@
-"""What works where: every function, on every namespace, in every dtype, with every kernel module that takes them.
+"""The capabilities: every function, on every namespace, in every dtype, with every kernel module that takes them.
 
 docs/reference/capabilities.md shows these cases as a table, made when the site is built.
 """
@@ -50,7 +50,7 @@ EPS = 1e-3
 
 
 class Case:
-    """One home, dtype and kernel module, with the batch there."""
+    """One home, dtype and kernel module, and a batch in that home."""
 
     def __init__(self, home: Home, dtype: str, module: str) -> None:
         self.home, self.dtype, self.options = home, dtype, {"eps": EPS, "kernels": module}
@@ -128,12 +128,12 @@ FUNCTIONS: dict[str, Callable[[Case], list[tuple[Any, Any]]]] = {
 
 
 def serves(module: str, home: str) -> bool:
-    """Whether the module takes arrays of that home."""
+    """Return True where the module takes arrays of that home."""
     return home.startswith(TAKES[module.partition("_")[0]]) and not (module != "reference" and home == NO_NUMBA)
 
 
 def works(home: str, module: str, dtype: str, function: str) -> bool:
-    """Whether it is claimed to work."""
+    """Return True where the table claims that the case works."""
     there = serves(module, home) and dtype not in NO_DTYPE.get(home, ())
     return there and not (function == "`out=`" and home.startswith(NO_OUT))
 
@@ -196,7 +196,7 @@ def test_a_dtype_that_is_not_there_is_not_there(home: str, dtype: str) -> None:
 
 
 def table() -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table in the docs."""
+    """Return the head and the rows of the table in the docs."""
     rows = []
     for home in HOMES:
         for module in kernels.MODULES:

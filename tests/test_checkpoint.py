@@ -1,4 +1,4 @@
-"""Files: what is saved is loaded to the bit, writing is all or nothing, and other files are refused."""
+"""Files: a saved state is loaded to the bit, writing is all or nothing, and other files are refused."""
 
 from __future__ import annotations
 
@@ -429,7 +429,7 @@ def test_a_file_that_is_replaced_between_check_and_reading_is_read_again(
 
 
 def refused(path: Path, text: str = "") -> None:
-    """The file is refused, with a text that names it and the format, and then says `text`."""
+    """Assert that the file is refused, with an error that names the file and the format, and then says `text`."""
     with pytest.raises(ValueError, match="expected a whole state dict") as caught:
         arraybn.load(path)
     start = f"{path}: expected a whole state dict in the {path.suffix} format; got "
@@ -474,7 +474,7 @@ def test_a_file_with_any_byte_changed_is_refused(path: Path) -> None:
 
 
 def without_checksum(path: Path) -> None:
-    """A file of ours, but for a checksum that agrees with nothing and has another name."""
+    """Give the checksum in the file another name, so that the file has none."""
     path.write_bytes(path.read_bytes().replace(b"arraybn-sha256", b"arraybn-sha512"))
 
 
@@ -514,7 +514,7 @@ def zipped(path: Path, members: list[tuple[str, bytes]], **options: Any) -> None
 
 
 def npy(array: Any = None, header: str | None = None, version: bytes = b"\x01\x00") -> bytes:
-    """A .npy of `array`, or one that declares `header` and has 16 bytes."""
+    """Return a .npy of `array`, or 16 bytes behind the declared `header`."""
     if header is not None:
         text = header.encode().ljust(117) + b"\n"
         length = struct.pack("<H" if version == b"\x01\x00" else "<I", len(text))
@@ -582,7 +582,7 @@ def encrypted(path: Path) -> None:
 
 
 def patched(field: int, value: bytes, before: bytes = b"PK\1\2") -> Callable[[Path], None]:
-    """An archive of two arrays with a field of the central directory (or another record) overwritten."""
+    """Return an archive of two arrays with a field of the central directory (or another record) overwritten."""
 
     def make(path: Path) -> None:
         zipped(path, [("a.npy", npy()), ("b.npy", npy())])
@@ -643,7 +643,7 @@ def test_a_hostile_archive_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def sealed(header: str, data: bytes = b"") -> bytes:
-    """A .safetensors file whose header has @ where the right checksum goes."""
+    """Return a .safetensors file; @ in the header is replaced by the right checksum."""
     text = header.replace("@", "0" * 64).encode()
     content = struct.pack("<Q", len(text)) + text + data
     hole = 8 + header.index("@")
@@ -664,7 +664,7 @@ DEEP = ',"x":' + "[" * 10**5 + "]" * 10**5
 
 
 def claims(ours: Any) -> bytes:
-    """A file with a right checksum, as anyone can compute it, and `ours` beside it in our metadata."""
+    """Return a file with a right checksum, as anyone can compute one, and `ours` in the metadata of arraybn."""
     text = json.dumps(json.dumps({"arraybn-sha256": "@", **ours}))
     return sealed(f'{{"__metadata__":{{"arraybn":{text}}},"a":{entry()}}}', bytes(4))
 
@@ -788,7 +788,7 @@ CROWD = ',"x":[' + "[]," * 10**7 + "[]]"  # 30 MB, which take 600 as Python obje
 
 
 def crowded() -> bytes:
-    """An archive of 20 MB whose directory lists one member 400 000 times."""
+    """Return an archive of 20 MB whose directory lists one member 400 000 times."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a.npy", npy())
@@ -800,7 +800,7 @@ def crowded() -> bytes:
 
 
 def peak(*paths: Path) -> list[str]:
-    """What a new process says of each file, then the MiB that it took in addition."""
+    """Return the output of a new process for each file, then the MiB that the process took in addition."""
     run = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, timeout=60, check=True)
     return run.stdout.split()
 

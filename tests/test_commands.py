@@ -1,4 +1,4 @@
-"""``python -m arraybn``: what a person sees, run as a person runs it."""
+"""``python -m arraybn``, run as a person runs the command, and the output that a person sees."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ROW = re.compile(
 
 
 def table(result: Result) -> list[dict[str, str]]:
-    """The rows, without the seconds."""
+    """Return the rows, without the seconds."""
     return [match.groupdict() for match in ROW.finditer(result.stdout)]
 
 
 def is_clean(result: Result) -> bool:
-    """Whether nothing was written to stderr that a person would wonder about."""
+    """Return True unless stderr has a traceback or a warning."""
     return not re.search(r"Traceback|Warning|Exception", result.stderr)
 
 
 def line(result: Result, start: str) -> str:
-    """The one line of the report that starts so."""
+    """Return the one line of the report that starts with this text."""
     found = [text for text in result.stdout.splitlines() if text.strip().startswith(start)]
     assert len(found) == 1, f"{start!r} starts {len(found)} lines of\n{result.stdout}"
     return found[0]
@@ -79,7 +79,7 @@ def test_dispatching_imports_nothing_optional(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """`info` as it is here, but for a setting of JAX that a person may have made."""
+    """Run `info` in this environment, without a setting of JAX that a person may have made."""
     return arraybn_command("info", cwd=tmp_path_factory.mktemp("info"), limit=30, JAX_ENABLE_X64="0")
 
 
@@ -233,14 +233,14 @@ def demo_libraries() -> None:
 
 @pytest.fixture(scope="module")
 def full(demo_libraries: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """The demo as it is without any option, and the folder it was run in."""
+    """Run the demo without options; return the result and the folder."""
     folder = tmp_path_factory.mktemp("full")
     return arraybn_command("demo", cwd=folder, limit=240), folder
 
 
 @pytest.fixture(scope="module")
 def short(demo_libraries: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """Two epochs without a picture."""
+    """Run two epochs without a picture."""
     folder = tmp_path_factory.mktemp("short")
     return arraybn_command("demo", "--epochs", "2", "--no-plot", "--out", "here/there", cwd=folder), folder
 

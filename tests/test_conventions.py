@@ -1,4 +1,4 @@
-"""Lines of docs/conventions.md that no other test holds, and its table of libraries, asked of these libraries."""
+"""Lines of docs/conventions.md that no other test holds, and the table of libraries, compared with these libraries."""
 
 from __future__ import annotations
 

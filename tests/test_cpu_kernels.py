@@ -364,7 +364,8 @@ def test_without_a_folder_for_the_cache_it_says_so_once_and_works() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             print(arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean, end=" ")
-            arraybn.batch_norm(numpy.asarray([[1.0], [3.0]]))
+            batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
+            arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 0.5)  # a second entry, soon compiled
         from arraybn.kernels.cpu.entries import cache_folder
         print(len(caught), caught[0].category.__name__, "NUMBA_CACHE_DIR" in str(caught[0].message), cache_folder())
     """
@@ -376,12 +377,13 @@ def test_compiled_code_is_kept_elsewhere_where_the_package_cannot_be_written(tmp
     code = """
         import numpy, arraybn
         from arraybn.kernels.cpu.entries import cache_folder
-        arraybn.moments(numpy.ones((2, 1)))
+        batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
+        arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 0.5)  # soon compiled
         print(cache_folder())
     """
     folder = Path(python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip())
     assert folder.is_relative_to(tmp_path)
-    assert list(folder.glob("entries._moments*.nbc"))
+    assert list(folder.glob("entries._running*.nbc"))
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
@@ -459,18 +461,37 @@ def test_e4_running_statistics_take_moments_of_any_floating_dtype() -> None:
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
 def test_two_dtypes_that_are_kept_at_once_do_not_take_each_others_files(tmp_path: Path) -> None:
     code = """
-        import sys, time
+        import pathlib, sys, time
         import numba.core.caching as caching
-        index, data, name = caching.IndexDataCacheFile._save_index, caching.IndexDataCacheFile._save_data, sys.argv[1]
-        early, late = {"f": (1, 5), "d": (3, 0)}[name]  # both read the index before one writes it
-        caching.IndexDataCacheFile._save_index = lambda *a: (time.sleep(early), index(*a))[1]
-        caching.IndexDataCacheFile._save_data = lambda *a: (time.sleep(late), data(*a))[1]
+        name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+        index, data = caching.IndexDataCacheFile._save_index, caching.IndexDataCacheFile._save_data
+        def done(step):
+            (folder / step).touch()
+        def wait_for(step):
+            end = time.monotonic() + 120
+            while not (folder / step).exists():
+                assert time.monotonic() < end, step
+                time.sleep(0.01)
+        def save_index(*arguments):  # both have read the index before one writes an index; then f before d
+            done(f"{name} has read")
+            wait_for({"f": "d has read", "d": "f has an index"}[name])
+            index(*arguments)
+            done(f"{name} has an index")
+        def save_data(*arguments):  # d before f
+            if name == "f":
+                wait_for("d has data")
+            data(*arguments)
+            done(f"{name} has data")
+        caching.IndexDataCacheFile._save_index, caching.IndexDataCacheFile._save_data = save_index, save_data
         from arraybn.kernels.cpu.entries import compiled
         compiled(name).running
     """
-    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    cache, steps = tmp_path / "cache", tmp_path / "steps"
+    steps.mkdir()
+    env = {"NUMBA_CACHE_DIR": str(cache)}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: python(code, name, **env), "fd"))
+        list(pool.map(lambda name: python(code, name, str(steps), **env), "fd"))
+    assert len(list(steps.iterdir())) == 6
     code = """
         import numpy, arraybn
         batch = arraybn.Moments(5, numpy.ones(1), numpy.ones(1))
@@ -478,7 +499,7 @@ def test_two_dtypes_that_are_kept_at_once_do_not_take_each_others_files(tmp_path
             print(arraybn.update_running_stats(numpy.zeros(1, name), numpy.ones(1, name), batch, 1.0)[0].dtype)
     """
     assert python(code, **env).split() == ["float32", "float64"]
-    for path in tmp_path.rglob("*.nb?"):
+    for path in cache.rglob("*.nb?"):
         path.write_bytes(b"")  # as after a crash
     assert python(code, **env).split() == ["float32", "float64"]
 
@@ -515,7 +536,8 @@ def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            mean = arraybn.moments(numpy.asarray([[1.0], [3.0]])).mean
+            batch = arraybn.Moments(5, numpy.full(1, 2.0), numpy.ones(1))
+            mean, _ = arraybn.update_running_stats(numpy.zeros(1), numpy.ones(1), batch, 1.0)  # soon compiled
         print(mean, caught[0].category.__name__)
     """
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["[2.]", "RuntimeWarning"]

@@ -379,7 +379,7 @@ def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.
 
 
 def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver launches nothing without one, and memory that CuPy has put by makes none."""
+    """The driver launches nothing without a context, and memory from CuPy's pool makes no context."""
     cupy, _ = stand_in(gpu, monkeypatch)
     x = data((4, 3, 20), "float32").view(OnDevice)
 
@@ -395,7 +395,7 @@ def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkey
 
 
 def test_a_capture_needs_a_workspace_that_was_zeroed_before(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeroed in the graph, the counters of calls behind the capture would hold anything."""
+    """If the graph zeroed the counters, calls after the capture would find random counters."""
     set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
     cupy, launcher = stand_in(gpu, monkeypatch)
     x = data((4, 3, 20), "float32").view(OnDevice)

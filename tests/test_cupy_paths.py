@@ -1,4 +1,4 @@
-"""The library end to end on CuPy's arrays, on a fake CuPy: what is launched, copied and waited for, and where it lies.
+"""The library end to end on the arrays of a fake CuPy: launches, copies, waits, and the device of each result.
 
 Numbers are compared in tests/test_namespaces.py, which runs on the fake as well; on a real GPU in tests/test_gpu.py.
 """
@@ -42,7 +42,7 @@ DY = RNG.standard_normal(X.shape).astype("f4")
 
 @pytest.fixture(params=["reference", "cuda"])
 def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The fake, whose arrays are served by these kernels."""
+    """Yield the fake CuPy, whose arrays are served by these kernels."""
     with cupy_here(request.param) as found:
         if not hasattr(found, "_fake"):
             pytest.skip("a GPU is here, so that tests/test_gpu.py says more")
@@ -51,7 +51,7 @@ def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def logged(cupy: Any, call: Any, *arguments: Any) -> tuple[Any, list[str]]:
-    """What a call returns, and what the GPU was asked for."""
+    """Return the result of a call, and the requests to the GPU."""
     cupy._fake.log.clear()
     result = call(*arguments)
     return result, list(cupy._fake.log)
@@ -76,7 +76,7 @@ def state(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("dtype", "axis"), [("float32", 1), ("float16", -1)])
 def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: str, axis: int) -> None:
-    """Every launch is some 5 µs of the host's time."""
+    """A launch takes about 5 µs of the host's time."""
     x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
     layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
     layer(x), layer.backward(x), layer.zero_grad()  # kernels are built, and room is made, once
@@ -152,7 +152,7 @@ def test_amds_gpus_and_those_before_volta_get_the_reference(
     cupy: Any, monkeypatch: pytest.MonkeyPatch, is_hip: bool, capability: str, name: str
 ) -> None:
     found = importlib.util.find_spec("arraybn.kernels")
-    again = importlib.util.module_from_spec(found)  # with an `_is_recent` that nobody has replaced
+    again = importlib.util.module_from_spec(found)  # its `_is_recent` is not replaced by a test
     found.loader.exec_module(again)
     monkeypatch.setattr(cupy.cuda.runtime, "is_hip", is_hip)
     monkeypatch.setattr(cupy.cuda.Device, "compute_capability", capability)
@@ -192,11 +192,12 @@ def test_numpy_and_cupy_together_are_an_error_that_says_how_to_move_one(cupy: An
 def test_a_layer_that_was_refused_is_as_it_was(cupy: Any) -> None:
     layer = arraybn.BatchNorm2d(3, xp=cupy)
     layer(cupy.asarray(X))
-    before = state(layer)
+    first = layer._remembered
     with pytest.raises(TypeError, match="x: expected a cupy array as this layer is"):
         layer(X)
     with pytest.raises(TypeError, match="dy: expected a cupy array as x is"):
         layer.backward(DY)
+    assert layer._remembered is first
     layer.running_var = np.ones(3, "f4")
     with pytest.raises(TypeError, match="running_var: expected a cupy array as x is"):
         layer(cupy.asarray(X))
@@ -204,11 +205,11 @@ def test_a_layer_that_was_refused_is_as_it_was(cupy: Any) -> None:
     layer.to(xp=np)(X)
     layer.to(xp=cupy)(cupy.asarray(X))
     assert layer.num_batches_tracked == 3
-    assert before["remembered"] != id(layer._remembered)
+    assert layer._remembered is not first
 
 
 def unless(name: str, fails: Any, launch: Any, kernel: Any, *rest: Any) -> Any:
-    """Launch a kernel that is not of that name."""
+    """Launch every kernel but the one of that name."""
     return fails() if kernel.name.startswith(name) else launch(kernel, *rest)
 
 
@@ -336,7 +337,7 @@ def test_out_is_written_and_checked(cupy: Any) -> None:
 
 
 def parts(rank: int, size: int) -> slice:
-    """Uneven, and with three ranks one is empty."""
+    """Return uneven parts; of three parts one is empty."""
     return {2: (slice(0, 4), slice(4, 6)), 3: (slice(0, 5), slice(0, 0), slice(5, 6))}[size][rank]
 
 
@@ -441,7 +442,7 @@ def test_everything_holds_under_mpirun_on_three_ranks_that_share_two_gpus(served
 
 
 def on_fake(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command of arraybn in a process that finds the fake CuPy; the reference serves its arrays."""
+    """Run a command of arraybn in a process that finds the fake CuPy; the reference serves the arrays."""
     path = os.pathsep.join([str(ROOT), str(FAKE_CUPY)])
     env = {**os.environ, "PYTHONPATH": path, "ARRAYBN_FAKE_HIP": "1", **variables}
     run = [sys.executable, "-m", "arraybn", *command]
@@ -502,7 +503,7 @@ def re_line(text: str, *pieces: str) -> bool:
 
 
 def probed(**variables: str) -> Any:
-    """What info's question to CuPy is answered, and the rows that it makes of that."""
+    """Return the answer to info's question to CuPy, and the rows that info makes of the answer."""
     path = os.pathsep.join([str(ROOT), str(FAKE_CUPY)])
     env = {**os.environ, "PYTHONPATH": path, **variables}
     probe = info.Probe(sys.executable, "-c", info._CUPY_PROBE, env=env)

@@ -1,4 +1,4 @@
-"""What the docs show runs: the README's example, and the links."""
+"""The README: the example runs, and the links lead somewhere."""
 
 from __future__ import annotations
 

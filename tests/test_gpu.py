@@ -1,4 +1,4 @@
-"""What has to be seen on a real GPU: python -m pytest -m gpu
+"""Tests that need a real GPU: python -m pytest -m gpu
 
 Without one these tests are skipped, or fail where ARRAYBN_REQUIRE names cupy. ARRAYBN_TEST_GPU=fake runs them on the
 fake CuPy, with the kernels compiled by g++, to see that the tests themselves work; then sizes are smaller, and what the
@@ -45,7 +45,7 @@ RNG = np.random.default_rng(20)
 
 @pytest.fixture(scope="module")
 def cupy() -> Iterator[Any]:
-    """CuPy with a GPU; a skip, or a failure, without."""
+    """Yield CuPy with a GPU; without a GPU skip, or fail where CuPy is promised."""
     if real_cupy() is None and not ON_FAKE:
         assert "cupy" not in REQUIRED, "CuPy finds no GPU, or is not installed"
         pytest.skip("CuPy finds no GPU, or is not installed")
@@ -79,7 +79,7 @@ def placed(cupy: Any, array: Any, layout: str) -> Any:
 
 
 def poisoned(cupy: Any, like: Any) -> Any:
-    """A new array full of NaN in the layout of `like`."""
+    """Return a new array full of NaN in the layout of `like`."""
     out = cupy.empty_like(like)
     out.data.memset(0xFF, out.nbytes)
     assert np.isnan(out.get().astype("f4")).all()
@@ -95,7 +95,7 @@ def bits(*arrays: Any) -> bytes:
 
 @functools.cache
 def truth(shape: str, scale: str, dtype: str) -> tuple[Any, Any, Exact]:
-    """x and dy of that dtype, and what is exact for them."""
+    """Return x and dy of that dtype, and the exact results."""
     batch = scenarios.make(shape, scale)
     with np.errstate(over="ignore"):
         x, dy = (array.astype(as_dtype(dtype)) for array in (batch.x, batch.dy))
@@ -103,7 +103,7 @@ def truth(shape: str, scale: str, dtype: str) -> tuple[Any, Any, Exact]:
 
 
 def assert_kept(dtype: str, exact: Exact, y: Any, dx: Any, mean: Any, var: Any) -> None:
-    """N1 and N2, for results in host memory."""
+    """(N1, N2) Assert the promises for results in host memory."""
     kind = as_dtype(dtype)
     assert y.dtype == dx.dtype == kind
     if dtype == "float64":
@@ -121,7 +121,7 @@ def assert_kept(dtype: str, exact: Exact, y: Any, dx: Any, mean: Any, var: Any) 
 
 
 def usable(dtype: str, scale: str) -> bool:
-    """Half precision has no room for the far scenarios: constant channels, which have a test of their own, or inf."""
+    """Return False for half precision far from zero: channels would be constant, which another test covers, or inf."""
     return dtype in ("float32", "float64") or scale in ("standard", "shifted")
 
 
@@ -209,7 +209,7 @@ def test_n1_n4_large_batches_are_right_and_the_same_bits_each_time(
 
 
 def test_more_than_2_31_values(cupy: Any) -> None:
-    """The last values are far beyond what 32 bits can number."""
+    """The places of the last values need more than 32 bits."""
     real(cupy, "such memory")
     length = 2**29 + 8
     if cupy.cuda.Device().mem_info[0] < 14 * 4 * length:
@@ -274,7 +274,7 @@ def test_n4_any_stream_and_several_threads_give_the_same_bits(cupy: Any, kernels
 
 @pytest.mark.parametrize("kernels", FAST)
 def test_a_new_thread_launches_although_nothing_has_made_it_a_context(cupy: Any, kernels: str) -> None:
-    """Memory that CuPy has put by makes none."""
+    """Memory from CuPy's pool makes no context."""
     x = some(cupy, 4, 8, 3000)[0]
 
     def work() -> bytes:
@@ -334,7 +334,7 @@ def test_a_captured_graph_does_it_again_and_nothing_waits_for_the_gpu(cupy: Any,
             got = bits(out, dx, *gradients)
             assert got == bits(out, dx, *step())
     other = cupy.cuda.Stream(non_blocking=True)
-    with other:  # where no such call was made before
+    with other:  # a stream without calls so far
         other.begin_capture()
         with pytest.raises(RuntimeError, match="make one first"):  # its workspace would be zeroed by the graph alone
             step()

@@ -14,7 +14,7 @@ from arraybn.testing import check_vjp
 
 
 def with_control(function: Callable[..., Any], arguments: list[Any], dy: Any, gradients: list[Any]) -> None:
-    """The check, and that it fails for each gradient wrong by 0.1 %."""
+    """Run the check, and assert that the check fails for each gradient that is wrong by 0.1 %."""
     check_vjp(function, arguments, dy, gradients)
     for index, gradient in enumerate(gradients):
         wrong = [1.001 * g if i == index else g for i, g in enumerate(gradients)]
@@ -40,7 +40,7 @@ def test_e5_e6_gradients_of_the_batch_statistics(shape: tuple[int, ...], eps: fl
     gradients = list(arraybn.batch_norm_backward(dy, saved))
     if shape != (2, 4) or eps > 0.1:
         with_control(lambda *a: arraybn.batch_norm(*a, eps=eps)[0], [x, weight, bias], dy, gradients)
-    else:  # with two values dx is almost nothing (of size eps), so only its smallness and the others can be seen
+    else:  # with two values dx is about eps, so the test sees that dx is small, and dweight, dbias
         check_vjp(lambda w, b: arraybn.batch_norm(x, w, b, eps=eps)[0], [weight, bias], dy, gradients[1:])
         assert abs(gradients[0]).max() < 1e-3
 

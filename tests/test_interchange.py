@@ -1,4 +1,4 @@
-"""State dicts of Flax, Keras and ONNX: their libraries predict as ours, both ways; what does not fit is named."""
+"""State dicts of Flax, Keras and ONNX: libraries and arraybn predict the same, both ways; errors name misfits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def values(seed: int = 0) -> dict[str, Any]:
 
 
 def layer(affine: bool = True, **options: Any) -> arraybn.BatchNorm1d:
-    """A layer that has learned something, channels last as Flax and Keras have it."""
+    """Return a layer that has learned something, with channels last as in Flax and Keras."""
     made = arraybn.BatchNorm1d(C, eps=EPS, affine=affine, channel_axis=-1, **options)
     state = values()
     made.running_mean, made.running_var = state["running_mean"], state["running_var"]
@@ -42,7 +42,7 @@ def batch() -> Any:
 
 
 def assert_like(got: Any, wanted: Any) -> None:
-    """Within 8 float32 ulp of the largest output: difference, root, quotient, product and sum round, on two sides."""
+    """Assert 8 float32 ulp of the largest output: difference, root, quotient, product and sum round, on two sides."""
     wanted = np.asarray(wanted)
     scale = np.spacing(np.abs(wanted).max())
     np.testing.assert_allclose(got, wanted, rtol=0, atol=8 * scale)
@@ -151,7 +151,7 @@ def test_keras_trains_on_with_the_biased_variance() -> None:
 
 
 def assert_training_on(ours: Any, x: Any, mean: Any, var: Any) -> None:
-    """`mean` and `var`, after another library's batch, are what the table in the docstring says that they are."""
+    """Assert that `mean` and `var`, after another library's batch, are those of the table in the docstring."""
     before = ours.running_var
     ours(x)
     np.testing.assert_allclose(ours.running_mean, mean, rtol=1e-6)
@@ -250,7 +250,7 @@ def test_arrays_of_other_namespaces_are_taken() -> None:
 
 
 def flax(**changes: Any) -> Any:
-    """The variables of a Flax batch norm with entries changed, or left out for None."""
+    """Return the variables of a Flax batch norm with entries changed, or left out for None."""
     tree: dict[str, Any] = interchange.to_flax(layer().state_dict())
     for path, value in changes.items():
         group, _, name = path.partition("__")

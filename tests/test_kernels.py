@@ -44,7 +44,7 @@ def of_modules(*kinds: str) -> Any:
 
 @pytest.fixture(params=FLOATS)
 def dtype(request: pytest.FixtureRequest, case: Case) -> str:
-    """Each dtype that the module is tested with."""
+    """Return each dtype that the module is tested with."""
     if request.param not in kernels.dtypes_of(case.kind):
         pytest.skip("one dtype shows the loops, without the compiler")
     return str(request.param)

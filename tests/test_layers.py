@@ -1,4 +1,4 @@
-"""The layers' state: what changes it, what does not, and that a call which raises changes nothing."""
+"""The state of layers: calls that change the state, calls that do not, and calls that raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def state(layer: arraybn.Module) -> dict[str, bytes]:
-    """Everything that a call could have changed, to the bit."""
+    """Return everything that a call could have changed, to the bit."""
     values = {name: np.asarray(value).tobytes() for name, value in layer.state_dict().items()}
     for name, parameter in layer.named_parameters():
         values[f"{name}.grad"] = b"" if parameter.grad is None else parameter.grad.tobytes()

@@ -1,4 +1,4 @@
-"""Modules: names, trees, modes, printing, and what may not be assigned or registered."""
+"""Modules: names, trees, modes, printing, and refused assignments and registrations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arraybn import network
 
 
 def tree() -> tuple[arraybn.Sequential, arraybn.Module]:
-    """A model in which one layer stands in two places."""
+    """Return a model in which one layer stands in two places."""
     shared = arraybn.BatchNorm1d(3)
     return arraybn.Sequential(OrderedDict(a=shared, b=arraybn.Sequential(network.ReLU(), shared))), shared
 
@@ -89,7 +89,7 @@ def test_a_sequence_is_indexed_sliced_and_iterated_with_repeats() -> None:
 
 
 class Custom(arraybn.Module):
-    """With a bit of everything."""
+    """A module with a parameter, a buffer, and a submodule."""
 
     def __init__(self) -> None:
         super().__init__()

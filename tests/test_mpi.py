@@ -24,7 +24,7 @@ SOAK = int(os.environ.get("ARRAYBN_SOAK", "150"))
 
 @pytest.fixture(params=["here", "openmpi"])
 def mpi(request: pytest.FixtureRequest) -> Mpi:
-    """Each MPI."""
+    """Return each MPI."""
     python = sys.executable
     if request.param == "openmpi" and not (python := os.environ.get("ARRAYBN_OPENMPI_PYTHON", "")):
         pytest.skip("ARRAYBN_OPENMPI_PYTHON names no Python with Open MPI")
@@ -142,12 +142,12 @@ def test_processes_that_believe_to_be_alone_are_told(mpi: Mpi) -> None:
         )
         first, second = run.stdout.strip().splitlines()
         assert first.startswith(f"synchronizing over 2 processes ({name}=2), but MPI's world has one rank here"), run
-        assert second == "2"  # who asks for one rank gets one
+        assert second == "2"  # COMM_SELF has one rank
     assert "PMI_SIZE" in LAUNCHERS
 
 
 def test_the_mpirun_of_another_mpi_is_told_or_ends_at_once(tmp_path: Path) -> None:
-    """Open MPI's library under MPICH's mpirun starts P times alone; MPICH's under Open MPI's refuses to start."""
+    """Open MPI's library under MPICH's mpirun starts P single ranks; the reverse does not start at all."""
     need("mpi4py")
     other = os.environ.get("ARRAYBN_OPENMPI_PYTHON")
     here = mpi_of(sys.executable)

@@ -1,4 +1,4 @@
-"""The same batch norm on every namespace and device, and everything it makes stays there."""
+"""The same batch norm on every namespace and device, and results stay in that namespace and on that device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_numpy(batch: scenarios.Batch, dtype: str, **options: Any) -> tuple[Any, .
 
 
 def close(got: Any, expected: Any, wide: str, scale: float, ulps: int = 4) -> bool:
-    """Namespaces with float64 add in the same order, so that only √ and division could differ, by an ulp or two.
+    """Assert agreement: with float64 the sums have one order, so only √ and division may differ, by an ulp or two.
 
     Without it, some roundings to float32 of terms of the size `scale` add up.
     """

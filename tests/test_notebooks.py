@@ -1,4 +1,4 @@
-"""The lessons: what each one must have, that it runs as it is kept, and that a claim made false is found."""
+"""The lessons: each has the required parts and runs as it is kept, and a claim made false is found."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def code(notebook: Notebook) -> list[Cell]:
 
 
 def texts(notebook: Notebook) -> list[str]:
-    """All that is to be read, cell by cell, outputs too."""
+    """Return all text of the lesson, cell by cell, outputs too."""
     return [source(cell) for cell in notebook["cells"]] + [text(out) for c in code(notebook) for out in c["outputs"]]
 
 
 def text(output: Cell) -> str:
-    """What an output says; "" for a picture alone."""
+    """Return the text of an output; "" for a picture alone."""
     shown = output.get("text") or output.get("data", {}).get("text/plain") or output.get("traceback") or ""
     return "".join(shown)
 
 
 def parsed(cell: Cell) -> ast.Module | None:
-    """The syntax tree; None where the cell is not plain Python, as under a magic."""
+    """Return the syntax tree; None where the cell is not plain Python, as under a magic."""
     try:
         return ast.parse(source(cell))
     except SyntaxError:
@@ -71,7 +71,7 @@ def parsed(cell: Cell) -> ast.Module | None:
 
 
 def answers(notebook: Notebook) -> list[str]:
-    """The code in the answers to the exercises, one text for each block."""
+    """Return the code in the answers to the exercises, one text for each block."""
     folded = [source(cell) for cell in notebook["cells"] if "<details>" in source(cell)]
     return [block for cell in folded for block in re.findall(r"```python\n(.*?)```", cell, re.DOTALL)]
 
@@ -81,7 +81,7 @@ def pictures(cell: Cell) -> int:
 
 
 def at_top(tree: ast.Module | None) -> Iterator[ast.AST]:
-    """What runs when the cell does: everything but the bodies of functions and classes."""
+    """Return the nodes that run with the cell: everything but the bodies of functions and classes."""
     waiting: list[ast.AST] = [] if tree is None else [tree]
     while waiting:
         node = waiting.pop()
@@ -91,7 +91,7 @@ def at_top(tree: ast.Module | None) -> Iterator[ast.AST]:
 
 
 def claims(tree: ast.Module | None) -> list[ast.Assert]:
-    """The asserts of a cell that run with it and ask about something that has a name."""
+    """Return the asserts that run with the cell and test a named value."""
     found = [node for node in at_top(tree) if isinstance(node, ast.Assert)]
     return [claim for claim in found if any(isinstance(node, ast.Name) for node in ast.walk(claim.test))]
 
@@ -100,7 +100,7 @@ def claims(tree: ast.Module | None) -> list[ast.Assert]:
 
 
 def opening(number: int, notebook: Notebook) -> Iterator[str]:
-    """It says what you will do, learn and need, and how to get that."""
+    """Check that the opening says what you will do, learn and need, and how to get the requirements."""
     first = notebook["cells"][0]
     if first["cell_type"] != "markdown" or not source(first).startswith(f"# Lesson {number}: "):
         yield f"does not open with '# Lesson {number}: …'"
@@ -111,7 +111,7 @@ def opening(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def short(number: int, notebook: Notebook) -> Iterator[str]:
-    """Few cells, of few lines."""
+    """Check that there are few cells, of few lines."""
     if len(notebook["cells"]) > CELLS:
         yield f"{len(notebook['cells'])} cells, more than {CELLS}"
     for cell in code(notebook):
@@ -120,7 +120,7 @@ def short(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def kept_with_outputs(number: int, notebook: Notebook) -> Iterator[str]:
-    """What it prints and draws is there, from a run in order, and nothing that went wrong."""
+    """Check that the printed and drawn outputs are kept, from a run in order and without errors."""
     for place, cell in enumerate(code(notebook), 1):
         if cell["execution_count"] != place:
             yield f"{cell['id']} was run as number {cell['execution_count']}, and is number {place}"
@@ -141,7 +141,7 @@ def kept_with_outputs(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def of_no_machine(number: int, notebook: Notebook) -> Iterator[str]:
-    """Nothing in it tells on which machine it was run, or when."""
+    """Check that no output shows the machine or the time of the run."""
     host = re.escape(socket.gethostname())
     patterns = {"a path": FOREIGN, "a time": STAMP, "an address": ADDRESS, "a host": rf"\b{host}\b"}
     if len(host) < 4 or host == "localhost":
@@ -153,7 +153,7 @@ def of_no_machine(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def stripped(number: int, notebook: Notebook) -> Iterator[str]:
-    """No metadata but the least, and ids that are readable and one cell's alone."""
+    """Check for the least metadata, and for readable ids that no two cells share."""
     if notebook["metadata"] != METADATA or (notebook["nbformat"], notebook["nbformat_minor"]) != (4, 5):
         yield "has more metadata than the kernel's name, or another format than 4.5"
     ids = [cell.get("id", "") for cell in notebook["cells"]]
@@ -165,13 +165,13 @@ def stripped(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def asserted(number: int, notebook: Notebook) -> Iterator[str]:
-    """Claims are followed by asserts."""
+    """Check that asserts follow claims."""
     if (found := sum(len(claims(parsed(cell))) for cell in code(notebook))) < CLAIMS:
         yield f"{found} asserts, fewer than {CLAIMS}"
 
 
 def closing(number: int, notebook: Notebook) -> Iterator[str]:
-    """Three exercises with answers that unfold, what to remember, and where to go next."""
+    """Check for three exercises with answers that unfold, a summary, and the next lesson."""
     written = [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
     folded = [cell for cell in written if "<details>" in cell]
     if not any(cell.startswith("## Exercises") for cell in written) or len(folded) != 3:
@@ -189,7 +189,7 @@ def closing(number: int, notebook: Notebook) -> Iterator[str]:
 
 
 def linked(number: int, notebook: Notebook) -> Iterator[str]:
-    """Links within the repository lead somewhere."""
+    """Check that links within the repository lead somewhere."""
     written = [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
     for link in re.findall(r"\]\(([^)#:\s]+)\)", "\n".join(written)):
         if not (ROOT / "notebooks" / link).exists():
@@ -211,7 +211,7 @@ def test_a_lesson_has_what_it_must_have(path: Path) -> None:
 
 
 def as_written(notebook: Notebook) -> str:
-    """The file that nbformat writes: keys in order, and a line for each line of a source, so that changes show."""
+    """Check that nbformat would write the same file: keys in order, and a line for each line of a source."""
     lines = [{**cell, "source": source(cell).splitlines(keepends=True)} for cell in notebook["cells"]]
     return json.dumps({**notebook, "cells": lines}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
@@ -240,7 +240,7 @@ def test_sources_are_clean() -> None:
 
 
 def sample() -> Notebook:
-    """A lesson as small as the rules allow, as it is kept."""
+    """Return a lesson as small as the rules allow, in the form of the kept lessons."""
 
     def markdown(name: str, words: str) -> Cell:
         return {"cell_type": "markdown", "id": f"l7-{name}", "metadata": {}, "source": words.splitlines(keepends=True)}
@@ -339,7 +339,7 @@ def test_a_lesson_that_does_not_lead_to_the_next_is_found() -> None:
 
 
 def environment() -> dict[str, str]:
-    """This arraybn, and no progress of our own in what a lesson prints."""
+    """Return an environment with this arraybn, and without progress bars in the output of a lesson."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
 
@@ -357,7 +357,7 @@ def run(notebook: Notebook, path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def with_answers(notebook: Notebook) -> Notebook:
-    """The lesson, and behind it what its answers say."""
+    """Return the lesson followed by the code of the answers."""
     result = copy.deepcopy(notebook)
     for block in answers(notebook):
         result["cells"].append({"cell_type": "code", "metadata": {}, "source": block, "outputs": []})
@@ -367,7 +367,7 @@ def with_answers(notebook: Notebook) -> Notebook:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Any]]:
-    """Every lesson that is asked for, run with its answers, two at a time."""
+    """Run every chosen lesson with the answers, two at a time."""
     for name in NEEDED:
         need(name)
     folder = tmp_path_factory.mktemp("lessons")
@@ -391,7 +391,7 @@ def test_a_lesson_runs_as_it_is_kept_and_so_do_its_answers(path: Path, runs: Cal
 
 
 def changed(kept: Notebook, now: Notebook) -> list[str]:
-    """The cells that now show other kinds of outputs than are kept; figures may differ from machine to machine."""
+    """Return the cells whose kinds of outputs differ from the kept ones; numbers may differ from machine to machine."""
 
     def kinds(cell: Cell) -> list[list[str]]:
         return [[output["output_type"], *sorted(output.get("data", ()))] for output in cell["outputs"]]
@@ -407,7 +407,7 @@ def test_outputs_of_another_run_are_found() -> None:
 
 
 def falsified(cell: Cell) -> str:
-    """The cell with a claim of it negated."""
+    """Return the cell with one of the claims negated."""
     tree = parsed(cell)
     assert tree is not None
     claim = claims(tree)[0]
@@ -417,7 +417,7 @@ def falsified(cell: Cell) -> str:
 
 @functools.cache
 def up_to_a_claim(path: Path) -> tuple[str, str]:
-    """The lesson as a program to the end of the first cell that claims something, and the same with the claim false."""
+    """Return the lesson as a program up to the first cell with a claim, and the same with the claim made false."""
     cells = code(read(path))
     place = next(i for i, cell in enumerate(cells) if claims(parsed(cell)))
     before = "\n".join(map(source, cells[:place])) + "\n"

@@ -150,7 +150,7 @@ def test_the_options_of_commands_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts and MyST make them."""
+    """Return the anchors of a page's headings, as code hosts and MyST make them."""
     text = re.sub(r"^( *)```.*?^\1```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     titles = [title.replace("`", "").lower() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
@@ -169,7 +169,7 @@ def test_links_lead_to_a_file_and_a_heading(path: Path) -> None:
 
 
 def test_every_page_can_be_reached() -> None:
-    """From the front page by links, and in the navigation: Sphinx warns of a page that is in no table of contents."""
+    """A reader gets to each page from the front page; Sphinx warns of a page that is in no table of contents."""
     reached, todo = set(), [DOCS / "index.md"]
     while todo:
         page = todo.pop()

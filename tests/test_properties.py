@@ -1,4 +1,4 @@
-"""What is true of every batch norm, whatever the batch. Each test has a control, a small fault that must fail it."""
+"""Properties of every batch norm, whatever the batch. Each test has a control, a small fault that must fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
 def parameters(rng: np.random.Generator, c: int) -> tuple[Any, Any]:
-    """Weight away from zero, and bias."""
+    """Draw a weight away from zero, and a bias."""
     return rng.uniform(0.5, 2, c) * rng.choice([-1, 1], c), rng.uniform(-2, 2, c)
 
 
@@ -49,7 +49,7 @@ def slack(x: Any) -> Any:
 
 
 def same_moments(a: arraybn.Moments, b: arraybn.Moments, x: Any) -> bool:
-    """Whether two moments of the values of x agree but for the order of additions."""
+    """Return True where two moments of the values of x agree but for the order of additions."""
     close = abs(a.mean - b.mean) <= slack(x) * std(x)
     return a.n == b.n and bool((close & (abs(a.m2 - b.m2) <= 8 * slack(x) * b.m2)).all()) and bool(b.m2.min() > 0)
 
@@ -108,7 +108,7 @@ def test_e2_pooling_a_far_outlier_keeps_the_digits_of_the_larger_batch() -> None
 
 
 def test_e2_pool_without_its_ordering_is_not_commutative() -> None:
-    """The control of the test above: the plain formula has other bits when swapped, for many pairs."""
+    """The control of the test above: for many pairs the plain formula has other bits when the batches are swapped."""
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 1000))
     assert np.mean(a + (b - a) * (3 / 5) != b + (a - b) * (2 / 5)) > 0.1
@@ -212,7 +212,7 @@ def test_e4_after_one_batch_with_momentum_1_evaluation_uses_its_mean_and_unbiase
 
 @given(batches(), seeds, st.sampled_from([1.0, 1e9, np.inf, np.nan]))
 def test_channels_do_not_see_each_others_values(x: Any, rng: Any, scale: float) -> None:
-    """Same bits whatever the others hold. (How many they are may choose the order of the additions.)"""
+    """The values of one channel decide the bits of that channel. (Their number may choose the order of sums.)"""
     channels = x.shape[1]
     weight, bias = parameters(rng, channels)
     dy = rng.standard_normal(x.shape)

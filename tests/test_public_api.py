@@ -1,4 +1,4 @@
-"""The names that are promised, what importing loads, how the pieces may depend on each other, and README against CI."""
+"""The promised names, the modules that importing loads, the order of imports, and README against CI."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_no_function_is_longer_than_a_reader_can_hold() -> None:
 
 
 def commands(text: str) -> list[str]:
-    """The commands that make a virtual environment and use it."""
+    """Return the commands that make and use a virtual environment."""
     return [line.strip() for line in text.splitlines() if line.strip().startswith("python3 -m venv")]
 
 

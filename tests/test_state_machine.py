@@ -33,12 +33,12 @@ LARGEST = 5.0  # of what is drawn; multiples of 1/8, so that float16 holds them 
 
 
 class Model:
-    """What a batch norm is, in float64. None means what it means for a layer."""
+    """A batch norm in float64. None means the same as for a layer."""
 
     training, remembered, updates = True, None, 0
 
     def forward(self, x: Any) -> Any:
-        """y of x (N, C, S), or a ValueError."""
+        """Return y of x (N, C, S), or raise ValueError."""
         n, fixed = x.shape[0] * x.shape[2], not self.training and self.mean is not None
         if n == 1 and not fixed:
             raise ValueError("one value per channel")
@@ -53,7 +53,7 @@ class Model:
 
 
 def numbers(seed: int, *shape: int, low: float = -LARGEST) -> Any:
-    """Multiples of 1/8; with some seeds all the same."""
+    """Return multiples of 1/8; with some seeds all the same."""
     rng = np.random.default_rng(seed)
     values = rng.integers(round(8 * low), round(8 * LARGEST) + 1, shape) / 8
     return np.full(shape, low if low > 0 else 1.5) if seed % 6 == 0 else values
@@ -63,7 +63,7 @@ seeds = st.integers(0, 10_000)
 
 
 class Machine(RuleBasedStateMachine):
-    """Calls a layer and the model alike. `call` counts, and sees to it that an error changes nothing."""
+    """A machine that calls layer and model alike. `call` counts, and asserts that an error changes nothing."""
 
     classes: ClassVar[dict[type[Any], tuple[int, ...]]] = DIMS
     calls: ClassVar[int] = 0
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
     # ---- How every call is made ----
 
     def call(self, function: Callable[[], Any], wrong: bool = False) -> Any:
-        """`function()`; if it is wrong it has to raise one of three errors, whose text says what was expected."""
+        """Call `function`; a wrong call has to raise one of three errors, whose text says what was expected."""
         type(self).calls += 1
         before = bits(self.layer)
         result = caught = None
@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
         return (*others[:at], channels, *others[at:])
 
     def seen(self, x: Any) -> Any:
-        """`x` as the model sees it: (N, C, S) in float64."""
+        """Return `x` in the form of the model: (N, C, S) in float64."""
         x = np.moveaxis(np.asarray(x, "f8"), self.axis, 1)
         return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
 
@@ -371,7 +371,7 @@ def test_any_calls_in_any_order_do_what_the_model_does() -> None:
 
 
 class CountsFirst(arraybn.BatchNorm1d):
-    """Counts a batch before it is checked."""
+    """A faulty layer that counts a batch before the batch is checked."""
 
     def forward(self, x: Any) -> Any:
         before = self.num_batches_tracked
@@ -384,7 +384,7 @@ class CountsFirst(arraybn.BatchNorm1d):
 
 
 class Biased(arraybn.BatchNorm1d):
-    """Takes the biased variance into the running one."""
+    """A faulty layer that adds the biased variance to the running variance."""
 
     def _tracked(self, saved: Any, *rest: Any) -> Any:
         commit = super()._tracked(saved, *rest)
@@ -394,7 +394,7 @@ class Biased(arraybn.BatchNorm1d):
 
 
 class ForgetsFirst(arraybn.BatchNorm1d):
-    """Loses the forward when a backward is refused."""
+    """A faulty layer that loses the forward when a backward is refused."""
 
     def backward(self, dy: Any) -> Any:
         try:
@@ -404,7 +404,7 @@ class ForgetsFirst(arraybn.BatchNorm1d):
 
 
 class LoadsByHalves(arraybn.BatchNorm1d):
-    """Keeps what was loaded before the error."""
+    """A faulty layer that keeps the values loaded before the error."""
 
     def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
         if (
@@ -417,7 +417,7 @@ class LoadsByHalves(arraybn.BatchNorm1d):
 
 
 class CountsEmptyBatches(arraybn.BatchNorm1d):
-    """As PyTorch does."""
+    """A faulty layer that counts empty batches, as PyTorch does."""
 
     def forward(self, x: Any) -> Any:
         y = super().forward(x)
@@ -427,14 +427,14 @@ class CountsEmptyBatches(arraybn.BatchNorm1d):
 
 
 class TakesAnyWidth(arraybn.BatchNorm1d):
-    """Leaves out the check of the channels of an empty batch, as PyTorch does."""
+    """A faulty layer that does not check the channels of an empty batch, as PyTorch does."""
 
     def forward(self, x: Any) -> Any:
         return x if isinstance(x, np.ndarray) and x.size == 0 else super().forward(x)
 
 
 class Rounds(arraybn.BatchNorm1d):
-    """y off by 0.1 %."""
+    """A faulty layer whose y is wrong by 0.1 %."""
 
     def forward(self, x: Any) -> Any:
         y = super().forward(x)
@@ -442,7 +442,7 @@ class Rounds(arraybn.BatchNorm1d):
 
 
 class Crashes(arraybn.BatchNorm1d):
-    """Looks at x before it is known to be an array."""
+    """A faulty layer that reads x before x is known to be an array."""
 
     def forward(self, x: Any) -> Any:
         return super().forward(x) if x.ndim else x

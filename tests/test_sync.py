@@ -1,4 +1,4 @@
-"""The synchronized mode on threads: that it is exact, that the ranks agree, and what becomes of every error."""
+"""The synchronized mode on threads: results are exact, the ranks agree, and every rank learns of every error."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_e2_n4_without_the_ordering_the_bits_depend_on_the_order(monkeypatch: py
 
 
 def tree(draw: Any, parts: list[Any]) -> Any:
-    """The frames combined in an order that is drawn."""
+    """Return the frames combined in a drawn order."""
     parts = [part.copy() for part in parts]
     while len(parts) > 1:
         a = parts.pop(draw(st.integers(0, len(parts) - 1)))
@@ -236,7 +236,7 @@ def test_more_channels_than_a_frame_has_room_for(channels: int) -> None:
 
 
 class Counting:
-    """A reducer that notes what goes through it."""
+    """A reducer that notes every exchange."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer, self.calls = reducer, []
@@ -435,7 +435,7 @@ def test_errors_of_several_ranks_and_of_the_functions() -> None:
 
 
 def failing(sweep: str, error: BaseException) -> Any:
-    """The reference sweeps, of which one raises."""
+    """Return the reference sweeps, of which one raises."""
 
     def fail(*arguments: Any) -> None:
         raise error

@@ -45,7 +45,7 @@ def make(
     new: Callable[..., Any] = lambda old, value, momentum: (1 - momentum) * old + momentum * value,
     correct: Callable[..., Any] = lambda var, n: var * n / max(n - 1, 1),
 ) -> Functions:
-    """Forward, backward and update from the definition, in numbers of `wide`."""
+    """Return forward, backward and update from the definition, in numbers of the dtype `wide`."""
 
     def parts(x: Any, w: Any, eps: float) -> Any:
         x = x.astype(wide)
@@ -94,7 +94,7 @@ def nan_hides(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 class Remembers:
-    """Shifts by the mean of the last call."""
+    """A faulty batch norm that shifts by the mean of the last call."""
 
     def __init__(self) -> None:
         self.shift = 0.0
@@ -112,7 +112,7 @@ def folded(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 class Reuses:
-    """Returns the same memory each time."""
+    """A faulty batch norm that returns the same memory each time."""
 
     def __call__(self, x: Any, weight: Any, bias: Any, eps: float) -> Any:
         self.memory = getattr(self, "memory", {})
@@ -122,7 +122,7 @@ class Reuses:
 
 
 def of_equal_blocks(x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """Averages the means of blocks of 1000 values, as if the last were as long as the others."""
+    """Normalize by the average of the means of blocks, as if the last block were as long as the rest."""
 
     def mean_of(x: Any, axes: Any) -> Any:
         flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
@@ -133,7 +133,7 @@ def of_equal_blocks(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 def first_channels(x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """Leaves channels from 32 on as they are."""
+    """Leave channels from 32 on as they are."""
     y = make()[0](x, weight, bias, eps)
     y[:, 32:] = x[:, 32:]
     return y

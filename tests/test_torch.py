@@ -25,7 +25,7 @@ def torch() -> Any:
 
 
 def pair(torch: Any, dims: int, dtype: str, **options: Any) -> tuple[Any, Any]:
-    """Our layer and theirs, with the same random weight and bias."""
+    """Return arraybn's layer and PyTorch's, with the same random weight and bias."""
     ours = getattr(arraybn, f"BatchNorm{dims}d")(3, dtype=dtype, **options)
     theirs = getattr(torch.nn, f"BatchNorm{dims}d")(3, dtype=getattr(torch, dtype), **options)
     if ours.affine:
@@ -37,7 +37,7 @@ def pair(torch: Any, dims: int, dtype: str, **options: Any) -> tuple[Any, Any]:
 
 
 def same(ours: Any, theirs: Any, dtype: str, factor: float = 1.0) -> bool:
-    """To some hundred roundings of the largest value: they add in another order, and PyTorch folds mean and weight."""
+    """Assert agreement to a few hundred roundings of the largest value: PyTorch adds in another order."""
     theirs = theirs.detach().numpy() * factor
     scale = max(1.0, abs(theirs).max()) if theirs.size else 1.0
     return ours.shape == theirs.shape and bool((abs(ours - theirs) <= 512 * np.finfo(dtype).eps * scale).all())

@@ -16,7 +16,7 @@ from arraybn.kernels.cuda.launch import Grid
 
 
 class FakeGpu(shim.Shim):
-    """Launches on the CPU, of arrays of the fake CuPy, in whose log they stand."""
+    """A launcher of kernels on the CPU, for arrays of the fake CuPy; each launch is an entry of the log."""
 
     def __init__(self, *libraries: Path, **options: int) -> None:
         super().__init__(*libraries, **options)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ class FakeGpu(shim.Shim):
 
 @contextlib.contextmanager
 def install(**options: int) -> Iterator[FakeGpu]:
-    """Within it, arraybn.kernels.cuda and cuda_fused take arrays of the fake CuPy."""
+    """Let arraybn.kernels.cuda and cuda_fused take arrays of the fake CuPy."""
     gpu = FakeGpu(*shim.libraries(), **options)
     with mock.patch.object(launch, "launcher", return_value=gpu):
         yield gpu

@@ -27,7 +27,7 @@ from arraybn.kernels.cuda import fused, launch
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
-GUARD = 64  # bytes before and behind an array, which nobody may write to
+GUARD = 64  # bytes before and behind an array, to which no kernel may write
 PATTERN = 0xA5
 POISON = 0xFF  # what a new array is full of: NaN in every dtype
 H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
@@ -35,7 +35,7 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def all_kernels() -> list[Kernel]:
-    """Every kernel of the sweeps, for every dtype and width."""
+    """Return every kernel of the sweeps, for every dtype and width."""
     sweeps = itertools.product(("moments", "dots", "affine", "affine2"), ("planes", "lines"), _ITEMSIZE)
     kernels = [
         Kernel(f"{sweep}_{layout}", dtype, width)
@@ -47,7 +47,7 @@ def all_kernels() -> list[Kernel]:
 
 
 def fused_kernels(direction: str) -> tuple[Kernel, ...]:
-    """Every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
+    """Return every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
     names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
     return tuple(
         Kernel(f"{direction}_{way}_{layout}", dtype, width, fused.FILES, True)
@@ -57,27 +57,27 @@ def fused_kernels(direction: str) -> tuple[Kernel, ...]:
 
 
 def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
-    """The numbers of values that a thread takes at once."""
+    """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
     return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDE // itemsize, 1)
 
 
 def libraries() -> list[Path]:
-    """The shared libraries of all kernels, made two at a time."""
+    """Return the shared libraries of all kernels, made two at a time."""
     kernels = [tuple(all_kernels()), fused_kernels("forward"), fused_kernels("backward")]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 
 
 def compiler() -> str | None:
-    """g++, where there is one."""
+    """Return the path of g++, or None."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 @functools.cache
 def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] | None = None) -> Path:
-    """The shared library of these kernels, made once for each source. `changed`: a text in it, and what replaces it."""
+    """Return the shared library of these kernels, made once for a source. `changed`: old and new text in the source."""
     text = launch.source(*kernels)
     if changed is not None:
         assert text.count(changed[0]) == 1, f"{changed[0]!r} stands {text.count(changed[0])} times in the source"
@@ -103,7 +103,7 @@ def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] |
 
 
 def guarded(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Any:
-    """A poisoned array between guards, `offset` bytes behind a multiple of 64."""
+    """Return a poisoned array between guards, `offset` bytes behind a multiple of 64."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     room = np.full(size + 2 * GUARD + 64 + offset, PATTERN, np.uint8)
@@ -114,7 +114,7 @@ def guarded(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Any:
 
 
 def owner(array: Any) -> Any:
-    """The array that owns the memory of an array of `guarded`: it lives as long as any part of that."""
+    """Return the array that owns the memory of an array of `guarded`, and lives as long as any part of the memory."""
     while array.base is not None:
         array = array.base
     return array
@@ -132,7 +132,7 @@ def assert_outside(room: Any, start: int, size: int) -> None:
 
 
 class Shim(launch.Launcher):
-    """Launches on the CPU, of NumPy arrays, on a GPU that a test describes."""
+    """A launcher of kernels on the CPU, for NumPy arrays, that pretends to be the GPU that a test describes."""
 
     def __init__(self, *libraries: Path, has: Device = H200, resident: int = 3, seed: int = 0) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Shim(launch.Launcher):
 
 @contextlib.contextmanager
 def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
-    """Within it, arraybn.kernels.cuda takes NumPy arrays and runs on the CPU."""
+    """Let arraybn.kernels.cuda take NumPy arrays and run on the CPU."""
     shim = Shim(library or build(tuple(all_kernels())), **options)
     with mock.patch.object(launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
         yield shim

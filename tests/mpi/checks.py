@@ -1,4 +1,4 @@
-"""What has to hold under every MPI: mpirun -n P python -m mpi4py checks.py PART …
+"""Checks that have to pass under every MPI: mpirun -n P python -m mpi4py checks.py PART …
 
 Every rank ends with status 0, and rank 0 prints "passed" and the parts. Run by tests/test_mpi.py.
 """
@@ -78,7 +78,7 @@ for _name in dir(MPI.Intracomm):
 
 
 def exact() -> None:
-    """Every shape, layout, dtype and flag, over random cuts: N1, N2 and N4."""
+    """Check N1, N2 and N4 for every shape, layout, dtype and flag, over random cuts."""
     rng = np.random.default_rng(SIZE)
     for index in range(0, 48, 1 if SIZE == 3 else 5):
         case = whole.case(rng, SIZE, index)
@@ -88,7 +88,7 @@ def exact() -> None:
 
 
 def control() -> None:
-    """Layers that are not synchronized fail the same check."""
+    """Check that layers that are not synchronized fail the same check."""
     rng = np.random.default_rng(0)
     for index in (0, 9, 18):
         case = whole.case(rng, SIZE, index)
@@ -102,7 +102,7 @@ def control() -> None:
 
 
 def bits() -> None:
-    """Many channels and cuts; all ranks have the same bits, also of NaN and beyond one frame."""
+    """(N4) Check that all ranks have the same bits for many channels and cuts, also of NaN and beyond one frame."""
     rng = np.random.default_rng(7)
     for channels in (1, 255, 256, 257, 1000, 9000):
         x = rng.standard_normal((3 * SIZE + 1, channels)) * 10 ** rng.uniform(-6, 6, channels)
@@ -116,7 +116,7 @@ def bits() -> None:
 
 
 def counts() -> None:
-    """One collective each way up to 256 channels, two beyond, and nothing on the user's communicator but one Idup."""
+    """Check for one collective each way up to 256 channels, else two, and for one Idup on the user's communicator."""
     notes: list[str] = []
     comm = Counting(WORLD.Dup(), notes)
     arraybn.batch_norm(np.ones((2, 3)), comm=comm)
@@ -133,7 +133,7 @@ def counts() -> None:
 
 
 def patience() -> None:
-    """Without a time limit a rank waits as long as it takes, and leaves the processor to others meanwhile."""
+    """Check that a rank without a time limit waits for the last one, and leaves the processor free meanwhile."""
     layer = faults.layer_on(WORLD)
     faults.good(layer, WORLD)
     layer.timeout = None
@@ -147,7 +147,7 @@ def patience() -> None:
 
 
 def wrong() -> None:
-    """Every fault on one rank, every disagreement, every sequence."""
+    """Check every fault on one rank, every disagreement, every sequence."""
     expected = faults.run_without(WORLD)
     for name in (*faults.FORWARD, *faults.BACKWARD):
         text, state = faults.run_fault(WORLD, name)
@@ -168,7 +168,7 @@ def wrong() -> None:
 
 
 def users() -> None:
-    """The user's own collectives between and beside ours, groups, communicators that are freed, and two threads."""
+    """Check the user's own collectives between ours and beside ours, groups, freed communicators, and two threads."""
     layer, total, one = faults.layer_on(WORLD), np.zeros(1), np.ones(1)
     for step in range(20):
         layer(faults.part(faults.X, WORLD))
@@ -205,13 +205,13 @@ def users() -> None:
 
 
 def intercommunicator() -> Any:
-    """Rank 0 on the one side, all others on the other."""
+    """Return an intercommunicator between rank 0 and all other ranks."""
     side = WORLD.Split(RANK == 0)
     return side.Create_intercomm(0, WORLD, 1 if RANK == 0 else 0)
 
 
 def two_threads() -> None:
-    """Each with a communicator of its own, at the same time."""
+    """Run two threads at the same time, each with its own communicator."""
     found: dict[int, Any] = {}
     comms = [WORLD.Dup(), WORLD.Dup()]
 
@@ -233,7 +233,7 @@ def two_threads() -> None:
 
 
 def copies() -> None:
-    """Broadcast and average, over MPI; a child of fork is no rank; pickles have the world."""
+    """Check broadcast and average over MPI, that a child of fork is no rank, and that pickles have the world."""
     import copy
     import pickle
 
@@ -271,7 +271,7 @@ def forked(comm: Any) -> None:
 
 
 def interrupts() -> None:
-    """A signal while frames are combined waits until the exchange is over; it is then a failure of that rank alone."""
+    """Check that a signal while frames are combined waits until the exchange ends, and then fails that rank alone."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
     for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
         comm = WORLD.Dup()
@@ -297,7 +297,7 @@ def interrupts() -> None:
 
 
 def signalled(number: int, call: Any) -> Any:
-    """What `call` raises, with a signal as soon as this rank combines frames."""
+    """Return the error of `call`, with a signal as soon as this rank combines frames."""
     combine, count, raised = frames.combine, 0, None
 
     def pressed(a: Any, b: Any) -> Any:
@@ -307,7 +307,7 @@ def signalled(number: int, call: Any) -> Any:
             os.kill(os.getpid(), number)
         return combine(a, b)
 
-    WORLD.Barrier()  # whoever waits long for the others is interrupted while it waits
+    WORLD.Barrier()  # a rank that waits long here is interrupted while it waits
     frames.combine = pressed
     try:
         call()
@@ -320,7 +320,7 @@ def signalled(number: int, call: Any) -> Any:
 
 
 def begun() -> None:
-    """What MPI will write into is kept, also when Ctrl-C comes as soon as the exchange has begun. The last check."""
+    """Check that the buffers of MPI are kept, also when Ctrl-C comes at the start of the exchange. The last check."""
     comm = WORLD.Dup()
     layer, x = faults.layer_on(comm), faults.part(faults.X, comm)
     faults.good(layer, comm)
@@ -352,7 +352,7 @@ def begun() -> None:
 
 
 def broken() -> None:
-    """An error of MPI is a SyncError; MPI that has been finalized is another. The last of all checks."""
+    """Check that an error of MPI is a SyncError, and finalized MPI another. The last of all checks."""
     comm = WORLD.Dup()
     layer = faults.layer_on(comm)
     faults.good(layer, comm)
@@ -386,7 +386,7 @@ def broken() -> None:
 
 
 def noticed() -> None:
-    """Where MPI gives the ranks different bits, as it must not, the next call says so."""
+    """(N4) Check that the next call reports different bits on two ranks, where MPI breaks its promise."""
     layer, x = faults.layer_on(WORLD), np.random.default_rng(RANK).standard_normal((5, 3))
     try:
         for _ in range(20):

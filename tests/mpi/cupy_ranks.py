@@ -26,7 +26,7 @@ DY = RNG.standard_normal(X.shape).astype("f4")
 
 
 def part(array: Any) -> Any:
-    """Of this rank, on its GPU; where there are three, that of the second is empty."""
+    """Return the part of this rank, on its GPU; of three ranks the second has an empty part."""
     cuts = [0, 5, 5, 9] if SIZE == 3 else np.linspace(0, len(array), SIZE + 1).astype(int)
     return cupy.asarray(array[cuts[RANK] : cuts[RANK + 1]])
 
@@ -36,7 +36,7 @@ def the_same_everywhere(*arrays: Any) -> bool:
 
 
 def trains() -> None:
-    """As one process with the whole batch."""
+    """Check that the ranks train as one process does with the whole batch."""
     layer, whole = arraybn.SyncBatchNorm(5, process_group=WORLD, xp=cupy), arraybn.BatchNorm2d(5)
     here = cupy.cuda.Device().id
     for step in range(4):
@@ -51,7 +51,7 @@ def trains() -> None:
 
 
 def agrees_on_errors() -> None:
-    """One rank's error is everybody's, and changes nothing."""
+    """Check that the error of one rank is raised on every rank, and changes nothing."""
     layer = arraybn.SyncBatchNorm(5, process_group=WORLD, xp=cupy)
     layer(part(X))
     before = [layer.running_mean.get().tolist(), layer.num_batches_tracked]
@@ -69,7 +69,7 @@ def agrees_on_errors() -> None:
 
 
 def starts_and_steps_together() -> None:
-    """Parameters and gradients."""
+    """Check that all ranks start from the parameters of rank 0 and average their gradients."""
     layer = arraybn.BatchNorm2d(5, xp=cupy)
     layer.weight.data = cupy.full(5, RANK + 2.0, dtype="f4")
     arraybn.broadcast_state(layer, WORLD)

@@ -1,4 +1,4 @@
-"""How a job ends when a rank goes missing: mpirun -n 3 python [-m mpi4py] endings.py NAME FOLDER.
+"""The end of a job when a rank goes missing: mpirun -n 3 python [-m mpi4py] endings.py NAME FOLDER.
 
 Rank 1 goes missing; the others write what they see into FOLDER/RANK. Nothing may hang, not even the end of the
 interpreter. Run by tests/test_mpi.py.
@@ -26,13 +26,13 @@ LIMIT = 1.0
 
 
 def say(text: object) -> None:
-    """Into a file: what is printed may be lost when the launcher ends the job."""
+    """Write a line into the file of this rank; a printed line may be lost when the launcher ends the job."""
     with (Path(sys.argv[2]) / str(WORLD.rank)).open("a") as file:
         print(text, file=file)
 
 
 def waits(layer: arraybn.SyncBatchNorm) -> None:
-    """Forward without rank 1, twice."""
+    """Call a forward without rank 1, twice, and expect an error each time."""
     started = time.monotonic()
     before = faults.state(layer)
     for expected in (arraybn.SyncTimeoutError, arraybn.SyncError):
@@ -48,7 +48,7 @@ def waits(layer: arraybn.SyncBatchNorm) -> None:
 
 
 def interrupted(layer: arraybn.SyncBatchNorm) -> None:
-    """Ctrl-C while waiting."""
+    """Send Ctrl-C to this rank while this rank waits."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     for _ in range(2):
@@ -61,7 +61,7 @@ def interrupted(layer: arraybn.SyncBatchNorm) -> None:
 
 
 def goes_missing(name: str, layer: arraybn.SyncBatchNorm) -> None:
-    """What rank 1 does; by default it returns."""
+    """Let rank 1 go missing in the way of that name; by default rank 1 returns."""
     if name == "evaluation":
         layer.eval()(np.ones((2, 3)))
     elif name == "raises":

@@ -1,4 +1,4 @@
-"""What can go wrong on one rank, and what all ranks have to say to it. Used by threads and by MPI scripts."""
+"""Faults on one rank, and the error that every rank has to raise. Used by threads and by MPI scripts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BAD = 1  # the rank that is wrong
 
 
 def part(array: Any, comm: Any) -> Any:
-    """An uneven part of a batch for each rank."""
+    """Return an uneven part of a batch for each rank."""
     cuts = np.linspace(0, 1, comm.size + 1) ** 2 * len(array)
     return array[round(cuts[comm.rank]) : round(cuts[comm.rank + 1])]
 
 
 def state(model: Any) -> dict[str, bytes]:
-    """All that a call could have changed, to the bit."""
+    """Return everything that a call could have changed, to the bit."""
     values = {name: np.asarray(value).tobytes() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         values[f"{name}.grad"] = b"" if parameter.grad is None else parameter.grad.tobytes()
@@ -41,7 +41,7 @@ def good(layer: Any, comm: Any) -> None:
 
 
 def with_attribute(name: str, value: Any) -> Callable[[Any, Any], None]:
-    """A forward with an attribute that is wrong for that time."""
+    """Return a forward that sets a wrong attribute for the time of the call."""
 
     def run(layer: Any, x: Any) -> None:
         old = getattr(layer, name)
@@ -64,7 +64,7 @@ def without_forward(layer: Any, dy: Any) -> None:
 
 
 def with_other_weight(layer: Any, dy: Any) -> None:
-    """A backward after the weight was replaced by one that its gradient does not fit."""
+    """Call a backward while the weight has another shape than its gradient."""
     old, layer.weight.data = layer.weight.data, np.ones(4, "f4")
     grad, layer.weight.grad = layer.weight.grad, None
     try:
@@ -102,7 +102,7 @@ BACKWARD = {  # the same instead of layer.backward(dy)
 
 
 def run_fault(comm: Any, name: str) -> tuple[str, dict[str, bytes]]:
-    """A good step, the fault on one rank, a good step: the message, and the state at the end."""
+    """Run a good step, the fault on one rank, a good step; return the message, and the state at the end."""
     forward = name in FORWARD
     wrong, pattern = (FORWARD if forward else BACKWARD)[name]
     layer = layer_on(comm)
@@ -129,7 +129,7 @@ def run_fault(comm: Any, name: str) -> tuple[str, dict[str, bytes]]:
 
 
 def run_without(comm: Any) -> dict[str, bytes]:
-    """What the state is after the two good steps of `run_fault`."""
+    """Return the state after the two good steps of `run_fault`."""
     layer = layer_on(comm)
     good(layer, comm)
     good(layer, comm)
@@ -153,7 +153,7 @@ def _eval(layer: Any) -> Any:
 
 BARE = {"affine": False, "track_running_stats": False}
 DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
-    # name: the layer of the others, that of the wrong rank, what all are told
+    # name: the layer of the good ranks, the layer of the wrong rank, the message to every rank
     "num_features": (layer_on, lambda comm: layer_on(comm, 4), "num_features: 3 on rank"),
     "eps": (layer_on, lambda comm: layer_on(comm, eps=1e-3), "eps: 1e-05 on rank"),
     "momentum": (layer_on, lambda comm: layer_on(comm, momentum=None), "momentum: 0.1 on rank"),
@@ -176,7 +176,7 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
 
 
 def run_disagreement(comm: Any, name: str) -> str:
-    """A call in which one rank is not like the others, then a good step over the same communicator."""
+    """Run a call in which one rank differs from the rest, then a good step over the same communicator."""
     make, make_other, told = DISAGREE[name]
     layer, text = (make_other if comm.rank == BAD else make)(comm), ""
     before = state(layer)
@@ -194,7 +194,7 @@ def run_disagreement(comm: Any, name: str) -> str:
 
 
 def run_sequences(comm: Any) -> list[str]:
-    """Ranks out of step: each is told to all, and the next correct step works."""
+    """Run ranks out of step: every rank is told, and the next correct step works."""
     texts = []
 
     def told(action: Callable[[], Any]) -> None:
@@ -212,7 +212,7 @@ def run_sequences(comm: Any) -> list[str]:
     told(lambda: a(x) if wrong else a.backward(dy))
     good(a, comm)
 
-    told(lambda: (b if wrong else a)(x))  # A, B on one rank and B, A on the others
+    told(lambda: (b if wrong else a)(x))  # A, B on one rank and B, A on all other ranks
     told(lambda: (a if wrong else b)(x))
     good(a, comm)
     good(b, comm)
@@ -226,7 +226,7 @@ def run_sequences(comm: Any) -> list[str]:
     a(x)
     a.backward(dy)
 
-    _, saved = arraybn.batch_norm(x, comm=comm)  # one calls the function, the others the layer
+    _, saved = arraybn.batch_norm(x, comm=comm)  # one rank calls the function, all other ranks the layer
     arraybn.batch_norm_backward(dy, saved)
     told(lambda: arraybn.batch_norm(x, comm=comm) if wrong else a(x))
 

@@ -24,7 +24,7 @@ WIDTH = 6
 
 
 def network(seed: int) -> Any:
-    """Two linear layers with a batch norm each, in float64."""
+    """Return two linear layers, each with a batch norm, in float64."""
     linear = [arraybn.network.Linear(4, WIDTH), arraybn.network.Linear(WIDTH, 2)]
     norms = [arraybn.BatchNorm1d(WIDTH), arraybn.BatchNorm1d(2, momentum=None)]
     model = arraybn.Sequential(linear[0], norms[0], arraybn.network.ReLU(), linear[1], norms[1]).to(dtype="float64")
@@ -41,13 +41,13 @@ def descend(model: Any) -> None:
 
 
 def step(model: Any, x: Any, target: Any, scale: float) -> None:
-    """Gradients of scale·Σ(y − target)²/2."""
+    """Set the gradients of scale·Σ(y − target)²/2."""
     model.zero_grad()
     model.backward(scale * (model(x) - target))
 
 
 def wrong_step(model: Any, x: Any, target: Any, kind: int, mine: bool) -> None:
-    """A step in which one rank does something wrong; every rank has to be told."""
+    """Take a step with a fault on one rank; every rank has to be told."""
     try:
         if kind == 0:
             model(x[:, :3].copy() if mine else x)  # Linear refuses, and the batch norm of this rank never comes
@@ -65,7 +65,7 @@ def wrong_step(model: Any, x: Any, target: Any, kind: int, mine: bool) -> None:
 
 
 def memory() -> int:
-    """Resident bytes of this process; 0 where that is not told."""
+    """Return the resident bytes of this process; 0 where the system does not tell."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 

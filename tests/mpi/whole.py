@@ -1,4 +1,4 @@
-"""One batch over several ranks, against the definition on the whole batch: what every transport has to pass.
+"""One batch over several ranks, against the definition on the whole batch: the check that every transport has to pass.
 
 Used by threads and by MPI scripts, so it needs arraybn and NumPy alone.
 """
@@ -20,7 +20,7 @@ RATIOS = [0.0, 30.0, 1e6]  # |mean|/std
 
 @dataclass(frozen=True)
 class Case:
-    """A whole batch, how it is cut, and the arguments of the layer."""
+    """A whole batch, the cut into parts, and the arguments of the layer."""
 
     x: Any
     dy: Any
@@ -43,12 +43,12 @@ class Case:
 
 
 def cut(rng: np.random.Generator, samples: int, ranks: int) -> tuple[int, ...]:
-    """A random cut: uneven, often with empty ranks."""
+    """Return a random cut: uneven, often with empty ranks."""
     return 0, *sorted(rng.integers(0, samples + 1, ranks - 1).tolist()), samples
 
 
 def case(rng: np.random.Generator, ranks: int, index: int) -> Case:
-    """The index-th of all combinations, with random values and a random cut."""
+    """Return the index-th of all combinations, with random values and a random cut."""
     shape = SHAPES[index % 4]
     axis = -1 if index // 4 % 2 else 1
     dtype = "f8" if index // 8 % 2 else "f4"
@@ -65,7 +65,7 @@ def case(rng: np.random.Generator, ranks: int, index: int) -> Case:
 
 
 def layer_of(given: Case, comm: Any, kind: Any = arraybn.SyncBatchNorm) -> Any:
-    """The layer, with running statistics that are not the first ones."""
+    """Return the layer, with running statistics that have changed since the start."""
     layer = kind(given.channels, given.eps, given.momentum, given.affine, given.track, channel_axis=given.channel_axis)
     if kind is arraybn.SyncBatchNorm:
         layer.process_group, layer.timeout = comm, 60
@@ -77,7 +77,7 @@ def layer_of(given: Case, comm: Any, kind: Any = arraybn.SyncBatchNorm) -> Any:
 
 
 def step(given: Case, comm: Any, kind: Any = arraybn.SyncBatchNorm) -> dict[str, Any]:
-    """What one rank has after a forward and a backward, through the layer; the functions have to give the same bits."""
+    """Return the results of one rank after a forward and a backward of the layer, and compare the functions' bits."""
     layer, rank = layer_of(given, comm, kind), comm.rank
     y = layer(given.part(given.x, rank))
     moments = layer._remembered.moments
@@ -100,14 +100,14 @@ SHARED = ("n", "mean", "m2", "running_mean", "running_var", "num_batches_tracked
 
 
 def check_same_bits(found: list[dict[str, Any]]) -> None:
-    """Every rank has the same bits of what is shared."""
+    """(N4) Assert that every rank has the same bits of the shared results."""
     for name in SHARED:
         bits = {None if one[name] is None else np.asarray(one[name]).tobytes() for one in found}
         assert len(bits) == 1, f"{name} differs between ranks"
 
 
 def check(given: Case, found: list[dict[str, Any]]) -> None:
-    """The ranks together have what the definition says of the whole batch, to the promises N1, N2 and N4."""
+    """Assert that the ranks together have the results of the definition for the whole batch, to N1, N2 and N4."""
     check_same_bits(found)
     weight, bias = (given.weight, given.bias) if given.affine else (np.ones(given.channels), np.zeros(given.channels))
     truth = exact_batch_norm(given.x, weight, bias, given.dy, eps=given.eps, channel_axis=given.channel_axis)
@@ -132,7 +132,7 @@ def check(given: Case, found: list[dict[str, Any]]) -> None:
 
 
 def check_elements(given: Case, name: str, got: Any, exact: Any, scale: Any, single: float, double: float) -> None:
-    """N2: in ulp of the largest term in float32; of the channel's, times 1 + |mean|/std, in float64."""
+    """(N2) Assert the error in ulp of the largest term; in float64 of the channel's, times 1 + |mean|/std."""
     assert got.dtype == given.x.dtype
     if got.dtype == np.float32:
         assert worst(got, exact, scale, "float32") <= single, name

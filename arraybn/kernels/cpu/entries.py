@@ -42,7 +42,7 @@ from .tiles import (
 
 
 @plain
-def _shift(x: Any, sample: int, plane: int, n: int, c0: int, shift: Any) -> None:
+def _shift(x, sample, plane, n, c0, shift):
     """Set `shift` to a value near the mean of each channel: the mean of its first values, exact if all are equal."""
     places = min(plane, 8)
     samples = min(n // plane, 8 // places)
@@ -59,7 +59,7 @@ def _shift(x: Any, sample: int, plane: int, n: int, c0: int, shift: Any) -> None
 
 
 @plain
-def _spread(x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, shift: Any, s: Any, q: Any) -> None:
+def _spread(x, sample, plane, c0, r0, r1, shift, s, q):
     """(E1) Σd and Σd² with d = x − shift."""
     if plane >= LONG:
         moments_of_planes(x, x, sample, plane, c0, r0, r1, shift, s, q)
@@ -68,7 +68,7 @@ def _spread(x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, shift: A
 
 
 @plain
-def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
+def _finish(n, shift, s, q):
     """Turn Σd and Σd² into mean and m2, in place; return True if some shift was so far off that digits were lost.
 
     A shift that was far off becomes the mean. The other shifts stay, so that their sums have the same bits again.
@@ -87,7 +87,7 @@ def _finish(n: int, shift: Any, s: Any, q: Any) -> bool:
 
 
 @plain
-def _moments(x: Any, sample: int, plane: int, n: int, c0: int, rows: int, mean: Any, m2: Any) -> None:
+def _moments(x, sample, plane, n, c0, rows, mean, m2):
     """(E1) Set mean and m2 of whole channels, which are one tile."""
     shift = np.empty(mean.size)
     _shift(x, sample, plane, n, c0, shift)
@@ -98,7 +98,7 @@ def _moments(x: Any, sample: int, plane: int, n: int, c0: int, rows: int, mean: 
 
 
 @plain
-def _dots(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+def _dots(u, x, sample, plane, c0, r0, r1, mean, s, q):
     """(E5) Σu and Σu·(x−mean)."""
     if plane >= LONG:
         dots_of_planes(u, x, sample, plane, c0, r0, r1, mean, s, q)
@@ -107,9 +107,7 @@ def _dots(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, me
 
 
 @plain
-def _affine(
-    x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, a: Any, c: Any, out: Any, in_place: int
-) -> None:
+def _affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
     """(E3, E7) a·(x−mean) + c."""
     if plane >= LONG:
         affine_of_planes(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
@@ -118,21 +116,7 @@ def _affine(
 
 
 @plain
-def _affine2(
-    u: Any,
-    x: Any,
-    sample: int,
-    plane: int,
-    c0: int,
-    r0: int,
-    r1: int,
-    mean: Any,
-    a: Any,
-    b: Any,
-    c: Any,
-    out: Any,
-    in_place: int,
-) -> None:
+def _affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
     """(E6) a·u + b·(x−mean) + c."""
     if plane >= LONG:
         affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
@@ -154,22 +138,7 @@ _update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
 
-def _forward(
-    x: Any,
-    sample: int,
-    plane: int,
-    n: int,
-    c0: int,
-    rows: int,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    mean: Any,
-    m2: Any,
-    rstd: Any,
-    out: Any,
-    in_place: int,
-) -> None:
+def _forward(x, sample, plane, n, c0, rows, weight, bias, eps, mean, m2, rstd, out, in_place):
     """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
     _moments(x, sample, plane, n, c0, rows, mean, m2)
     a, c = np.empty(mean.size), np.empty(mean.size)
@@ -179,22 +148,7 @@ def _forward(
     _affine(x, sample, plane, c0, 0, rows, mean, a, c, out, in_place)
 
 
-def _backward(
-    dy: Any,
-    x: Any,
-    sample: int,
-    plane: int,
-    n: int,
-    c0: int,
-    rows: int,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    dweight: Any,
-    dbias: Any,
-    out: Any,
-    in_place: int,
-) -> None:
+def _backward(dy, x, sample, plane, n, c0, rows, mean, rstd, weight, dweight, dbias, out, in_place):
     """(E5, E6) Set dweight and dbias, and write dx."""
     _dots(dy, x, sample, plane, c0, 0, rows, mean, dbias, dweight)
     a, b, c = np.empty(mean.size), np.empty(mean.size), np.empty(mean.size)
@@ -204,7 +158,7 @@ def _backward(
     _affine2(dy, x, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
 
 
-def _running(old_mean: Any, old_var: Any, mean: Any, var: Any, momentum: float, new_mean: Any, new_var: Any) -> None:
+def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
     """(E4) Set the running statistics after one more batch."""
     new_mean[:] = _update_running(old_mean, mean, momentum)
     new_var[:] = _update_running(old_var, var, momentum)
@@ -290,10 +244,10 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             self._cache_path, f"{self._impl.filename_base}-{name}", self._impl.locator.get_source_stamp()
         )
 
-    def _index_key(self, signature: Any, codegen: Any) -> Any:
+    def _index_key(self, signature, codegen):
         return *super()._index_key(signature, codegen), _sources()
 
-    def load_overload(self, signature: Any, context: Any) -> Any:
+    def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
         try:
             return super().load_overload(signature, context)
@@ -302,7 +256,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
                 self.flush()
             return None
 
-    def save_overload(self, signature: Any, data: Any) -> None:
+    def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
         try:
             super().save_overload(signature, data)

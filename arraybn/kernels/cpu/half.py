@@ -55,7 +55,7 @@ def _conversion(source: types.Type, target: types.Type, build: Callable[[ir.IRBu
     """Return a function of compiled code, given by its instructions."""
 
     @intrinsic
-    def convert(typing_context, value):  # type: ignore[no-untyped-def]
+    def convert(typing_context, value):
         return target(source), lambda context, builder, signature, arguments: build(builder, arguments[0])
 
     return convert
@@ -89,7 +89,7 @@ _to_bfloat16 = _conversion(types.float32, types.uint16, _build_to_bfloat16)
 
 
 @overload(wide)
-def _wide_compiled(value):  # type: ignore[no-untyped-def]
+def _wide_compiled(value):
     if value == types.int16:
         return lambda value: np.float64(_from_half(value))
     if value == types.uint16:
@@ -98,7 +98,7 @@ def _wide_compiled(value):  # type: ignore[no-untyped-def]
 
 
 @overload(narrow)
-def _narrow_compiled(value, out):  # type: ignore[no-untyped-def]
+def _narrow_compiled(value, out):
     if out.dtype == types.int16:
         return lambda value, out: _to_half(np.float32(value))
     if out.dtype == types.uint16:

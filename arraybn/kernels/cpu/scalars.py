@@ -41,11 +41,11 @@ def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
 
 
 @overload(astype)
-def _astype_compiled(x, dtype, copy=True):  # type: ignore[no-untyped-def]
+def _astype_compiled(x, dtype, copy=True):
     return lambda x, dtype, copy=True: x.astype(dtype)
 
 
 @overload(array_namespace, inline="always")
-def _array_namespace_compiled(array):  # type: ignore[no-untyped-def]
+def _array_namespace_compiled(array):
     this = sys.modules[__name__]
     return lambda array: this

@@ -32,7 +32,7 @@ _map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
 
 
 @plain
-def minus(x: Any, mean: Any) -> Any:
+def minus(x, mean):
     """Return x − mean, not reassociated: Σ(x−mean) could otherwise become Σx − n·mean and lose every digit."""
     return x - mean
 
@@ -42,7 +42,7 @@ def minus(x: Any, mean: Any) -> Any:
 
 
 @_sum
-def _moments_along(u: Any, x: Any, start: Any, stop: Any, shift: Any) -> Any:
+def _moments_along(u, x, start, stop, shift):
     s = q = 0.0
     for i in range(start, stop):
         d = minus(wide(x[i]), shift)
@@ -52,7 +52,7 @@ def _moments_along(u: Any, x: Any, start: Any, stop: Any, shift: Any) -> Any:
 
 
 @_map
-def _moments_across(u: Any, x: Any, start: Any, stop: Any, shift: Any, s: Any, q: Any) -> None:
+def _moments_across(u, x, start, stop, shift, s, q):
     for j in range(stop - start):
         d = wide(x[start + j]) - shift[j]
         s[j] += d
@@ -60,7 +60,7 @@ def _moments_across(u: Any, x: Any, start: Any, stop: Any, shift: Any, s: Any, q
 
 
 @_sum
-def _dots_along(u: Any, x: Any, start: Any, stop: Any, mean: Any) -> Any:
+def _dots_along(u, x, start, stop, mean):
     s = q = 0.0
     for i in range(start, stop):
         v = wide(u[i])
@@ -70,7 +70,7 @@ def _dots_along(u: Any, x: Any, start: Any, stop: Any, mean: Any) -> Any:
 
 
 @_map
-def _dots_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, s: Any, q: Any) -> None:
+def _dots_across(u, x, start, stop, mean, s, q):
     for j in range(stop - start):
         v = wide(u[start + j])
         s[j] += v
@@ -78,33 +78,33 @@ def _dots_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, s: Any, q: An
 
 
 @_map
-def _affine_along(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+def _affine_along(u, x, start, stop, mean, a, b, c, out, o):
     for i in range(start, stop):
         out[i - o] = narrow(a * (wide(x[i]) - mean) + c, out)
 
 
 @_map
-def _affine_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+def _affine_across(u, x, start, stop, mean, a, b, c, out, o):
     for j in range(stop - start):
         i = start + j
         out[i - o] = narrow(a[j] * (wide(x[i]) - mean[j]) + c[j], out)
 
 
 @_map
-def _affine2_along(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+def _affine2_along(u, x, start, stop, mean, a, b, c, out, o):
     for i in range(start, stop):
         out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
 
 
 @_map
-def _affine2_across(u: Any, x: Any, start: Any, stop: Any, mean: Any, a: Any, b: Any, c: Any, out: Any, o: Any) -> None:
+def _affine2_across(u, x, start, stop, mean, a, b, c, out, o):
     for j in range(stop - start):
         i = start + j
         out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
 
 
 @plain
-def _copy(buffer: Any, start: Any, stop: Any, out: Any) -> None:
+def _copy(buffer, start, stop, out):
     for i in range(start, stop):
         out[i] = buffer[i - start]
 
@@ -120,7 +120,7 @@ def _pieces(plane: int) -> int:
 
 
 @plain
-def _row(r: int, sample: int, plane: int) -> tuple[int, int]:
+def _row(r, sample, plane):
     """Return the start of the run of row r and channel 0, and the length of the runs of that row, for long planes."""
     if plane <= PIECE:
         return r * sample, plane
@@ -129,7 +129,7 @@ def _row(r: int, sample: int, plane: int) -> tuple[int, int]:
 
 
 @plain
-def _together(channels: int, sample: int, plane: int) -> tuple[int, int]:
+def _together(channels, sample, plane):
     """Return channels and samples per run over short planes."""
     if channels * plane == sample and sample <= WIDE:  # whole samples lie side by side
         return channels, WIDE // sample
@@ -137,7 +137,7 @@ def _together(channels: int, sample: int, plane: int) -> tuple[int, int]:
 
 
 @plain
-def _lines(number: int, values: int) -> Any:
+def _lines(number, values):
     """Return an empty array (number, ≥ values) of lines.
 
     The lines are 2,720 bytes apart, modulo 4,096: a load seems to wait for a store whose address has the same last
@@ -147,7 +147,7 @@ def _lines(number: int, values: int) -> Any:
 
 
 @plain
-def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
+def _repeat(values, plane, times, line):
     """Set `line` to the number of its channel for each value of a run over short planes."""
     if plane == 1:
         for k in range(times):
@@ -161,7 +161,7 @@ def _repeat(values: Any, plane: int, times: int, line: Any) -> None:
 
 
 @plain
-def _add_up(line: Any, plane: int, sums: Any) -> None:
+def _add_up(line, plane, sums):
     """Add the sums of each position of a run over short planes to the sum of its channel; `line` is overwritten."""
     whole = sums.size * plane
     times = line.size // whole
@@ -195,7 +195,7 @@ def _sums_along(run: Any) -> Any:
     """Return the loops of a reduction over long planes; `run` returns the two sums of a run."""
 
     @_loops_of(run)
-    def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+    def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
         s_block, q_block = np.empty(mean.size), np.empty(mean.size)
         s[:] = 0.0
         q[:] = 0.0
@@ -224,7 +224,7 @@ def _sums_across(run: Any) -> Any:
     """Return the loops of a reduction over short planes; `run` adds to two lines of sums."""
 
     @_loops_of(run)
-    def reduce(u: Any, x: Any, sample: int, plane: int, c0: int, r0: int, r1: int, mean: Any, s: Any, q: Any) -> None:
+    def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
         together, times = _together(mean.size, sample, plane)
         lines = _lines(3, together * times * plane)
         s[:] = 0.0
@@ -254,21 +254,7 @@ def _map_along(run: Any) -> Any:
     """Return the loops of a map over long planes; `run` writes a run of `out`, from index o on."""
 
     @_loops_of(run)
-    def map_(
-        u: Any,
-        x: Any,
-        sample: int,
-        plane: int,
-        c0: int,
-        r0: int,
-        r1: int,
-        mean: Any,
-        a: Any,
-        b: Any,
-        c: Any,
-        out: Any,
-        in_place: int,
-    ) -> None:
+    def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
         buffer = np.empty(in_place * PIECE, out.dtype)
         target = buffer if in_place else out
         for r in range(r0, r1):
@@ -287,21 +273,7 @@ def _map_across(run: Any) -> Any:
     """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on."""
 
     @_loops_of(run)
-    def map_(
-        u: Any,
-        x: Any,
-        sample: int,
-        plane: int,
-        c0: int,
-        r0: int,
-        r1: int,
-        mean: Any,
-        a: Any,
-        b: Any,
-        c: Any,
-        out: Any,
-        in_place: int,
-    ) -> None:
+    def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
         together, times = _together(mean.size, sample, plane)
         lines = _lines(4, together * times * plane)
         buffer = np.empty(in_place * together * times * plane, out.dtype)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Bad(NamedTuple):
-    """A wrong call and what is promised of its error."""
+    """A wrong call and its promised error."""
 
     call: str
     error: type[Exception]

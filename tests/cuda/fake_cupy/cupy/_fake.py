@@ -20,12 +20,12 @@ DEVICES = 2
 
 
 def count(kind: str) -> int:
-    """How many entries of the log begin so."""
+    """Return the number of log entries that begin with this text."""
     return sum(entry.startswith(kind) for entry in log)
 
 
 class CUDARuntimeError(RuntimeError):
-    """What CuPy raises where the CUDA runtime reports an error."""
+    """An error that the CUDA runtime reports."""
 
 
 # ---- Devices ---------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ log = _Log()  # "launch add", "synchronize stream", "copy to the host", …, in 
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """For a test's own look at an array, on whatever device."""
+    """Let a test read an array on any device without an entry in the log."""
     _thread.quiet = True
     try:
         yield
@@ -61,7 +61,7 @@ def unlogged() -> Iterator[None]:
 
 
 class Device:
-    """`cupy.cuda.Device`, of which there are two."""
+    """`cupy.cuda.Device`; the fake has two devices."""
 
     def __init__(self, device: Any = None) -> None:
         if device is None:
@@ -178,7 +178,7 @@ def get_current_stream(device_id: int = -1) -> Stream:
 
 
 def default_stream(device_id: int) -> Stream:
-    """The null stream of a device, the same in all threads."""
+    """Return the null stream of a device, the same in all threads."""
     if _null[device_id] is None:
         _null[device_id] = stream = Stream(null=True)
         stream.device_id = device_id
@@ -217,7 +217,7 @@ class MemoryPointer:
 
 
 class Flags:
-    """`cupy.ndarray.flags`, which say nothing of writing and alignment."""
+    """`cupy.ndarray.flags`, which have no entry for writing or alignment."""
 
     def __init__(self, flags: Any) -> None:
         self.c_contiguous, self.f_contiguous, self.owndata = flags.c_contiguous, flags.f_contiguous, flags.owndata
@@ -235,7 +235,7 @@ def launch(name: str, function: Callable[..., Any], *arguments: Any, **options: 
 
 
 def _inside(value: Any) -> Any:
-    """The NumPy array in an array of ours."""
+    """Return the NumPy array inside a fake array."""
     if isinstance(value, ndarray):
         if value._device_id != _thread.device and not _thread.quiet:
             raise ValueError(

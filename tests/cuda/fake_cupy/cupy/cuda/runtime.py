@@ -12,7 +12,7 @@ is_hip = os.environ.get("ARRAYBN_FAKE_HIP") == "1"  # then arrays get the refere
 
 
 def getDeviceCount() -> int:  # noqa: N802
-    """ARRAYBN_FAKE_GPUS=0 is a machine without a driver; the devices are two otherwise."""
+    """Return 2; with ARRAYBN_FAKE_GPUS=0 fail as on a machine without a driver."""
     if os.environ.get("ARRAYBN_FAKE_GPUS") == "0":
         raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
     return _fake.DEVICES
