@@ -1,4 +1,4 @@
-"""Checks of arguments, made once, in the public functions. An error names the argument, the expected and the given."""
+"""Checks of arguments, once for each public call. An error names the argument, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
 
 
 def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
-    """Raise unless `out` can hold a result like x of `shape`, and each input is disjoint from `out` or equal to it."""
+    """Raise unless `out` fits a result like x of `shape`, and shares with each input no memory, or all of it."""
     plain = type(out) is np.ndarray
     if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")

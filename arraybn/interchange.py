@@ -41,7 +41,7 @@ _ONNX = ("scale", "B", "input_mean", "input_var")
 
 
 def from_flax(variables: Mapping[str, Any], *, prefix: str = "") -> StateDict:
-    """Return the state dict of a Flax (linen) ``BatchNorm``. Its variance is biased, and its momentum is 1 − ours.
+    """Return the state dict of a Flax (linen) ``BatchNorm`` (biased variance; momentum here is 1 − momentum there).
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def to_flax(
 
 
 def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, center: bool = True) -> StateDict:
-    """Return the state dict of a Keras ``BatchNormalization``. Its variance is biased, and its momentum is 1 − ours.
+    """Return the state dict of a Keras ``BatchNormalization`` (biased variance; momentum here is 1 − momentum there).
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def to_keras(state_dict: Mapping[str, Any], *, prefix: str = "", scale: bool = T
 
 
 def from_onnx(inputs: Mapping[str, Any], *, prefix: str = "") -> StateDict:
-    """Return the state dict of an ONNX ``BatchNormalization``. Its variance is biased, and its momentum is 1 − ours.
+    """Return the state dict of an ONNX ``BatchNormalization`` (biased variance; momentum here is 1 − momentum there).
 
     Parameters
     ----------

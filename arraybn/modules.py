@@ -327,7 +327,7 @@ class Module:
         values = [(name, value) for name, p in self.named_parameters() for value in (p.data, p.grad)]
         values += self.named_buffers()
         new = {id(value): moved(name, value, xp, device, dtype) for name, value in values if is_array_api_obj(value)}
-        check_dtype(dtype)  # a network without arrays has not checked it
+        check_dtype(dtype)  # in a network without arrays nothing has checked `dtype`
         for module in modules:
             module._forget()
             for name, value in module._buffers.items():
@@ -530,7 +530,7 @@ def _versions(state_dict: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
-    """Convert `value` to the type, home and dtype of `current`; return None and add to `errors` if the sizes differ."""
+    """Convert `value` to the kind and dtype of `current`; return None and add to `errors` if the sizes differ."""
     shape = () if isinstance(current, int) else tuple(current.shape)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{key}: expected a plain array; got {class_name(value)}. Convert it with numpy.asarray")

@@ -11,14 +11,14 @@ from .namespaces import Array, is_cupy_array
 
 
 def strides_of(array: Array) -> tuple[int, ...] | None:
-    """Return the bytes between neighbours on each axis, or None if the namespace does not tell."""
+    """Return the bytes between neighbours on each axis, or None if they are unknown."""
     if is_torch_array(array):
         return tuple(int(step) * int(array.element_size()) for step in array.stride())
     return getattr(array, "strides", None)
 
 
 def footprint(array: Array) -> Array | None:
-    """Return a NumPy array over the same addresses, never to be read; None if the namespace does not tell addresses."""
+    """Return a NumPy array over the same addresses, never to be read; None if the addresses are unknown."""
     if isinstance(array, np.ndarray):
         return array
     if is_torch_array(array):
@@ -53,9 +53,7 @@ def overlap(a: Array, b: Array) -> bool:
     """Return True if `a` and `b` share a byte, or if that cannot be found out quickly; False for unknown addresses."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.may_share_memory(a, b):
         return False
-    if (
-        is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous
-    ):  # a fast path for GPU kernels
+    if is_cupy_array(a) and is_cupy_array(b) and a.flags.c_contiguous and b.flags.c_contiguous:  # the usual case
         return bool(a.data.ptr < b.data.ptr + b.nbytes and b.data.ptr < a.data.ptr + a.nbytes)
     a, b = footprint(a), footprint(b)
     if a is None or b is None:

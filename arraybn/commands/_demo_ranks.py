@@ -79,17 +79,17 @@ class Training:
 
     def difference(self, other: Training, *, running: bool = False) -> float:
         """Return the largest difference of a parameter or, with `running`, of a running statistic."""
-        ours, theirs = self.held(), other.held()
+        ours, theirs = self.host_state(), other.host_state()
         names = [name for name in ours if "batches" not in name and ("running" in name) == running]
         return max(float(np.max(np.abs(ours[name] - theirs[name]))) for name in names)
 
-    def held(self) -> dict[str, Array]:
+    def host_state(self) -> dict[str, Array]:
         """Return the network's state on this rank, in host memory."""
         return {name: as_numpy(name, value) for name, value in self.network.state_dict().items()}
 
     def checksum(self) -> str:
         """Return the SHA-256 of the network's state."""
-        return hashlib.sha256(b"".join(value.tobytes() for value in self.held().values())).hexdigest()
+        return hashlib.sha256(b"".join(value.tobytes() for value in self.host_state().values())).hexdigest()
 
 
 def start(comm: Comm, seed: int, xp: Any = np) -> list[Training]:

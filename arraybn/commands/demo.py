@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ Array = np.ndarray[Any, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
-    parser.add_argument("--seed", type=_seed, default=0, help="of the split, the weights and the batches (default 0)")
+    seeds, epochs = partial(_integer, low=0, high=2**32 - 1), partial(_integer, low=1, high=10_000)
+    images = partial(_integer, low=2, high=100)  # one image gives a local BatchNorm1d no variance
+    parser.add_argument("--seed", type=seeds, default=0, help="of the split, the weights and the batches (default 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("arraybn-demo"), help="folder for the files (default arraybn-demo)"
     )
-    parser.add_argument("--epochs", type=_epochs, help="passes over the training set (30; --data-parallel: 12)")
+    parser.add_argument("--epochs", type=epochs, help="passes over the training set (30; --data-parallel: 12)")
     parser.add_argument(
         "--device", choices=_demo_machine.DEVICES, default="cpu", help="cuda: on a GPU, with CuPy (default cpu)"
     )
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-parallel",
         nargs="?",
-        type=_images,
+        type=images,
         const=2,
         metavar="IMAGES",
         help="under mpirun: train on all ranks, each with so many images in a step (2), with synchronized and with"
@@ -129,22 +132,8 @@ def _advice(runs: list[Run]) -> str:
     )
 
 
-# ---- Values of options ----
-
-
-def _seed(text: str) -> int:
-    return _integer(text, 0, 2**32 - 1)  # the range of scikit-learn
-
-
-def _epochs(text: str) -> int:
-    return _integer(text, 1, 10_000)
-
-
-def _images(text: str) -> int:
-    return _integer(text, 2, 100)  # one image gives a local BatchNorm1d no variance
-
-
 def _integer(text: str, low: int, high: int) -> int:
+    """Return the value of an option."""
     try:
         value = int(text)
     except ValueError:

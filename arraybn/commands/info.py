@@ -1,4 +1,4 @@
-"""``python -m arraybn info``: what is installed here, what of it works, and how to get the rest.
+"""``python -m arraybn info``: versions and state of libraries, GPUs and MPI, and the commands that install the rest.
 
 Libraries that are slow to import, or that may end the process, are imported in subprocesses with a time limit.
 """

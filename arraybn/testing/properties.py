@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -210,27 +211,19 @@ def _non_finite(subject: Subject, batch: Batch) -> Measured:
     return _compared("y", outside, truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
 
 
-def _inputs_stay(call: Callable[..., Any], subject: Subject, arrays: tuple[Array, ...], *options: float) -> Measured:
+def _inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
+    inputs: dict[str, tuple[tuple[Array, ...], float]] = {
+        "forward": ((batch.x, batch.weight, batch.bias), batch.eps),
+        "backward": ((batch.dy, batch.x, batch.weight, batch.bias), batch.eps),
+        "update": ((*running(batch), batch.x), MOMENTUM),
+    }
+    arrays, option = inputs[function]
     given = [subject.to_namespace(array) for array in arrays]
-    call(*given, *options)
+    getattr(subject, function)(*given, option)
     for index, (array, after) in enumerate(zip(arrays, given, strict=True)):
         if as_numpy("argument", after).tobytes() != array.tobytes():
             return np.inf, f"argument {index} was written into"
     return 0.0, ""
-
-
-def _forward_inputs(subject: Subject, batch: Batch) -> Measured:
-    return _inputs_stay(subject.forward, subject, (batch.x, batch.weight, batch.bias), batch.eps)
-
-
-def _backward_inputs(subject: Subject, batch: Batch) -> Measured:
-    assert subject.backward is not None
-    return _inputs_stay(subject.backward, subject, (batch.dy, batch.x, batch.weight, batch.bias), batch.eps)
-
-
-def _update_inputs(subject: Subject, batch: Batch) -> Measured:
-    assert subject.update is not None
-    return _inputs_stay(subject.update, subject, (*running(batch), batch.x), MOMENTUM)
 
 
 def _dx(subject: Subject, batch: Batch) -> Measured:
@@ -259,13 +252,8 @@ def _running(subject: Subject, batch: Batch, index: int) -> Measured:
     return _compared(name, subject.running_statistics(batch)[index], want, scale, np.dtype("f4"))
 
 
-def _running_mean(subject: Subject, batch: Batch) -> Measured:
-    return _running(subject, batch, 0)
-
-
-def _running_var(subject: Subject, batch: Batch) -> Measured:
-    return _running(subject, batch, 1)
-
+_running_mean, _running_var = partial(_running, index=0), partial(_running, index=1)
+_keeps_inputs = {name: partial(_inputs_stay, function=name) for name in ("forward", "backward", "update")}
 
 NEAR, FAR = ("normal", "sorted"), ("far", "outlier", "nearly constant")
 
@@ -281,14 +269,14 @@ PROPERTIES = [
     Property("a NaN stays in its channel", "forward", _non_finite, _with_value(np.nan), shrinks=False),
     Property("an infinity stays in its channel", "forward", _non_finite, _with_value(np.inf), shrinks=False),
     Property("a call leaves nothing behind for the next", "forward", _repeated_call, _one_batch, factor=0),
-    Property("forward leaves its arguments as they are", "forward", _forward_inputs, _one_batch),
+    Property("forward leaves its arguments as they are", "forward", _keeps_inputs["forward"], _one_batch),
     Property("dx is of the dtype and shape of x", "backward", _dx_type, _one_batch),
     Property("dx is what the definition gives", "backward", _dx, _ordinary, NEAR, factor=3),
     Property("dx keeps its digits where the mean is far from zero", "backward", _dx, _far, FAR[:1], factor=3),
     Property("dweight is the sum of dy·xhat", "backward", _dweight, _ordinary, NEAR),
     Property("dbias is the sum of dy", "backward", _dbias, _ordinary, NEAR),
-    Property("backward leaves its arguments as they are", "backward", _backward_inputs, _one_batch),
-    Property("update leaves its arguments as they are", "update", _update_inputs, _one_batch),
+    Property("backward leaves its arguments as they are", "backward", _keeps_inputs["backward"], _one_batch),
+    Property("update leaves its arguments as they are", "update", _keeps_inputs["update"], _one_batch),
     Property("running_mean takes in the batch's mean", "update", _running_mean, _ordinary, NEAR),
     Property("running_var takes in the batch's unbiased variance", "update", _running_var, _ordinary, NEAR),
     Property("running_var keeps its digits where the mean is far from zero", "update", _running_var, _far, FAR[:1]),
