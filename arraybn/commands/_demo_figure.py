@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._plotting import GREY, INK, STYLE, Array, Axes, save, spread_apart
+
 if TYPE_CHECKING:
     from .demo import Run, Statistics
-
-Array = np.ndarray[Any, Any]
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
-Figure = Any
 
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; a curve is darker the higher its rate.
 COLOR = {True: "#0072b2", False: "#d55e00"}
@@ -26,23 +23,6 @@ SHADES = {
 LAYER_COLORS = ("#3d9bd4", "#003f66")
 LAYER_LABELS = {"after Conv2d": ((9, -2), "left"), "after Linear": ((4, -16), "right")}  # offset in points
 NAME = {True: "with batch norm", False: "without batch norm"}
-INK, GREY = "#222222", "#6e6e6e"
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": "#a0a0a0",
-    "axes.labelcolor": GREY,
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-}
 
 
 def draw(runs: Sequence[Run], best: Run, statistics: Sequence[Statistics], path: Path) -> None:
@@ -72,7 +52,7 @@ def draw(runs: Sequence[Run], best: Run, statistics: Sequence[Statistics], path:
         _draw_losses(rows[0], runs)
         _draw_spreads(rows[1], runs)
         _draw_statistics(rows[2], best, statistics)
-        _save(figure, path)
+        save(figure, path)
 
 
 # ---- Row 1: the loss of every run ----
@@ -200,23 +180,6 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write two texts beside the height at which each curve ends, moved apart where they would touch."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = np.clip([to_axes.transform((axes.get_xlim()[1], value))[1] for value, _, _ in ends], 0, 1)
-    for index, height in zip(np.argsort(heights), _apart(np.sort(heights), 0.08), strict=True):
+    for index, height in zip(np.argsort(heights), spread_apart(np.sort(heights), 0.08), strict=True):
         for x, text in zip((1.03, 1.13), ends[index][1:], strict=True):
             axes.text(x, height, text, transform=axes.transAxes, va="center")
-
-
-def _apart(heights: Array, gap: float) -> Array:
-    """The ascending heights, neighbours pushed away from each other until there is the gap between them."""
-    for _ in range(100):
-        overlap = np.maximum(gap - np.diff(heights), 0) / 2
-        heights = heights + np.append(0, overlap) - np.append(overlap, 0)
-    return heights
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._demo_figure import COLOR, GREY, INK, STYLE, _save, _write_heading
+from .._plotting import GREY, INK, STYLE, Axes, save
+from ._demo_figure import COLOR, _write_heading
 
 if TYPE_CHECKING:
     from ._demo_ranks import Training
-
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 
 # One process is a broad line that synchronized training, dashed, is drawn on top of.
 LINES: Any = (
@@ -50,7 +49,7 @@ def draw(trainings: Sequence[Training], ranks: int, each: int, path: Path) -> No
         _draw_curves(row[1], "test accuracy [%]", accuracies)
         _draw_apart(row[2], trainings)
         _write_legend(figure, trainings, ranks, each)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _draw_curves(axes: Axes, heading: str, curves: Sequence[Any]) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..functional import batch_norm, batch_norm_backward
-from ..kernels import threads as _threads
-from ._bench_cases import Case, Problem
-from ._bench_clock import Result
-from ._bench_contestants import Call, Library, Prepared, channels_first, copying, numpy_calls
+from ..kernels.threads import get_num_threads, set_num_threads
+from .cases import Case
+from .contestants import Call, Calls, Contestant, Library, formulas, ours
+from .device import HostDevice
+from .timing import Result
+from .truth import Problem
 
-CASE = Case((32, 64, 112, 112), whats=("forward", "backward"))
-LADDER = Library("ladder", "ladder", ("numpy",), "numpy", f"{__name__}:ladder_calls", 6)
 COPIES = {True: "numpy.copyto, one thread", False: "numpy.copyto, all threads"}
 
 
@@ -92,57 +92,54 @@ STEPS = (
 )
 
 
-def ladder_calls(problem: Problem) -> Prepared:
-    """Every step, and the copies that predict it."""
-    case, x, dy, weight, bias = problem[:5]
-    options: Any = {"eps": problem.eps, "channel_axis": case.channel_axis}
-    out = np.zeros_like(x)
-
-    def calls(kernels: Any = None, target: Any = None) -> dict[str, Call]:
-        _, saved = batch_norm(x, weight, bias, kernels=kernels, **options)
-        return {
-            "forward": lambda: batch_norm(x, weight, bias, kernels=kernels, out=target, **options)[0],
-            "backward": lambda: batch_norm_backward(dy, saved, out=target),
-        }
-
-    def built(row: str) -> dict[str, Call]:
-        if row == STEPS[0].row:
-            formulas = numpy_calls(problem).rows["NumPy formulas"]
-            assert not isinstance(formulas, str)
-            return {what: formulas[what] for what in ("forward", "backward")}
-        if row == STEPS[1].row:
-            return calls("reference")
-        if row == STEPS[2].row:
-            return {what: _alone(call) for what, call in calls(_sweeps_only()).items()}
-        if row == STEPS[3].row:
-            return calls(_sweeps_only())
-        return calls() if row == STEPS[4].row else calls(target=out)
-
-    copies: dict[str, dict[str, Call] | str] = {
-        COPIES[alone]: {"copy": copying(x, out, 1 if alone else _threads.get_num_threads())} for alone in (True, False)
+def calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of a step, or a copy that predicts steps."""
+    case, x, _, out, weight, bias = problem[:6]
+    if name in COPIES.values():
+        return Calls({"copy": ours.copying(x, out, 1 if name == COPIES[True] else get_num_threads())}, np.asarray)
+    if name == STEPS[0].row:
+        return formulas.host_calls(device, problem, name)
+    kernels: Any = {STEPS[1].row: "reference", STEPS[2].row: sweeps_only(), STEPS[3].row: sweeps_only()}.get(name)
+    target = out if name == STEPS[5].row else None
+    options: Any = {"eps": problem.eps, "channel_axis": case.channel_axis, "kernels": kernels}
+    _, saved = batch_norm(x, weight, bias, **options)
+    found: dict[str, Call] = {
+        "forward": lambda: batch_norm(x, weight, bias, out=target, **options)[0],
+        "backward": lambda: batch_norm_backward(problem.dy, saved, out=target),
     }
-    return Prepared(copies | {step.row: built(step.row) for step in STEPS}, channels_first(case))
+    if name == STEPS[2].row:
+        found = {operation: on_one_thread(call) for operation, call in found.items()}
+    return Calls(found, np.asarray)
 
 
-def _sweeps_only() -> Any:
-    """The compiled kernels, but without the driver that takes a group of channels through two sweeps."""
+def sweeps_only() -> Any:
+    """Return the compiled kernels without the driver that takes a group of channels through two sweeps."""
     cpu = importlib.import_module("arraybn.kernels.cpu")
     return SimpleNamespace(moments=cpu.moments, dots=cpu.dots, affine=cpu.affine, affine2=cpu.affine2)
 
 
-def _alone(call: Call) -> Call:
-    """The call on one thread."""
-
+def on_one_thread(call: Call) -> Call:
     def alone() -> Any:
-        before = _threads.get_num_threads()
-        _threads.set_num_threads(1)
+        before = get_num_threads()
+        set_num_threads(1)
         try:
             return call()
         finally:
-            _threads.set_num_threads(before)
+            set_num_threads(before)
 
     return alone
 
+
+def _rows() -> Iterator[Contestant]:
+    for row in COPIES.values():
+        yield Contestant(row, row, "ladder", calls, operations=("copy",))
+    for step in STEPS:
+        library = "other" if step is STEPS[0] else "arraybn"  # whose limits hold
+        yield Contestant(step.row, step.row, library, calls, operations=CASE.operations)
+
+
+CASE = Case((32, 64, 112, 112), operations=("forward", "backward"))
+LADDER = Library("ladder", "ladder", ("numpy",), "numpy", 6, tuple(_rows()))
 
 NOTE = (
     "predicted: these bytes at the speed of numpy.copyto by as many threads (NumPy and the reference use one). Where"
@@ -154,7 +151,7 @@ class Rung(NamedTuple):
     """A step in one direction, in figures."""
 
     row: str
-    what: str
+    operation: str
     moved: float  # bytes
     predicted: float | None  # seconds, at the speed of the copy by as many threads
     measured: float | None
@@ -163,25 +160,29 @@ class Rung(NamedTuple):
 
 
 def rungs(result: Result) -> list[Rung]:
-    """All of them, forward first."""
+    """Return all steps, forward first."""
     found = []
     copies = {alone: result.median(row, "copy") for alone, row in COPIES.items()}
     failures = {cell.row: cell.failed for cell in result.cells if cell.failed}
-    everything = failures.get(LADDER.title, result.skipped)
-    for what in CASE.whats:
+    for operation in CASE.operations:
         for step in STEPS:
-            traffic = step.forward if what == "forward" else step.backward
+            traffic = step.forward if operation == "forward" else step.backward
             copy = copies[step.alone]
             predicted = None if copy is None else traffic.total / 2 * copy
-            failed = failures.get(step.row, everything)
-            measured = result.median(step.row, what)
+            failed = failures.get(step.row, result.skipped)
+            measured = result.median(step.row, operation)
             moved = traffic.total * result.case.nbytes
-            found.append(Rung(step.row, what, moved, predicted, measured, failed, traffic.reason))
+            found.append(Rung(step.row, operation, moved, predicted, measured, failed, traffic.reason))
     return found
 
 
+def rung_json(rung: Rung) -> dict[str, Any]:
+    found = rung._asdict()
+    return {"row": found.pop("row"), "what": found.pop("operation"), **found}
+
+
 def table(results: Sequence[Result]) -> str:
-    """What each step moves, what that predicts, and what was measured."""
+    """Return the bytes that each step moves, the time that they predict, and the time that was measured."""
     lines = []
     for result in results:
         lines += [f"\nThe ladder: {result.case}, {result.case.nbytes / 1e6:.1f} MB; bytes in units of those of x"]
@@ -190,7 +191,7 @@ def table(results: Sequence[Result]) -> str:
                 lines.append(f"  {row}: {median * 1e3:.2f} ms, {result.case.moved('copy') / median / 1e9:.1f} GB/s")
         for rung in rungs(result):
             if rung.row == STEPS[0].row:
-                title = f"  {rung.what}"
+                title = f"  {rung.operation}"
                 lines += ["", f"{title:<38}{'bytes':>6}{'predicted':>13}{'measured':>12}"]
             figures = f"{rung.moved / result.case.nbytes:>6g}{_ms(rung.predicted):>13}{_ms(rung.measured):>12}"
             lines.append(f"    {rung.row:<34}{figures}   {rung.failed}".rstrip())
@@ -198,15 +199,18 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _reasons() -> list[str]:
-    """Where the bytes come from."""
+    """Return where the bytes come from."""
     lines = ["Bytes, as reads + writes + pages of new arrays that the system sets to zero (r1: x is read once):"]
-    for what in CASE.whats:
+    for operation in CASE.operations:
         for step in STEPS:
-            traffic = step.forward if what == "forward" else step.backward
+            traffic = step.forward if operation == "forward" else step.backward
             sums = f"{traffic.reads:g} + {traffic.writes:g} + {traffic.cleared:g}"
             lines.append(
                 textwrap.fill(
-                    f"{what}, {step.row}: {sums}: {traffic.reason}", 110, initial_indent="  ", subsequent_indent="    "
+                    f"{operation}, {step.row}: {sums}: {traffic.reason}",
+                    110,
+                    initial_indent="  ",
+                    subsequent_indent="    ",
                 )
             )
     return lines
