@@ -153,8 +153,9 @@ def crash():
 def explode(batch): raise ValueError("no such luck")
 def exploding():
     return explode
-spoil = [dataclasses.replace(ours[0], build=spoiled), dataclasses.replace(ours[0], family="NumPy", name="bad", promise=None,
-    build=exploding), dataclasses.replace(ours[0], name="crash", needs=("json",), build=crash)]
+spoil = [dataclasses.replace(ours[0], build=spoiled),
+    dataclasses.replace(ours[0], family="NumPy", name="bad", promise=None, build=exploding),
+    dataclasses.replace(ours[0], name="crash", needs=("json",), build=crash)]
 """
     (tmp_path / "spoil.py").write_text(spoil)  # a module, so that the processes find the functions
     preparation = "sys.path.insert(0, '.')\nimport spoil\nspoil.c.measured = lambda: spoil.spoil"

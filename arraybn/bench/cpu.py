@@ -188,5 +188,5 @@ class Bench(Run):
         for section in self.sections:
             found[section.name] = [report.as_json(result) for result in section.results]
             if section.name == "ladder":
-                found["rungs"] = [ladder.rung_json(rung) for result in section.results for rung in ladder.rungs(result)]
+                found["rungs"] = [rung._asdict() for result in section.results for rung in ladder.rungs(result)]
         return {**found, "others": self.others}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ STYLES = {  # colour, mark, filled; the later ones lie below
     "arraybn reference": ("#56b4e9", "s", True),
     "NumPy formulas": (FAMILIES["NumPy"], "X", True),
 }
-LAYOUT = {"first": "channels-first", "last": "channels-last"}
 SHORT = {"forward": "forward", "backward": "backward", "eval": "evaluation"}
 BOLD: Any = {"loc": "left", "fontsize": 10, "color": INK, "weight": "bold"}
 DASHED: Any = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+TICK = "#9a9a9a"
 Line = tuple[str, Result]  # the operation, and its case
+Panels = dict[tuple[str, str], list[Line]]  # by row and column
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------
@@ -40,62 +42,129 @@ Line = tuple[str, Result]  # the operation, and its case
 
 def draw_table(results: Sequence[Result], processor: str, path: Path) -> None:
     """Draw a panel for each operation in each layout; large inputs in units of a copy, small ones in µs."""
-    panels = [
-        (operation, layout, chosen)
-        for operation in OPERATIONS
-        for layout in LAYOUT
-        if (chosen := [r for r in results if r.case.layout == layout and _has(r, operation)])
-    ]
-    columns = min(2, max(1, len({layout for _, layout, _ in panels})))
-    heights = [max(len(found) for *_, found in panels[i : i + columns]) for i in range(0, len(panels), columns)]
-    size = (13.0 if columns == 2 else 9.6, 1.95 + sum(0.34 * height + 0.95 for height in heights))
+    panels: Panels = {}
+    for operation in OPERATIONS:
+        for result in results:
+            if _has(result, operation):
+                panels.setdefault((operation, result.case.layout), []).append((operation, result))
 
-    def fill(figure: Any) -> None:
-        grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=[height + 0.6 for height in heights])
-        top, bottom = 1 - 1.75 / size[1], 0.55 / size[1]
-        left, right = (0.175, 0.975) if columns == 2 else (0.24, 0.95)
-        mean = sum(0.34 * height + 0.2 for height in heights) / len(heights)  # inches
-        figure.subplots_adjust(left=left, right=right, top=top, bottom=bottom, hspace=0.85 / mean, wspace=0.5)
-        for axes, panel in zip(grid.ravel(), panels, strict=False):
-            _draw_panel(axes, *panel)
-        for axes in grid.ravel()[len(panels) :]:
-            axes.set_visible(False)
-        _legend(figure, results, 1 - 0.95 / size[1])
+    def scale(operation: str, result: Result) -> Callable[[float], float]:
+        unit = 1e-6 if operation in SMALL_OPERATIONS else result.median(COPYTO, "copy") or math.nan
+        return lambda seconds: seconds / unit
+
+    def finish(axes: Axes, lines: Sequence[Line], highest: float) -> None:
+        operation, small = lines[0][0], lines[0][0] in SMALL_OPERATIONS
+        axes.set_xscale("log")
+        _plain_ticks(axes)
+        if not small:
+            axes.axvline(1, zorder=1, **DASHED)
+        axes.set_title(f"{TITLES[operation]}{_where(lines)} [{'µs' if small else f'× {COPYTO}'}]", **BOLD)
 
     subtitle = f"{processor}. Large inputs: time in units of {COPYTO} of x (dashed: 1); less is faster; bars: quartiles"
-    draw_picture(path, size, "Batch norms on this machine", subtitle, fill)
+    _draw_panels(panels, path, ("Batch norms on this machine", subtitle), scale, finish)
+
+
+def draw_gpu(results: Sequence[Result], device: str, speed: float | None, path: Path) -> bool:
+    """Draw a panel for each dtype and layout: the fractions of the floor. Return False if there is nothing to draw."""
+    panels = gpu_panels(results)
+    if speed is None or not panels:
+        return False
+
+    def scale(operation: str, result: Result) -> Callable[[float], float]:
+        return lambda seconds: (floors(result.case, operation, speed)[0] or math.nan) / seconds
+
+    def finish(axes: Axes, lines: Sequence[Line], highest: float) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        heights, named = _heights(lines), ""
+        for y, (operation, result) in zip(heights, lines, strict=True):
+            ratio = result.case.moved(operation) / result.case.moved_twice(operation)
+            axes.plot([ratio] * 2, (y - 0.32, y + 0.32), color=TICK, linewidth=1.4, zorder=1)
+            if operation != named:
+                style: Any = {"color": GREY, "fontsize": 9, "va": "center", "transform": axes.get_yaxis_transform()}
+                axes.text(0.008, y - 0.86, SHORT[operation], **style)
+                named = operation
+        axes.set(ylim=(heights[-1] + 0.7, -1.5), xlim=(0, max(1.08, 1.05 * highest)))
+        axes.axvline(1, zorder=1, **DASHED)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_title(f"{lines[0][1].case.dtype}{_where(lines)}", **BOLD)
+
+    subtitle = f"{device}: of the time that a copy of the same bytes takes, if x is read once. Further right is faster"
+    words = "How near batch norms come to the speed of memory", subtitle
+    tick = {"color": TICK, "marker": "|", "markersize": 10, "markeredgewidth": 1.6, "linestyle": ""}
+    _draw_panels(panels, path, words, scale, finish, {"floor: read once": DASHED, "read twice": tick})
+    return True
+
+
+def gpu_panels(results: Sequence[Result]) -> Panels:
+    """Return what has samples, by dtype and layout."""
+    found: Panels = {}
+    for operation in LARGE_OPERATIONS:
+        for result in results:
+            if _has(result, operation):
+                found.setdefault((result.case.dtype, result.case.layout), []).append((operation, result))
+    return found
+
+
+def _draw_panels(
+    panels: Panels, path: Path, words: tuple[str, str], scale: Any, finish: Any, more: Mapping[str, Any] | None = None
+) -> None:
+    """Draw panels with a line for each case, on it a mark for each contestant; `finish` sets up the axes of a panel."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in panels)) for i in range(2))
+    heights = [0.29 * max(_heights(lines)[-1] + 1.6 for key, lines in panels.items() if key[0] == row) for row in rows]
+    width, top, bottom, between = 13.0 if len(columns) == 2 else 8.8, 1.75, 0.6, 0.75  # inches
+    height = top + bottom + sum(heights) + between * (len(rows) - 1)
+    ends: Any = {"left": 2.0 / width, "right": 1 - 0.3 / width, "top": 1 - top / height, "bottom": bottom / height}
+
+    def fill(figure: Any) -> None:
+        grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
+        figure.subplots_adjust(hspace=between / (sum(heights) / len(heights)), wspace=0.46, **ends)
+        for axes, key in zip(grid.ravel(), [(row, column) for row in rows for column in columns], strict=True):
+            if lines := panels.get(key):
+                marks = [
+                    _draw_marks(axes, y, line, scale(*line)) for y, line in zip(_heights(lines), lines, strict=True)
+                ]
+                axes.set_yticks(_heights(lines), [_label(result, rows) for _, result in lines], color=INK)
+                axes.set_ylim(places[-1] + 0.6, -0.6)
+                finish(axes, lines, max(marks))
+            else:
+                axes.set_visible(False)
+        _legend(figure, [result for lines in panels.values() for _, result in lines], 1 - 0.97 / height, more or {})
+
+    draw_picture(path, (width, height), *words, fill)
 
 
 def _has(result: Result, operation: str) -> bool:
     return any(cell.operation == operation and cell.seconds for cell in result.cells)
 
 
-def _draw_panel(axes: Axes, operation: str, layout: str, results: Sequence[Result]) -> None:
-    """Draw a line for each case, on it a mark for each contestant."""
-    small = operation in SMALL_OPERATIONS
-    for height, result in enumerate(results):
-        copy = result.median(COPYTO, "copy")
-        if copy is not None or small:
-            unit = 1e-6 if small else copy
-            _draw_marks(axes, height, result, operation, lambda seconds: seconds / unit)  # noqa: B023
-    axes.set_xscale("log")
-    _plain_ticks(axes)
-    dtypes = ["" if result.case.dtype == "float32" else f" {result.case.dtype}" for result in results]
-    labels = [_shape(result) + dtype for result, dtype in zip(results, dtypes, strict=True)]
-    axes.set_yticks(range(len(results)), labels, color=INK)
-    axes.set_ylim(len(results) - 0.4, -0.6)
-    if not small:
-        axes.axvline(1, zorder=1, **DASHED)
-    where = "" if all(len(result.case.shape) == 2 for result in results) else f", {LAYOUT[layout]}"
-    axes.set_title(f"{TITLES[operation]}{where} [{'µs' if small else f'× {COPYTO}'}]", **BOLD)
+def _heights(lines: Sequence[Line]) -> list[float]:
+    """Return the height of each line; a new operation begins a gap below, where its name has room."""
+    heights, y = [], 0.0
+    for i, (operation, _) in enumerate(lines):
+        y += 0.0 if i == 0 else 1.0 if operation == lines[i - 1][0] else 2.0
+        heights.append(y)
+    return heights
 
 
-def _draw_marks(axes: Axes, y: float, result: Result, operation: str, scale: Any) -> float:
+def _where(lines: Sequence[Line]) -> str:
+    case = lines[0][1].case
+    return "" if all(len(result.case.shape) == 2 for _, result in lines) else f", channels-{case.layout}"
+
+
+def _label(result: Result, rows: Sequence[str]) -> str:
+    """Return the shape, and the dtype where no row of panels and no habit says it."""
+    shape, dtype = "×".join(map(str, result.case.shape)), result.case.dtype
+    return shape if dtype in ("float32", *rows) else f"{shape} {dtype}"
+
+
+def _draw_marks(axes: Axes, y: float, line: Line, scale: Callable[[float], float]) -> float:
     """Draw median and quartiles of all contestants on a line; return the largest quartile."""
     axes.axhline(y, color=LIGHT, linewidth=0.8, zorder=0)
     highest = 0.0
     for order, (row, (color, marker, filled)) in enumerate(STYLES.items()):
-        cell = result.cell(row, operation)
+        cell = line[1].cell(row, line[0])
         if cell is not None and cell.seconds:
             low, middle, high = map(scale, cell.quartiles)
             highest = max(highest, low, high)
@@ -104,10 +173,6 @@ def _draw_marks(axes: Axes, y: float, result: Result, operation: str, scale: Any
             face = color if filled else "white"
             axes.plot(middle, y, marker, markersize=6.5, markeredgewidth=1.4, markerfacecolor=face, **style)
     return highest
-
-
-def _shape(result: Result) -> str:
-    return "×".join(map(str, result.case.shape))
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -120,93 +185,17 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Any, results: Sequence[Result], height: float, more: Sequence[Any] = ()) -> None:
+def _legend(figure: Any, results: Sequence[Result], height: float, more: Mapping[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
     shown = {cell.row for result in results for cell in result.cells if cell.seconds}
+    styles = {row: style for row, style in STYLES.items() if row in shown}
     handles = [
         Line2D([], [], color=color, marker=mark, linestyle="", markerfacecolor=color if filled else "white", label=row)
-        for row, (color, mark, filled) in STYLES.items()
-        if row in shown
-    ] + list(more)
+        for row, (color, mark, filled) in styles.items()
+    ] + [Line2D([], [], label=name, **style) for name, style in more.items()]
     columns = len(handles) if figure.get_figwidth() > 10 else 4
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.022, height), ncols=columns, frameon=False)
-
-
-def draw_gpu(results: Sequence[Result], device: str, speed: float | None, path: Path) -> bool:
-    """Draw a panel for each dtype and layout: the fractions of the floor. Return False if there is nothing to draw."""
-    panels = gpu_panels(results)
-    if speed is None or not panels:
-        return False
-    dtypes, layouts = (list(dict.fromkeys(key[i] for key in panels)) for i in range(2))
-    heights = [0.27 * max(_heights(panels[key])[-1] + 1 for key in panels if key[0] == dtype) for dtype in dtypes]
-    width, top, bottom, between = 13.0 if len(layouts) == 2 else 8.4, 1.75, 0.75, 0.85  # inches
-    size = (width, top + bottom + sum(heights) + between * (len(dtypes) - 1))
-
-    def fill(figure: Any) -> None:
-        from matplotlib.lines import Line2D
-
-        grid = figure.subplots(len(dtypes), len(layouts), squeeze=False, height_ratios=heights)
-        ends: Any = {"left": 1.95 / width, "right": 1 - 0.3 / width}
-        ends |= {"top": 1 - top / size[1], "bottom": bottom / size[1], "wspace": 2.0 * len(layouts) / width}
-        figure.subplots_adjust(hspace=between / (sum(heights) / len(heights)), **ends)
-        for row, dtype in zip(grid, dtypes, strict=True):
-            for axes, layout in zip(row, layouts, strict=True):
-                if lines := panels.get((dtype, layout)):
-                    _draw_gpu_panel(axes, lines, speed)
-                    flat = all(len(result.case.shape) == 2 for _, result in lines)
-                    axes.set_title(dtype if flat else f"{dtype}, {LAYOUT[layout]}", **BOLD)
-                else:
-                    axes.set_visible(False)
-        tick: Any = {"color": "#9a9a9a", "marker": "|", "markersize": 10, "markeredgewidth": 1.6, "linestyle": ""}
-        floor = Line2D([], [], label="floor: read once", **DASHED)
-        _legend(figure, results, 1 - 0.98 / size[1], [floor, Line2D([], [], label="read twice", **tick)])
-
-    subtitle = f"{device}: of the time that a copy of the same bytes takes, if x is read once. Further right is faster"
-    draw_picture(path, size, "How near batch norms come to the speed of memory", subtitle, fill)
-    return True
-
-
-def gpu_panels(results: Sequence[Result]) -> dict[tuple[str, str], list[Line]]:
-    """Return what has samples, by dtype and layout."""
-    found: dict[tuple[str, str], list[Line]] = {}
-    for operation in LARGE_OPERATIONS:
-        for result in results:
-            if _has(result, operation):
-                found.setdefault((result.case.dtype, result.case.layout), []).append((operation, result))
-    return found
-
-
-def _heights(lines: Sequence[Line]) -> list[float]:
-    """Return the height of each line; a new operation begins a gap below, where its name has room."""
-    heights, y = [], 0.0
-    for i, (operation, _) in enumerate(lines):
-        y += 0.0 if i == 0 else 1.0 if operation == lines[i - 1][0] else 2.0
-        heights.append(y)
-    return heights
-
-
-def _draw_gpu_panel(axes: Axes, lines: Sequence[Line], speed: float) -> None:
-    """Draw a line for each case, on it a mark for each contestant and a tick at the floor of two reads."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    heights, highest, named = _heights(lines), 1.0, ""
-    for y, (operation, result) in zip(heights, lines, strict=True):
-        one, two = floors(result.case, operation, speed)
-        assert one is not None
-        assert two is not None
-        axes.plot([one / two] * 2, (y - 0.32, y + 0.32), color="#9a9a9a", linewidth=1.4, zorder=1)
-        highest = max(highest, _draw_marks(axes, y, result, operation, lambda seconds: one / seconds))  # noqa: B023
-        if operation != named:
-            style: Any = {"color": GREY, "fontsize": 9, "va": "center", "transform": axes.get_yaxis_transform()}
-            axes.text(0.008, y - 0.86, SHORT[operation], **style)
-            named = operation
-    axes.set_yticks(heights, [_shape(result) for _, result in lines], color=INK)
-    axes.set_ylim(heights[-1] + 0.7, -1.5)
-    axes.set_xlim(0, max(1.08, 1.05 * highest))
-    axes.axvline(1, zorder=1, **DASHED)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 # ---- The growth ------------------------------------------------------------------------------------------------------
@@ -276,7 +265,7 @@ def draw_ladder(results: Sequence[Result], processor: str, path: Path) -> None:
         grid = figure.subplots(1, len(operations), sharey=True, squeeze=False)[0]
         figure.subplots_adjust(left=0.2, right=0.97, top=0.74, bottom=0.13, wspace=0.1)
         for axes, operation in zip(grid, operations, strict=True):
-            _draw_ladder(axes, [rung for rung in ladder.rungs(results[0]) if rung.operation == operation])
+            _draw_ladder(axes, [rung for rung in ladder.rungs(results[0]) if rung.what == operation])
             axes.set_title(TITLES[operation], **BOLD)
         grid[0].set_yticks(range(len(steps)), [step.row for step in steps], color=INK)
         grid[0].set_ylim(len(steps) - 0.4, -0.6)

@@ -22,10 +22,10 @@ COPIES = {True: "numpy.copyto, one thread", False: "numpy.copyto, all threads"}
 
 
 class Traffic(NamedTuple):
-    """What goes from and to memory, in units of the bytes of x, where x is much larger than the caches.
+    """Memory traffic in units of the bytes of x, where x is much larger than the caches.
 
-    `cleared` is what the system writes for us: it hands out no page of a new array that it has not set to zero. What a
-    store first reads because its cache line is not there is not counted; some stores do without.
+    `cleared` is written by the system: it hands out no page of a new array that it has not set to zero. The read of a
+    cache line that a store needs is not counted; some stores do without.
     """
 
     reads: float
@@ -35,7 +35,6 @@ class Traffic(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
         return self.reads + self.writes + self.cleared
 
 
@@ -50,45 +49,21 @@ class Step(NamedTuple):
 
 # NumPy makes a new array for each operation, unless both operands are alike and one of them is a temporary that nobody
 # else can see. `_sum` of the reference adds the halves of a float64 array, then the halves of those: r4 w2, all new.
+PLAIN = (
+    Traffic(9, 6, 5, "mean r1; var: its mean r1, x−mean r1 w1, squared r1 w1, summed r1; y: 4 maps of r1 w1"),
+    Traffic(9, 5, 4, "dbias r1; dweight: dy·xhat r2 w1, summed r1; dx: 3 maps of r1 w1, a difference r2 w1"),
+)
+SUMS = "in float64. moments: to it r1 w2, 3 sums r4 w2, 3 maps r2 w2; affine: r1 w2, 3 × r2 w2, r2 w1"
+DOTS = "in float64. dots: to it 2 × r1 w2, 2 maps r6 w4, 2 sums r4 w2; affine2: r14 w14, r2 w1"
+MORE, CACHED = "the same bytes, by more cores", "the second sweep finds the group of channels in cache"
+FORWARD, BACKWARD = "moments r1; affine r1 w1 into a new array", "dots r2; affine2 r2 w1 into a new array"
 STEPS = (
-    Step(
-        "plain NumPy formulas",
-        True,
-        Traffic(9, 6, 5, "mean r1; var: its mean r1, x−mean r1 w1, squared r1 w1, summed r1; y: 4 maps of r1 w1"),
-        Traffic(9, 5, 4, "dbias r1; dweight: dy·xhat r2 w1, summed r1; dx: 3 maps of r1 w1, a difference r2 w1"),
-    ),
-    Step(
-        "arraybn reference",
-        True,
-        Traffic(
-            28, 23, 23, "in float64. moments: to it r1 w2, 3 sums r4 w2, 3 maps r2 w2; affine: r1 w2, 3 × r2 w2, r2 w1"
-        ),
-        Traffic(32, 27, 23, "in float64. dots: to it 2 × r1 w2, 2 maps r6 w4, 2 sums r4 w2; affine2: r14 w14, r2 w1"),
-    ),
-    Step(
-        "compiled sweeps, one thread",
-        True,
-        Traffic(2, 1, 1, "moments r1; affine r1 w1 into a new array"),
-        Traffic(4, 1, 1, "dots r2; affine2 r2 w1 into a new array"),
-    ),
-    Step(
-        "compiled sweeps, all threads",
-        False,
-        Traffic(2, 1, 1, "the same bytes, by more cores"),
-        Traffic(4, 1, 1, "the same bytes, by more cores"),
-    ),
-    Step(
-        "both sweeps group by group",
-        False,
-        Traffic(1, 1, 1, "the second sweep finds the group of channels in cache"),
-        Traffic(2, 1, 1, "the second sweep finds the group of channels in cache"),
-    ),
-    Step(
-        "into an array that exists (out=)",
-        False,
-        Traffic(1, 1, 0, "no new page"),
-        Traffic(2, 1, 0, "no new page"),
-    ),
+    Step("plain NumPy formulas", True, *PLAIN),
+    Step("arraybn reference", True, Traffic(28, 23, 23, SUMS), Traffic(32, 27, 23, DOTS)),
+    Step("compiled sweeps, one thread", True, Traffic(2, 1, 1, FORWARD), Traffic(4, 1, 1, BACKWARD)),
+    Step("compiled sweeps, all threads", False, Traffic(2, 1, 1, MORE), Traffic(4, 1, 1, MORE)),
+    Step("both sweeps group by group", False, Traffic(1, 1, 1, CACHED), Traffic(2, 1, 1, CACHED)),
+    Step("into an array that exists (out=)", False, Traffic(1, 1, 0, "no new page"), Traffic(2, 1, 0, "no new page")),
 )
 
 
@@ -148,12 +123,12 @@ NOTE = (
 
 
 class Rung(NamedTuple):
-    """A step in one direction, in figures."""
+    """A step in one direction, in figures: bytes, and seconds."""
 
     row: str
-    operation: str
-    moved: float  # bytes
-    predicted: float | None  # seconds, at the speed of the copy by as many threads
+    what: str
+    moved: float
+    predicted: float | None  # at the speed of the copy by as many threads
     measured: float | None
     failed: str
     reason: str
@@ -161,59 +136,39 @@ class Rung(NamedTuple):
 
 def rungs(result: Result) -> list[Rung]:
     """Return all steps, forward first."""
-    found = []
     copies = {alone: result.median(row, "copy") for alone, row in COPIES.items()}
     failures = {cell.row: cell.failed for cell in result.cells if cell.failed}
+    found = []
     for operation in CASE.operations:
         for step in STEPS:
-            traffic = step.forward if operation == "forward" else step.backward
-            copy = copies[step.alone]
+            traffic, copy = getattr(step, operation), copies[step.alone]
             predicted = None if copy is None else traffic.total / 2 * copy
-            failed = failures.get(step.row, result.skipped)
-            measured = result.median(step.row, operation)
-            moved = traffic.total * result.case.nbytes
-            found.append(Rung(step.row, operation, moved, predicted, measured, failed, traffic.reason))
+            times = predicted, result.median(step.row, operation), failures.get(step.row, result.skipped)
+            found.append(Rung(step.row, operation, traffic.total * result.case.nbytes, *times, traffic.reason))
     return found
-
-
-def rung_json(rung: Rung) -> dict[str, Any]:
-    found = rung._asdict()
-    return {"row": found.pop("row"), "what": found.pop("operation"), **found}
 
 
 def table(results: Sequence[Result]) -> str:
     """Return the bytes that each step moves, the time that they predict, and the time that was measured."""
     lines = []
     for result in results:
-        lines += [f"\nThe ladder: {result.case}, {result.case.nbytes / 1e6:.1f} MB; bytes in units of those of x"]
+        nbytes = result.case.nbytes
+        lines += [f"\nThe ladder: {result.case}, {nbytes / 1e6:.1f} MB; bytes in units of those of x"]
         for row in COPIES.values():
             if (median := result.median(row, "copy")) is not None:
                 lines.append(f"  {row}: {median * 1e3:.2f} ms, {result.case.moved('copy') / median / 1e9:.1f} GB/s")
         for rung in rungs(result):
             if rung.row == STEPS[0].row:
-                title = f"  {rung.operation}"
-                lines += ["", f"{title:<38}{'bytes':>6}{'predicted':>13}{'measured':>12}"]
-            figures = f"{rung.moved / result.case.nbytes:>6g}{_ms(rung.predicted):>13}{_ms(rung.measured):>12}"
+                lines += ["", f"{f'  {rung.what}':<38}{'bytes':>6}{'predicted':>13}{'measured':>12}"]
+            figures = f"{rung.moved / nbytes:>6g}{_ms(rung.predicted):>13}{_ms(rung.measured):>12}"
             lines.append(f"    {rung.row:<34}{figures}   {rung.failed}".rstrip())
-    return "\n".join([*lines, "", *_reasons(), "", textwrap.fill(NOTE, 110)])
-
-
-def _reasons() -> list[str]:
-    """Return where the bytes come from."""
-    lines = ["Bytes, as reads + writes + pages of new arrays that the system sets to zero (r1: x is read once):"]
+    lines += ["", "Bytes, as reads + writes + pages of new arrays that the system sets to zero (r1: x is read once):"]
     for operation in CASE.operations:
         for step in STEPS:
-            traffic = step.forward if operation == "forward" else step.backward
-            sums = f"{traffic.reads:g} + {traffic.writes:g} + {traffic.cleared:g}"
-            lines.append(
-                textwrap.fill(
-                    f"{operation}, {step.row}: {sums}: {traffic.reason}",
-                    110,
-                    initial_indent="  ",
-                    subsequent_indent="    ",
-                )
-            )
-    return lines
+            one = getattr(step, operation)
+            text = f"{operation}, {step.row}: {one.reads:g} + {one.writes:g} + {one.cleared:g}: {one.reason}"
+            lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join([*lines, "", textwrap.fill(NOTE, 110)])
 
 
 def _ms(seconds: float | None) -> str:

@@ -32,66 +32,54 @@ AHEAD = 1.1  # fused is kept where it is so much faster than split
 
 def figures(result: Result, cell: Cell) -> dict[str, Any]:
     """Return the samples of a cell on the CPU and what follows from them; None where it cannot be said."""
-    q1, median, q3 = cell.quartiles if cell.seconds else (None, None, None)
-    copy, moved = result.median(COPYTO, "copy"), result.case.moved(cell.operation)
+    found = _samples(result, cell, "library", "row", "calls")
+    copy, moved, median = result.median(COPYTO, "copy"), found["bytes"], found["median"]
     return {
-        "library": cell.library,
-        "row": cell.row,
-        "what": cell.operation,
-        "calls": cell.calls,
-        "seconds": cell.seconds,
-        "median": median,
-        "q1": q1,
-        "q3": q3,
+        **found,
         "ratio": quotient(median, result.median(OUR_ROW, cell.operation)),
-        "bytes": moved,
-        "gb_per_s": quotient(moved / 1e9, median),
         "copy_fraction": quotient(moved / result.case.moved("copy") * copy if copy else None, median),
         "copy_ratio": quotient(median, copy),
-        "failed": cell.failed or None,
     }
 
 
 def gpu_figures(result: Result, cell: Cell, speed: float | None) -> dict[str, Any]:
     """Return the samples of a cell on a GPU and what follows from them; None where it cannot be said."""
-    q1, median, q3 = cell.quartiles if cell.seconds else (None, None, None)
+    found = _samples(result, cell, "row", "backend", "clock", "calls", "late")
     one, two = floors(result.case, cell.operation, speed)
-    ours, moved = best(result, cell.operation), result.case.moved(cell.operation)
+    ours, median = best(result, cell.operation), found["median"]
     return {
-        "row": cell.row,
-        "what": cell.operation,
-        "backend": cell.backend,
-        "clock": cell.clock,
-        "calls": cell.calls,
-        "seconds": cell.seconds,
-        "late": cell.late,
-        "median": median,
-        "q1": q1,
-        "q3": q3,
-        "bytes": moved,
-        "gb_per_s": quotient(moved / 1e9, median),
+        **found,
         "floor_one_read": one,
         "floor_two_reads": two,
         "of_one_read": quotient(one, median),
         "of_two_reads": quotient(two, median),
         "ratio": quotient(median, None if ours is None else ours[0]),
-        "failed": cell.failed or None,
         "left": cell.left or None,
+    }
+
+
+def _samples(result: Result, cell: Cell, *names: str) -> dict[str, Any]:
+    q1, median, q3 = cell.quartiles if cell.seconds else (None, None, None)
+    moved = result.case.moved(cell.operation)
+    return {
+        **{name: getattr(cell, name) for name in names},
+        "what": cell.operation,
+        "seconds": cell.seconds,
+        "median": median,
+        "q1": q1,
+        "q3": q3,
+        "bytes": moved,
+        "gb_per_s": quotient(moved / 1e9, median),
+        "failed": cell.failed or None,
     }
 
 
 def host_figures(cell: Cell) -> dict[str, Any]:
     """Return the samples of a layer's call on the host of a GPU."""
-    return {
-        "row": cell.row,
-        "what": cell.operation,
-        "seconds": cell.seconds,
-        "done": cell.done,
-        "median": cell.median,
-        "median_done": statistics.median(cell.done) if cell.done else None,
-        "failed": cell.failed or None,
-        "left": cell.left or None,
-    }
+    done = statistics.median(cell.done) if cell.done else None
+    found = {"row": cell.row, "what": cell.operation, "seconds": cell.seconds, "done": cell.done}
+    problems = {"failed": cell.failed or None, "left": cell.left or None}
+    return {**found, "median": cell.median, "median_done": done, **problems}
 
 
 def as_json(result: Result) -> dict[str, Any]:

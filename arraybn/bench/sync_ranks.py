@@ -96,16 +96,7 @@ class Ours:
         return a, b
 
     def traffic(self, work: Callable[[], object]) -> Traffic:
-        """Count what `work` sends."""
-        channel = sync.channel_of("comm", self.comm)
-        assert channel is not None
-        counted: Any = Counted(channel.reducer)
-        channel.reducer = counted
-        try:
-            work()
-        finally:
-            channel.reducer = counted.inner
-        return counted.traffic  # type: ignore[no-any-return]
+        return _counted(sync.channel_of("comm", self.comm), "reducer", work)
 
 
 class AllGather:
@@ -132,14 +123,18 @@ class AllGather:
         return sums[: len(a)], sums[len(a) :]
 
     def traffic(self, work: Callable[[], object]) -> Traffic:
-        """Count what `work` sends."""
-        counted = Counted(self.comm)
-        self.comm = counted
-        try:
-            work()
-        finally:
-            self.comm = counted.inner
-        return counted.traffic
+        return _counted(self, "comm", work)
+
+
+def _counted(owner: Any, name: str, work: Callable[[], object]) -> Traffic:
+    """Return what `work` sends through an attribute of its owner."""
+    counted = Counted(getattr(owner, name))
+    setattr(owner, name, counted)
+    try:
+        work()
+    finally:
+        setattr(owner, name, counted.inner)
+    return counted.traffic
 
 
 def _wait(request: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +14,13 @@ from ...testing.scenarios import Batch
 from ..cases import Case
 from ..device import Array, HostDevice
 from ..truth import Problem
-from . import Calls, Results, channels_first, channels_last
+from . import Call, Calls, Results, channels_first, channels_last
 
 
 @functools.cache  # all problems of a case share what is compiled
 def _compiled(case: Case, eps: float) -> SimpleNamespace:
     """Return the functions in float32, or float64 with x."""
     jax = importlib.import_module("jax")
-    jax.config.update("jax_enable_x64", case.dtype == "float64")
     wide = jax.numpy.float64 if case.dtype == "float64" else jax.numpy.float32
     line = (-1, *[1] * (len(case.shape) - 2)) if case.channel_axis == 1 else (-1,)
 
@@ -48,6 +47,13 @@ def _compiled(case: Case, eps: float) -> SimpleNamespace:
     )
 
 
+def _jax_for(problem: Problem) -> Any:
+    """Return JAX with float64, if the problem has it: without, JAX makes all arrays float32."""
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
+    return jax
+
+
 def _shared(jax: Any, array: Array) -> Any:
     """Return the same memory as an array of JAX; a copy of bfloat16."""
     if "bfloat16" not in str(array.dtype):
@@ -69,37 +75,33 @@ def _reader(jax: Any, device: HostDevice) -> Callable[[Any], Array]:
 
 def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the compiled formulas, each waited for."""
-    jax = importlib.import_module("jax")
-    found, wait = _compiled(problem.case, problem.eps), jax.block_until_ready
-    x, dy, weight, bias, mean, var = (jax.numpy.asarray(array) for array in (*problem[1:3], *problem[4:8]))
-    kept = found.pulled(x, weight, bias)
-    calls = {
-        "forward": lambda: wait(found.forward(x, weight, bias))[0],
-        "backward": lambda: wait(found.pull(kept, dy)),
-        "eval": lambda: wait(found.evaluate(x, weight, bias, mean, var)),
-        "layer": lambda: wait(found.forward(x, weight, bias))[0],
-        "step": lambda: wait(found.step(x, weight, bias, dy))[:3],
-    }
-    return Calls(calls, np.asarray)
+    jax = _jax_for(problem)
+    arrays = [jax.numpy.asarray(array) for array in (*problem[1:3], *problem[4:8])]
+    calls = {one: lambda call=call: jax.block_until_ready(call()) for one, call in _calls(problem, arrays).items()}
+    return Calls({**calls, "layer": calls["forward"]}, np.asarray)
 
 
 def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the compiled formulas, queued on a stream of JAX's own."""
-    jax = importlib.import_module("jax")
-    found = _compiled(problem.case, problem.eps)
-    x, dy, weight, bias, mean, var = (_shared(jax, array) for array in (*problem[1:3], *problem[4:8]))
+    jax = _jax_for(problem)
+    arrays = [_shared(jax, array) for array in (*problem[1:3], *problem[4:8])]
+    calls = _calls(problem, arrays)
+
+    def poison() -> None:
+        jax.block_until_ready([jax.numpy.full_like(arrays[0], np.nan) for _ in range(3)])
+
+    return Calls(calls, _reader(jax, device), poison, dict.fromkeys(calls, "XLA"), jax.block_until_ready)
+
+
+def _calls(problem: Problem, arrays: Sequence[Any]) -> dict[str, Call]:
+    found, (x, dy, weight, bias, mean, var) = _compiled(problem.case, problem.eps), arrays
     kept = found.pulled(x, weight, bias)
-    calls = {
+    return {
         "forward": lambda: found.forward(x, weight, bias)[0],
         "backward": lambda: found.pull(kept, dy),
         "eval": lambda: found.evaluate(x, weight, bias, mean, var),
+        "step": lambda: found.step(x, weight, bias, dy)[:3],
     }
-
-    def poison() -> None:
-        jax.block_until_ready([jax.numpy.full_like(x, np.nan) for _ in range(3)])
-
-    backend = dict.fromkeys(calls, "XLA")
-    return Calls(calls, _reader(jax, device), poison, backend, jax.block_until_ready)
 
 
 def why_absent(device: HostDevice) -> str:

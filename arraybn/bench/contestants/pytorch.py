@@ -42,32 +42,6 @@ def _reader(torch: Any, device: HostDevice, problem: Problem) -> Callable[[Any],
     return read
 
 
-def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
-    """Return the calls of the function with gradients enabled, and those of the module."""
-    torch, eps = importlib.import_module("torch"), problem.eps
-    x, dy, weight, bias, mean, var = _tensors(torch, problem)
-    function, inputs = (
-        torch.nn.functional.batch_norm,
-        [tensor.detach().requires_grad_() for tensor in (x, weight, bias)],
-    )
-
-    def forward() -> Any:
-        return function(inputs[0], None, None, *inputs[1:], training=True, eps=eps)
-
-    def evaluate() -> Any:
-        with torch.no_grad():
-            return function(x, mean, var, weight, bias, training=False, eps=eps)
-
-    y = forward()
-    calls = {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
-        "eval": evaluate,
-        **layer_calls(device, problem),
-    }
-    return Calls(calls, _reader(torch, device, problem))
-
-
 def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:
     """Return the calls of the module in training with gradients enabled."""
     torch, case = importlib.import_module("torch"), problem.case
@@ -81,8 +55,23 @@ def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:
     return {"layer": lambda: module(x), "step": lambda: torch.autograd.grad(module(x), leaves, dy)}
 
 
+def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the function with gradients enabled, and those of the module."""
+    found = device_calls(device, problem, name)
+    torch, eps = importlib.import_module("torch"), problem.eps
+    x, _, weight, bias, mean, var = _tensors(torch, problem)
+    function, leaves = torch.nn.functional.batch_norm, [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+    def evaluate() -> Any:
+        with torch.no_grad():
+            return function(*leaves[:1], mean, var, *leaves[1:], training=False, eps=eps)
+
+    calls = {"forward": lambda: function(leaves[0], None, None, *leaves[1:], training=True, eps=eps), "eval": evaluate}
+    return Calls({**found.operations, **calls, **layer_calls(device, problem)}, found.read)
+
+
 def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
-    """Return the calls of the function; "native": without cuDNN."""
+    """Return the calls of the function without gradients, and its backward by autograd; "native": without cuDNN."""
     torch, eps, native = importlib.import_module("torch"), problem.eps, name == "native"
     device.share_stream(torch)
     x, dy, weight, bias, mean, var = tensors = _tensors(torch, problem)
@@ -96,21 +85,15 @@ def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
             return function(x, mean, var, weight, bias, training=False, eps=eps)
 
-    with torch.backends.cudnn.flags(enabled=not native):
-        y = function(leaves[0], None, None, *leaves[1:], training=True, eps=eps)
-
     def poison() -> None:
         kept = [torch.full_like(x, float("nan")) for _ in range(3)]
         kept.clear()  # the allocator hands these blocks out next
 
-    arrays = x, *tensors[2:]
-    backend = {operation: _backend(torch, arrays, operation != "eval", eps, native) for operation in TWO_READS}
-    calls = {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
-        "eval": evaluate,
-    }
-    return Calls(calls, _reader(torch, device, problem), poison, backend)
+    with torch.backends.cudnn.flags(enabled=not native):
+        y = function(leaves[0], None, None, *leaves[1:], training=True, eps=eps)
+    calls = {"forward": forward, "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
+    backend = {one: _backend(torch, (x, *tensors[2:]), one != "eval", eps, native) for one in TWO_READS}
+    return Calls({**calls, "eval": evaluate}, _reader(torch, device, problem), poison, backend)
 
 
 def _backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, native: bool) -> str:
