@@ -37,6 +37,7 @@ from arraybn.bench.contestants import Contestant, Library, formulas
 from arraybn.bench.contestants import ours as contestants
 from arraybn.bench.contestants.registry import ARRAYBN, PEERS
 from arraybn.bench.device import HostDevice
+from arraybn.bench.output import Progress
 from arraybn.bench.process import PeerError, Worker
 from arraybn.bench.session import ENVIRONMENT, Session, memory_needed
 from arraybn.bench.timing import Cell, Result, interleave
@@ -375,6 +376,10 @@ def session(*libraries: Library, rounds: int = 3, limit: float = 60) -> Session:
     return Session(libraries, rounds, limit=limit)
 
 
+def measure(running: Session, case: Case) -> Result:
+    return running.measure(Result(case))
+
+
 @pytest.fixture(scope="module")
 def ours() -> Iterator[Session]:
     with session(ARRAYBN, PEERS[0], PEERS[1]) as running:
@@ -387,7 +392,7 @@ def ours() -> Iterator[Session]:
 def test_arraybn_its_reference_and_plain_formulas_pass_the_check(
     ours: Session, shape: tuple[int, ...], layout: str, dtype: str
 ) -> None:
-    result = ours.measure(Case(shape, layout, dtype, ALL))
+    result = measure(ours, Case(shape, layout, dtype, ALL))
     assert ours.faults == {}
     assert [cell.failed for cell in result.cells] == [""] * len(result.cells)
     assert {(cell.row, cell.operation) for cell in result.cells} == {
@@ -405,7 +410,7 @@ def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: s
         need(name)
     with session(peer, rounds=1) as running:
         for case in (Case((20, 6), operations=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
-            result = running.measure(case)
+            result = measure(running, case)
             refused = name == "tensorflow" and case.dtype == "float64"
             assert {cell.failed for cell in result.cells} == {"its fused op takes no float64" if refused else ""}
             assert {(cell.row, cell.operation) for cell in result.cells} == {(row, what) for what in ALL}
@@ -416,7 +421,7 @@ def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: s
 def test_a_result_wrong_by_a_thousandth_is_found_out_and_not_timed(fakes: Any) -> None:
     with session(fakes("right"), fakes("wrong")) as running:
         for dtype in cases.DTYPES:
-            result = running.measure(Case((40, 30), dtype=dtype, operations=ALL))
+            result = measure(running, Case((40, 30), dtype=dtype, operations=ALL))
             right, wrong = ([cell for cell in result.cells if cell.row == row] for row in ("right", "wrong"))
             assert [len(cell.seconds) for cell in right] == [3] * len(ALL)
             assert [cell.seconds for cell in wrong] == [[]] * len(ALL)
@@ -448,8 +453,8 @@ def test_who_crashes_leaves_raises_or_hangs_costs_only_its_rows(fakes: Any) -> N
     names = ("right", "crashing", "leaving", "exploding", "hanging", "talking")
     with session(*map(fakes, names)) as running:
         running.workers["hanging"].limit = 0.5
-        large = running.measure(Case((400, 30), operations=("forward",)))
-        after = running.measure(Case((20, 4), operations=("forward",)))
+        large = measure(running, Case((400, 30), operations=("forward",)))
+        after = measure(running, Case((20, 4), operations=("forward",)))
     assert running.faults == {}  # all of them are right
     failed = {cell.row: cell.failed for cell in large.cells}
     assert failed == {
@@ -466,7 +471,7 @@ def test_who_crashes_leaves_raises_or_hangs_costs_only_its_rows(fakes: Any) -> N
 
 def test_a_library_that_cannot_be_imported_costs_only_its_rows(fakes: Any) -> None:
     with session(fakes("needy", "Needy", ("no_such_package",)), fakes("right")) as running:
-        result = running.measure(Case((20, 4), operations=("forward",)))
+        result = measure(running, Case((20, 4), operations=("forward",)))
     assert [(cell.row, len(cell.seconds)) for cell in result.cells] == [("Needy", 0), ("right", 3)]
     assert "ModuleNotFoundError: No module named 'no_such_package'" in result.cells[0].failed
 
@@ -496,9 +501,11 @@ def ticks(stat: Path) -> int:
 def test_a_case_that_memory_has_no_room_for_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch, fakes: Any) -> None:
     monkeypatch.setattr(session_module, "available_memory", lambda: 10**6)
     rounds: list[int] = []
-    with Session([fakes("right")], 2, done=lambda: rounds.append(1)) as running:
-        result = running.measure(Case((1000, 1000)))
-        small = running.measure(Case((20, 4), operations=("forward",)))
+    progress = Progress()
+    monkeypatch.setattr(progress, "step", lambda: rounds.append(1))
+    with Session([fakes("right")], 2, progress=progress) as running:
+        result = measure(running, Case((1000, 1000)))
+        small = measure(running, Case((20, 4), operations=("forward",)))
     assert result.skipped == "skipped: needs about 0.0 GB of memory, 0.0 GB are available"
     assert (result.cells, len(rounds)) == ([], 4)
     assert result.skipped in report.block(result, report.CpuColumns(2))

@@ -31,6 +31,8 @@ DOUBLE = ((32, 512, 28, 28), (32, 2048, 7, 7))  # of which the full run takes fl
 CHECKED = {2: (30, 6), 3: (8, 6, 7), 4: (8, 6, 7, 5), 5: (4, 6, 3, 7, 5)}  # by number of axes; no two axes alike
 GPU_QUICK_SHAPES, GPU_QUICK_DTYPES, HOST_SHAPES = (RESNET[0], RESNET[3]), ("float32", "float16"), (*TINY, RESNET[3])
 
+Shapes = Sequence[tuple[int, ...]] | None
+Names = Sequence[str] | None
 EPS = 2.0**-10  # a number in every dtype, and above the least that TensorFlow takes
 
 
@@ -65,7 +67,6 @@ class Case:
 
     @property
     def channel_axis(self) -> int:
-        """The channel axis of a user's array."""
         return -1 if self.layout == "last" else 1
 
     @property
@@ -105,12 +106,7 @@ class Case:
 
 
 def choose(
-    *,
-    shapes: Sequence[tuple[int, ...]] | None = None,
-    layouts: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    operations: Sequence[str] | None = None,
-    quick: bool = False,
+    *, shapes: Shapes = None, layouts: Names = None, dtypes: Names = None, operations: Names = None, quick: bool = False
 ) -> list[Case]:
     """Return the cases that the options ask for on the CPU; each None leaves the choice to us."""
     if shapes is not None:
@@ -123,7 +119,7 @@ def choose(
 
 
 def _product(
-    shapes: Iterable[tuple[int, ...]], layouts: Iterable[str], dtypes: Sequence[str], operations: Sequence[str] | None
+    shapes: Iterable[tuple[int, ...]], layouts: Iterable[str], dtypes: Sequence[str], operations: Names
 ) -> list[Case]:
     """Return every shape in every layout and dtype, once; two axes have one layout."""
     found = []
@@ -135,12 +131,7 @@ def _product(
 
 
 def choose_gpu(
-    *,
-    shapes: Sequence[tuple[int, ...]] | None = None,
-    layouts: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    operations: Sequence[str] | None = None,
-    quick: bool = False,
+    *, shapes: Shapes = None, layouts: Names = None, dtypes: Names = None, operations: Names = None, quick: bool = False
 ) -> list[Case]:
     """Return the cases of the table of a GPU, the most telling first, because time may run out."""
     wanted = tuple(one for one in LARGE_OPERATIONS if operations is None or one in operations)
@@ -157,7 +148,7 @@ def choose_gpu(
     return list(dict.fromkeys(found))
 
 
-def choose_host(operations: Sequence[str] | None, shapes: Sequence[tuple[int, ...]] | None) -> list[Case]:
+def choose_host(operations: Names, shapes: Shapes) -> list[Case]:
     """Return the cases whose calls of layers are timed on the host of a GPU."""
     wanted = tuple(one for one in SMALL_OPERATIONS if operations is None or one in operations)
     if not wanted:

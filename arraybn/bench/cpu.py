@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from . import growth, ladder, machine, report
 from .cases import DTYPES, HALVES, PASSES, RESNET, Case, choose
 from .contestants import Library
 from .contestants.registry import ARRAYBN, COPYTO, PEERS, has_numba
-from .output import RefusedError, Run
+from .output import RefusedError, Run, check_peers
 from .session import BUDGET, Session, memory_needed
 from .timing import Cell, Result
 
@@ -65,14 +64,8 @@ def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
     if names is None:
         dull = quick or not has_numba()  # without Numba, arraybn is its reference
         return [peer for peer in PEERS if not peer.missing and not (dull and peer.name == "reference")]
-    if "none" in names and set(names) != {"none"}:
-        raise RefusedError(f"--peers: expected none alone, or names without it; got {' '.join(names)}")
-    chosen = [peer for peer in PEERS if peer.name in names]
-    for peer in chosen:
-        if peer.missing:
-            how = f"{sys.executable} -m pip install {peer.pip}"
-            raise RefusedError(f"--peers: expected libraries that are installed; {peer.name} is not:  {how}")
-    return chosen
+    check_peers(names, {peer.name: peer.pip for peer in PEERS if peer.missing})
+    return [peer for peer in PEERS if peer.name in names]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,10 +98,10 @@ class Bench(Run):
             self._measure_limit()
             self.say(self._head())
             for section in self.sections:
-                options: Any = {"budget": self.budget, "status": self.status, "done": self.step}
-                with Session(section.libraries, self.rounds, results=section.results, **options) as session:
+                with Session(section.libraries, self.rounds, budget=self.budget, progress=self) as session:
                     for case in section.cases:
-                        session.measure(case)
+                        section.results.append(Result(case))
+                        session.measure(section.results[-1])
                         self._show_blocks(section)
 
     def _measure_limit(self) -> None:
@@ -116,8 +109,8 @@ class Bench(Run):
         free, case = machine.available_memory(), self.limit.case
         while free is not None and memory_needed(case, [ARRAYBN]) > free and case.shape[0] > 1:
             case = Case((case.shape[0] // 2, *case.shape[1:]), operations=())
-        with Session([ARRAYBN], LIMIT_ROUNDS, status=self.status) as session:
-            self.limit = session.measure(case)
+        with Session([ARRAYBN], LIMIT_ROUNDS) as session:
+            self.limit = session.measure(Result(case))
 
     def _show_blocks(self, section: Section) -> None:
         if section.name == "table":

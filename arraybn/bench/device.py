@@ -45,7 +45,6 @@ class HostDevice:
     kernels: ClassVar[Mapping[str, Any]] = {}  # by contestant, the kernels= of batch_norm
 
     def array(self, host: np.ndarray[Any, Any]) -> Array:
-        """Return a NumPy array here."""
         return host
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -58,7 +57,6 @@ class HostDevice:
         """Wait for everything that is queued, other libraries' streams included."""
 
     def clock(self) -> float:
-        """Seconds on the host."""
         return time.perf_counter()
 
 
@@ -127,7 +125,6 @@ class CudaDevice(HostDevice):
         self._runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
 
     def nothing(self) -> None:
-        """Queue an empty kernel."""
         self._nothing((1,), (1,), ())
 
     def timed(self, call: Callable[[], object], calls: int, hold: float, flush: bool = True) -> tuple[float, bool]:

@@ -122,10 +122,9 @@ def _draw_panels(
         figure.subplots_adjust(hspace=between / (sum(heights) / len(heights)), wspace=0.46, **ends)
         for axes, key in zip(grid.ravel(), [(row, column) for row in rows for column in columns], strict=True):
             if lines := panels.get(key):
-                marks = [
-                    _draw_marks(axes, y, line, scale(*line)) for y, line in zip(_heights(lines), lines, strict=True)
-                ]
-                axes.set_yticks(_heights(lines), [_label(result, rows) for _, result in lines], color=INK)
+                places = _heights(lines)
+                marks = [_draw_marks(axes, y, line, scale(*line)) for y, line in zip(places, lines, strict=True)]
+                axes.set_yticks(places, [_label(result, rows) for _, result in lines], color=INK)
                 axes.set_ylim(places[-1] + 0.6, -0.6)
                 finish(axes, lines, max(marks))
             else:
@@ -243,7 +242,6 @@ def _color(row: str) -> str:
 
 
 def _label_ends(axes: Axes, rows: Sequence[str]) -> None:
-    """Write each line's name beside its end."""
     lines = {line.get_gid(): line for line in axes.get_lines() if line.get_gid() in rows}
     axes.figure.canvas.draw_idle()
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -258,7 +256,6 @@ def _label_ends(axes: Axes, rows: Sequence[str]) -> None:
 
 
 def draw_ladder(results: Sequence[Result], processor: str, path: Path) -> None:
-    """Draw what was measured, and what the bytes alone would take."""
     operations, steps = ladder.CASE.operations, ladder.STEPS
 
     def fill(figure: Any) -> None:

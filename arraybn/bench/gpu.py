@@ -23,7 +23,7 @@ from .contestants import OURS
 from .contestants.registry import GPU_CONTESTANTS, GPU_PEERS
 from .gpu_ranks import SHAPES
 from .gpu_session import QUICK_TOTAL, SHARES, TOTAL, Budget, GpuSession, gpu_worker
-from .output import RefusedError, Run
+from .output import RefusedError, Run, check_peers
 from .process import WorkerProtocol
 from .timing import Result
 
@@ -67,17 +67,11 @@ def peers(names: Sequence[str] | None, quick: bool) -> tuple[list[str], list[str
     missing = [name for name, package in GPU_PEERS.items() if importlib.util.find_spec(package) is None]
     if names is None:
         return [name for name in GPU_PEERS if name not in missing and not (quick and name != "torch")], missing
-    if "none" in names:
-        if set(names) != {"none"}:
-            raise RefusedError(f"--peers: expected none alone, or names without it; got {' '.join(names)}")
-        return [], []
     for name in names:
         if name in NOT_HERE:
             raise RefusedError(f"--peers: expected some of {', '.join(GPU_PEERS)}, or none, on a GPU; got {name}")
-        if name in missing:
-            how = f"{sys.executable} -m pip install {GPU_PEERS[name]}"
-            raise RefusedError(f"--peers: expected libraries that are installed; {name} is not:  {how}")
-    return list(names), []
+    check_peers(names, {name: GPU_PEERS[name] for name in missing})
+    return [name for name in names if name != "none"], []
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -108,7 +102,6 @@ class GpuBench(Run):
 
     @property
     def speed(self) -> float | None:
-        """Bytes a second of a copy."""
         return report.rate(self.ceilings)
 
     @property
@@ -129,8 +122,8 @@ class GpuBench(Run):
                 self.say(report.ranks_table(self.ranks))
 
     def _measure(self) -> None:
-        options: Any = {"make": self.make, "status": self.status, "seed": self.seed}
-        self.session = GpuSession(self.plan.contestants, self.rounds, self.budget, **options)
+        settings = self.plan.contestants, self.rounds, self.budget, self.make, self, self.seed
+        self.session = GpuSession(*settings)
         with self.session as session:
             self.ceilings = session.ceilings()
             self.say(report.gpu_head(session.device, self.versions(), self.ceilings, self.arguments.command_line))

@@ -14,7 +14,7 @@ from typing import Any
 from .contestants import OURS
 from .contestants.registry import GPU_CONTESTANTS, GPU_LAYERS
 from .device import CudaDevice
-from .output import RefusedError
+from .output import Progress, RefusedError
 from .process import PeerError, Worker, WorkerProtocol
 from .timing import Cell, Result, interleave
 from .worker import Answer, GpuWork
@@ -46,7 +46,6 @@ class Budget:
         return self.clock() - self.start
 
     def left(self, section: str) -> float:
-        """Return the seconds that the section still has."""
         names = list(SHARES)
         return sum(SHARES[name] for name in names[: names.index(section) + 1]) * self.total - self.used
 
@@ -64,7 +63,6 @@ class OutOfTimeError(Exception):
 
 
 def gpu_worker(make_device: Callable[[], Any] = CudaDevice) -> Worker:
-    """Start the process."""
     return Worker(GpuWork, (make_device,), ENVIRONMENT, START_LIMIT)
 
 
@@ -76,12 +74,12 @@ class GpuSession:
         contestants: Sequence[str],
         rounds: int,
         budget: Budget,
-        make: Callable[[], WorkerProtocol] = gpu_worker,
-        status: Callable[[str], object] = lambda text: None,
-        seed: int = 0,
+        make: Callable[[], WorkerProtocol],
+        progress: Progress,
+        seed: int,
     ) -> None:
         self.contestants, self.rounds, self.budget, self.make = contestants, rounds, budget, make
-        self.status, self.seed = status, seed
+        self.progress, self.seed = progress, seed
         self.worker: WorkerProtocol | None = None
         self.barred: dict[str, str] = {}  # contestant → why it is no longer asked
         self.absent: dict[str, str] = {}  # row → why it never took part
@@ -93,7 +91,7 @@ class GpuSession:
 
     def __enter__(self) -> GpuSession:
         """Start the process; a `RefusedError` says that there is no GPU."""
-        self.status("starting")
+        self.progress.status("starting")
         try:
             self._start()
         except BaseException as error:
@@ -117,7 +115,7 @@ class GpuSession:
         self.device = answer["device"]
         for name in self.contestants:
             if name not in self.barred:
-                self.status(f"importing {ROWS[name]}")
+                self.progress.status(f"importing {ROWS[name]}")
                 found = self.worker.ask("join", contestant=name)
                 self.versions[found["title"]] = found["version"]
                 if found["absent"]:
@@ -152,7 +150,7 @@ class GpuSession:
         if len(self.crashes) > RESTARTS:
             self.gave_up = f"the process on the GPU was lost {len(self.crashes)} times, at last by: {error}"
             return
-        self.status("starting again")
+        self.progress.status("starting again")
         try:
             self._start()
         except (PeerError, RefusedError) as problem:
@@ -165,15 +163,13 @@ class GpuSession:
 
     def ceilings(self) -> Answer:
         """Return what the device can do at best; "failed" says why it cannot be said."""
-        self.status("ceilings")
+        self.progress.status("ceilings")
         try:
             return self.ask("ceilings", "ceilings")
         except (PeerError, BrokenError) as error:
             if isinstance(error, BrokenError):
                 self._restart(error)
             return {"failed": str(error)}
-
-    # ---- The table ----
 
     def measure(self, result: Result) -> None:
         """Check everyone on the case, then time it in turns; `result` has it from the first turn on."""
@@ -207,7 +203,7 @@ class GpuSession:
 
     def _round(self, result: Result) -> None:
         """Open the case, prepare everyone, and take turns."""
-        self.status(f"{result.case}: random data")
+        self.progress.status(f"{result.case}: random data")
         try:
             result.skipped = self.ask("", "open", case=result.case, seed=self.seed)["skipped"]
         except PeerError as error:
@@ -217,7 +213,7 @@ class GpuSession:
         for name in self.contestants:
             self._within("table")
             self._prepare(name, result)
-        self.status(str(result.case))
+        self.progress.status(str(result.case))
         cells = [cell for cell in result.cells if not cell.left]
         interleave(cells, self._take, rounds=self.rounds, done=lambda: self._within("table"))
 
@@ -232,7 +228,7 @@ class GpuSession:
         if any(cell.failed for cell in cells) and not any(cell.seconds for cell in cells):
             return
         try:
-            self.status(f"{result.case}: checking {ROWS[name]}")
+            self.progress.status(f"{result.case}: checking {ROWS[name]}")
             answer = self.ask(name, "check", contestant=name)
             for cell in cells:
                 self._prepare_cell(cell, answer)
@@ -271,8 +267,6 @@ class GpuSession:
             cell.late += 1
             cell.hold *= 1.5
         return float(answer["seconds"])
-
-    # ---- Host time ----
 
     def measure_host(self, result: Result) -> None:
         """Take the time of a layer's call for the host."""

@@ -22,7 +22,6 @@ def cases(last: int) -> list[Case]:
 
 
 def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
-    """Return the shapes along one axis."""
     steps = math.floor(2 * math.log10(last / FIRST) + 1e-9)
     sizes = [round(10 * 10 ** (step / 2)) for step in range(steps + 1)]
     return [tuple(size if name == axis else 10 for name in AXES) for size in sizes]

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ def check_files(plot: str | None, file: str | None) -> None:
             raise RefusedError(f"{option} {name}: expected a file in a folder that is there")
 
 
+def check_peers(names: Sequence[str], missing: Mapping[str, str]) -> None:
+    """Refuse "none" beside names, and libraries that are not installed; `missing` has what pip installs."""
+    if "none" in names and set(names) != {"none"}:
+        raise RefusedError(f"--peers: expected none alone, or names without it; got {' '.join(names)}")
+    for name in names:
+        if name in missing:
+            how = f"{sys.executable} -m pip install {missing[name]}"
+            raise RefusedError(f"--peers: expected libraries that are installed; {name} is not:  {how}")
+
+
 def write_json(file: str | None, content: Any) -> None:
     """Write the figures to the file, to stdout where it is "-", or nowhere where it is None."""
     if file is not None:
@@ -46,12 +56,25 @@ def progress_bar(total: int, unit: str) -> AbstractContextManager[Any]:
     return bar
 
 
-class Run:
+class Progress:
+    """What is going on, in a progress bar if there is one."""
+
+    _bar: Any = None
+
+    def status(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(text)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+
+class Run(Progress):
     """A run of a bench: `measure` does the work, `report` prints the rest of it; Ctrl-C ends the first alone."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.interrupted = arguments, False
-        self._bar: Any = None
 
     def measure(self) -> None:
         raise NotImplementedError
@@ -66,7 +89,6 @@ class Run:
         raise NotImplementedError
 
     def wrong(self) -> bool:
-        """Return whether any result of arraybn is wrong."""
         return False
 
     @property
@@ -80,17 +102,8 @@ class Run:
             (print if self._bar is None else self._bar.write)(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def status(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description(text)
-
-    def step(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
     @contextmanager
     def progress(self, total: int, unit: str) -> Iterator[None]:
-        """Show a progress bar meanwhile."""
         with progress_bar(total, unit) as bar:
             self._bar = bar
             try:

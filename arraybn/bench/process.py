@@ -80,7 +80,6 @@ class Worker:
         return self.answer()
 
     def answer(self) -> Any:
-        """Return the answer to the last question."""
         try:
             if not self._connection.poll(self.limit):
                 self._process.kill()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from .cases import Case
 from .contestants import Library
 from .contestants.registry import WORKING
 from .machine import available_memory
+from .output import Progress
 from .process import TIME_LIMIT, PeerError, Worker
 from .timing import Cell, Result, interleave
 from .worker import Work
@@ -26,20 +27,16 @@ class Session:
         *,
         budget: float | None = BUDGET,
         limit: float = TIME_LIMIT,
-        status: Callable[[str], object] = lambda text: None,  # of what is going on
-        done: Callable[[], object] = lambda: None,  # when a round is over
-        results: list[Result] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.libraries, self.rounds, self.budget, self.limit = libraries, rounds, budget, limit
-        self.status, self.done = status, done
-        self.results = [] if results is None else results
+        self.progress = progress or Progress()
         self.faults: dict[tuple[str, str], str] = {}  # row and small case → what is wrong
         self.workers: dict[str, Worker] = {}
         self._checked: set[Case] = set()
 
     def __enter__(self) -> Session:
-        """Start all of them at once."""
-        self.status("starting")
+        self.progress.status("starting")
         try:
             for library in self.libraries:
                 work = library.contestants, library.needs
@@ -58,20 +55,19 @@ class Session:
         for worker in self.workers.values():
             worker.stop()
 
-    def measure(self, case: Case) -> Result:
-        """Check everyone on a small case, then time the case; `results` has it from the first turn on."""
-        result = Result(case)
-        self.results.append(result)
+    def measure(self, result: Result) -> Result:
+        """Check everyone on a small case, then time the case; `result` has the samples from the first turn on."""
+        case = result.case
         needed, free = memory_needed(case, self.libraries), available_memory()
         if free is not None and needed > free:
             result.skipped = f"skipped: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available"
             for _ in range(self.rounds):
-                self.done()
+                self.progress.step()
             return result
         self.check(case.checked)
         result.cells += [cell for library in self.libraries for cell in self._prepared(library, case)]
-        self.status(str(case))
-        interleave(result.cells, self._take, rounds=self.rounds, budget=self.budget, done=self.done)
+        self.progress.status(str(case))
+        interleave(result.cells, self._take, rounds=self.rounds, budget=self.budget, done=self.progress.step)
         return result
 
     def _take(self, cell: Cell) -> float:
@@ -84,7 +80,7 @@ class Session:
             return
         self._checked.add(case)
         for library in self.libraries:
-            self.status(f"checking {library.title}")
+            self.progress.status(f"checking {library.title}")
             worker = self.workers[library.name]
             for one in library.contestants:
                 try:
@@ -97,7 +93,7 @@ class Session:
 
     def _prepared(self, library: Library, case: Case) -> Iterator[Cell]:
         """Return the cells of a library; those that cannot be timed say why."""
-        self.status(f"{case}: preparing {library.title}")
+        self.progress.status(f"{case}: preparing {library.title}")
         worker, problem = self.workers[library.name], ""
         try:
             worker.ask("open", case=case)

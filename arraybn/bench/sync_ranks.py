@@ -71,9 +71,6 @@ class Counted:
         return self.inner.Iallreduce(in_place, numbers)
 
 
-# ---- The two schemes: what is between the sweeps of a forward, and of a backward -------------------------------------
-
-
 class Ours:
     """The exchange of arraybn, with its agreement."""
 
@@ -140,9 +137,6 @@ def _counted(owner: Any, name: str, work: Callable[[], object]) -> Traffic:
 def _wait(request: Any) -> None:
     while not request.Test():
         os.sched_yield()
-
-
-# ---- The measurement -------------------------------------------------------------------------------------------------
 
 
 class TimedCall(NamedTuple):
@@ -231,7 +225,6 @@ def seconds_of(comm: Comm, call: Callable[[], object], calls: int, device: Any =
 
 
 def main(file: str, turns: str) -> None:
-    """Measure on the ranks of this job."""
     from mpi4py import MPI
 
     jobs.write(MPI.COMM_WORLD, file, measure(MPI.COMM_WORLD, int(turns)))

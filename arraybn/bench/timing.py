@@ -43,13 +43,11 @@ class Cell:
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
-        """The first quartile, the median and the third."""
         first, median, third = np.quantile(self.seconds, (0.25, 0.5, 0.75)).tolist()
         return first, median, third
 
     @property
     def median(self) -> float | None:
-        """None if there are no samples."""
         return self.quartiles[1] if self.seconds else None
 
 

@@ -43,7 +43,6 @@ class Work:
         return {}
 
     def open(self, case: Case, seed: int = 0, count: int = 1) -> Answer:
-        """Make the arrays of a case."""
         self.close()
         self.problems = make_problems(self.device, case, count, seed)
         return {}
@@ -257,7 +256,6 @@ class GpuWork(Work):
         return {}
 
     def layer(self, row: str, case: Case) -> Answer:
-        """Make a layer and warm it up."""
         self.problems = self.problems or make_problems(self.device, case)
         self.layers[row] = GPU_LAYERS[row](self.device, self.problems[0])
         for operation in case.operations:

@@ -110,9 +110,6 @@ def why_absent(device: HostDevice) -> str:
     return "" if is_there else "this JAX finds no GPU"
 
 
-# ---- Accuracy --------------------------------------------------------------------------------------------------------
-
-
 def measured_flax(use_fast_variance: bool) -> Callable[[Batch], Results]:
     """Return the layer of Flax."""
     linen = importlib.import_module("flax.linen")

@@ -80,9 +80,6 @@ def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:
     return {"layer": lambda: layer(x), "step": step}
 
 
-# ---- The copy --------------------------------------------------------------------------------------------------------
-
-
 def copy_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the copy by all threads."""
     return Calls({"copy": copying(problem.x, problem.out, get_num_threads())}, lambda result: result)
@@ -105,9 +102,6 @@ def copying(source: Array, target: Array, threads: int) -> Call:
 def parts(array: Array, count: int) -> list[Array]:
     """Cut the array, as a line, into contiguous pieces, none empty."""
     return [piece for piece in np.array_split(array.reshape(-1), count) if piece.size]
-
-
-# ---- Accuracy --------------------------------------------------------------------------------------------------------
 
 
 def measured(kernels: str, module: str, extra: Any) -> Callable[[Batch], Results]:
