@@ -1,1 +1,1 @@
-"""How accurate batch norms are: the table and the picture of ``python -m arraybn check``."""
+"""The accuracy of batch norms: the table and the picture of ``python -m arraybn check``."""

@@ -66,7 +66,7 @@ def _float32(batch: Batch) -> Batch:
 
 @dataclass
 class Row:
-    """A contestant and what came of it: the largest error of each quantity in each group, in ulp."""
+    """The largest error of a contestant in each quantity and group, in ulp."""
 
     contestant: Measured
     unusable: str = ""
@@ -76,19 +76,19 @@ class Row:
     broken: list[str] = field(default_factory=list)  # promises
 
     def worst(self, quantity: str) -> float | None:
-        """Over all groups; None if it does not give the quantity."""
+        """Return the largest error of all groups; None if the contestant does not give the quantity."""
         return max(self.errors[quantity].values()) if quantity in self.errors else None
 
     @property
     def kept(self) -> bool | None:
-        """Whether it keeps its promise; None if it gave none, or cannot be started here."""
+        """True if the promise is kept; None if there is none, or the contestant cannot be started here."""
         if self.contestant.promise is None or self.unusable:
             return None
         return not (self.failed or self.broken)
 
 
 def make_row(contestant: Measured, answer: Answer, asked: Sequence[Scenario], truths: Sequence[Exact]) -> Row:
-    """The errors of its results."""
+    """Return the errors of a contestant's results."""
     row = Row(contestant, answer.unusable, answer.failed)
     for scenario, truth, results in zip(asked, truths, answer.results, strict=False):
         errors = _errors(results, truth, _units(scenario.batch, truth))
@@ -109,7 +109,7 @@ def _errors(results: Results, truth: Exact, units: Mapping[str, Any]) -> dict[st
 
 
 def _units(batch: Batch, truth: Exact) -> dict[str, Any]:
-    """The sizes at which an ulp is taken, as the promises have them."""
+    """Return the sizes at which the promises take an ulp."""
     mean = np.maximum(abs(truth.mean), np.ldexp(np.sqrt(truth.var), -20))
     var = np.where(truth.var > 0, truth.var, batch.eps)
     return {"mean": mean, "var": var, "y": truth.y_scale, "dx": truth.dx_scale}
@@ -118,7 +118,7 @@ def _units(batch: Batch, truth: Exact) -> dict[str, Any]:
 def _broken(
     contestant: Measured, scenario: Scenario, truth: Exact, results: Results, errors: Mapping[str, float]
 ) -> list[str]:
-    """What it promised and did not keep."""
+    """Return the promises that were not kept."""
     if contestant.promise is None:
         return []
     batch, limits = scenario.batch, PROMISED
@@ -137,9 +137,9 @@ def _broken(
 
 
 def bounds(n: int) -> dict[str, float]:
-    """What float32 alone can promise for n values, in ulp: L + 3, L + 6, 2·L + 10, 4·L + 32 with L = log₂ n + 2.
+    """Return the bounds in ulp that float32 alone can promise for n values.
 
-    To first order in u = 2⁻²⁴ (an ulp is at least u of the value), and for L·u·|mean|/std ≤ 1: each value of a sum goes
+    They are L + 3, L + 6, 2·L + 10 and 4·L + 32 with L = log₂ n + 2. To first order in u = 2⁻²⁴ (an ulp is at least u of the value), and for L·u·|mean|/std ≤ 1: each value of a sum goes
     through at most L additions, so
 
     - mean, as the sum of two float32: (L + 2)·u·std from the sum of x − mean, 1 from putting both together;
@@ -155,7 +155,7 @@ def bounds(n: int) -> dict[str, float]:
 
 
 def _units_of_bounds(batch: Batch, truth: Exact) -> dict[str, Any]:
-    """The sizes at which an ulp of `bounds` is taken."""
+    """Return the sizes at which `bounds` take an ulp."""
     weight, bias = abs(batch.weight.astype(LONG))[:, None], abs(batch.bias.astype(LONG))[:, None]
     rstd, at_least_1 = 1 / np.sqrt(truth.var + batch.eps)[:, None], np.maximum(1, abs(truth.xhat))
     rms = np.sqrt(np.mean(batch.dy.astype(LONG) ** 2, axis=(0, 2)))[:, None]
@@ -180,7 +180,7 @@ class Answer:
 
 
 class Work:
-    """What the process of a library does between two questions."""
+    """The work of the process of a library between two questions."""
 
     def __init__(self, contestants: Sequence[Measured]) -> None:
         self.contestants = {one.name: one for one in contestants}

@@ -77,7 +77,7 @@ def _figure(error: float | None) -> str:
 
 
 def version(contestant: Measured) -> str:
-    """Of arraybn itself, or of the library."""
+    """Return the version of arraybn itself, or of the library."""
     if contestant.family == "arraybn":
         return __version__
     name = metadata.packages_distributions().get(contestant.library, [contestant.library])[0]
@@ -87,7 +87,7 @@ def version(contestant: Measured) -> str:
 def notes(
     rows: Sequence[Row], bounds: Callable[[int], dict[str, float]], n: int, missing: Mapping[str, Sequence[str]]
 ) -> str:
-    """What the figures mean, which promises are broken, and what is not installed."""
+    """Return what the figures mean, which promises are broken, and what is not installed."""
     lines = [
         "",
         "Ulp of mean: at max(|mean|, 2⁻²⁰·std); of var: at var, at eps where it is 0; of y and dx: at the largest term",

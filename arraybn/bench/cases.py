@@ -81,7 +81,7 @@ class Case:
 
     @property
     def is_small(self) -> bool:
-        """Whether only calls of layers are timed, which are shown in microseconds."""
+        """True if only calls of layers are timed, which are shown in microseconds."""
         return set(self.operations) <= set(SMALL_OPERATIONS)
 
     @property

@@ -1,4 +1,4 @@
-"""How ``bench --device cuda`` asks the process that works on the GPU, and goes on when that process is lost.
+"""The dialogue of ``bench --device cuda`` with the process that works on the GPU, which may be lost on the way.
 
 A wrong address or a kernel that never ends costs the process, but no figure that was taken before: it is started again
 without the contestant that was at work.

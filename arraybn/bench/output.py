@@ -1,4 +1,4 @@
-"""What all measuring commands share: refusals, files, the progress bar, and an end that Ctrl-C does not spoil."""
+"""Parts of all measuring commands: refusals, files, the progress bar, and an end that Ctrl-C does not spoil."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class RefusedError(Exception):
-    """What was asked cannot be done; the text says why."""
+    """The command cannot be carried out; the text says why."""
 
 
 def check_files(plot: str | None, file: str | None) -> None:
@@ -57,7 +57,7 @@ def progress_bar(total: int, unit: str) -> AbstractContextManager[Any]:
 
 
 class Progress:
-    """What is going on, in a progress bar if there is one."""
+    """The current activity, shown in a progress bar if there is one."""
 
     _bar: Any = None
 

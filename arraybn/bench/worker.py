@@ -1,6 +1,6 @@
-"""What the process of a bench does between two questions: on the CPU, for one library; on a GPU, for all of them.
+"""The work of a bench process between two questions: for one library on the CPU, for all of them on a GPU.
 
-It is a process of its own on a GPU too: a fault there leaves the GPU unusable for the process, and a kernel that hangs
+The GPU has a process of its own too: a fault there leaves the GPU unusable for the process, and a kernel that hangs
 cannot be ended.
 """
 

@@ -2,7 +2,7 @@
 
 A file offers `host_calls` and `device_calls(device, problem, name)`, which prepare the calls that are timed on the CPU
 and on a GPU; `layer_calls`, those of layers; and `measured…`, which `check` measures the accuracy of. Functions import
-the library. `registry` says who takes part in what.
+the library. `registry` lists the contestants of each command.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Contestant:
 
     @property
     def ours(self) -> bool:
-        """Whether the promises of arraybn hold for it."""
+        """True if the promises of arraybn hold for this row."""
         return self.library in OURS
 
 

@@ -1,4 +1,4 @@
-"""Who takes part: in the bench on the CPU, in that on a GPU, and in `check`."""
+"""The contestants of the bench on the CPU, of the bench on a GPU, and of `check`."""
 
 from __future__ import annotations
 
