@@ -139,8 +139,8 @@ def _broken(
 def bounds(n: int) -> dict[str, float]:
     """Return the bounds in ulp that float32 alone can promise for n values.
 
-    They are L + 3, L + 6, 2·L + 10 and 4·L + 32 with L = log₂ n + 2. To first order in u = 2⁻²⁴ (an ulp is at least u of the value), and for L·u·|mean|/std ≤ 1: each value of a sum goes
-    through at most L additions, so
+    They are L + 3, L + 6, 2·L + 10 and 4·L + 32 with L = log₂ n + 2. To first order in u = 2⁻²⁴ (an ulp is at least u
+    of the value), and for L·u·|mean|/std ≤ 1: each value of a sum goes through at most L additions, so
 
     - mean, as the sum of two float32: (L + 2)·u·std from the sum of x − mean, 1 from putting both together;
     - var: L·u from the sum, 5·u from the two subtractions, the square and the division, 1 from the shift of the mean;
