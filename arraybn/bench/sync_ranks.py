@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,39 +140,40 @@ def _wait(request: Any) -> None:
         os.sched_yield()
 
 
-class TimedCall(NamedTuple):
-    """A call that is timed."""
+@dataclass
+class TimedCall:
+    """A call and its samples, in seconds."""
 
     scheme: str
     operation: str
     call: Callable[[], object]
-    traffic: Traffic | None
+    traffic: Traffic | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def as_json(self, channels: int) -> dict[str, Any]:
+        traffic = None if self.traffic is None else self.traffic._asdict()
+        names = {"channels": channels, "scheme": self.scheme, "what": self.operation}
+        return {**names, "seconds": self.seconds, "traffic": traffic}
 
 
-def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> dict[str, Any]:
+def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> jobs.Found:
     """On all ranks: the samples of every call for every number of channels; the result is that of rank 0."""
     from mpi4py import MPI
 
     set_num_threads(1)  # the ranks share the cores
     rows: list[dict[str, Any]] = []
     for c in channels:
-        works = _works(comm, c)
-        calls = [calibrate_calls(comm, work.call) for work in works]
-        samples: list[list[float]] = [[] for _ in works]
+        calls = [(one, calibrate_calls(comm, one.call)) for one in _timed_calls(comm, c)]
         for _ in range(turns):
-            for work, count, found in zip(works, calls, samples, strict=True):
-                found.append(seconds_of(comm, work.call, count))
-        for work, found in zip(works, samples, strict=True):
-            traffic = None if work.traffic is None else work.traffic._asdict()
-            rows.append(
-                {"channels": c, "scheme": work.scheme, "what": work.operation, "seconds": found, "traffic": traffic}
-            )
+            for one, count in calls:
+                one.seconds.append(seconds_of(comm, one.call, count))
+        rows += [one.as_json(c) for one, _ in calls]
     named = re.match(r"(\D*?)[\s:]*(?:Version[\s:]*)?v?(\d[\w.]*)", MPI.Get_library_version())
     library = " ".join(named.groups()) if named else "unknown MPI"
     return {"ranks": comm.size, "mpi": library, "rows": rows}
 
 
-def _works(comm: Comm, c: int) -> list[TimedCall]:
+def _timed_calls(comm: Comm, c: int) -> list[TimedCall]:
     """Return everything that is timed for c channels. With one rank that is the layer, which then is a plain one."""
     rng = np.random.default_rng(comm.rank)
     x, dy = (rng.standard_normal((ROWS, c)).astype(np.float32) for _ in range(2))
@@ -181,7 +183,7 @@ def _works(comm: Comm, c: int) -> list[TimedCall]:
         layer(x)
         layer.backward(dy)
 
-    works = [TimedCall(OURS, LAYER, lambda: layer(x), None), TimedCall(OURS, STEP, step, None)]
+    works = [TimedCall(OURS, LAYER, lambda: layer(x)), TimedCall(OURS, STEP, step)]
     if comm.size == 1:
         return works
     a, b = x.sum(axis=0, dtype=np.float64), dy.sum(axis=0, dtype=np.float64)

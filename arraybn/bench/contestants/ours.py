@@ -20,13 +20,11 @@ from ..device import Array, HostDevice
 from ..truth import Problem
 from . import Call, Calls, Results
 
-IN_NEW_ARRAYS = ("new", "generic")  # contestants without out=
-
 
 def function_calls(device: HostDevice, problem: Problem, name: str, kernels: Any = None) -> Calls:
-    """Return the calls of the functions with the kernels of that name, into arrays that are there or new ones."""
+    """Return the calls of the functions with the kernels of that name; "new" makes new arrays, others use `out`."""
     case, x, dy, target, weight, bias, mean, var, eps = problem
-    out = None if name in IN_NEW_ARRAYS else target
+    out = None if name == "new" else target
     kernels = kernels or device.kernels.get(name)
     options: Any = {"eps": eps, "channel_axis": case.channel_axis, "kernels": kernels}
     _, saved = batch_norm(x, weight, bias, out=out, **options)
@@ -55,7 +53,7 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 
 def reference_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the calls of the generic sweeps, which are the maths as it is read."""
-    found = function_calls(device, problem, name, "reference")
+    found = function_calls(device, problem, "new", "reference")
     case, x, dy, _, weight, bias, *_, eps = problem
     options: Any = {"eps": eps, "channel_axis": case.channel_axis, "kernels": "reference"}
 

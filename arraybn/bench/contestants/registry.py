@@ -30,7 +30,7 @@ ARRAYBN = Library(
 
 
 def _peer(name: str, title: str, package: str, held: int, build: Any) -> Library:
-    return Library(name, title, (package,), package, held, (Contestant("generic", title, name, build),))
+    return Library(name, title, (package,), package, held, (Contestant(name, title, name, build),))
 
 
 PEERS = (
