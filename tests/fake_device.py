@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arraybn import reference
-from arraybn.commands._bench_cuda_device import NoDeviceError
+from arraybn.bench.device import NoDeviceError
 
 SPEED, L2, LAUNCH, TICK = 2e7, 2**10, 2e-6, 0.01  # bytes a second; bytes; seconds
 OF_FLOOR = {"fused": 0.9, "split": 0.6, "reference": 0.05, "torch": 0.4, "native": 0.2}
@@ -95,7 +95,7 @@ class FakeDevice:
     def work(self, call: Any) -> None:
         """Let the time pass that such a call takes."""
         if named(call):
-            self.now += call.case.moved(call.what) / SPEED / OF_FLOOR[call.contestant]
+            self.now += call.case.moved(call.operation) / SPEED / OF_FLOOR[call.contestant]
 
 
 class NoDevice(FakeDevice):
@@ -124,7 +124,7 @@ class CrashingDevice(FakeDevice):
     """Fused ends the process when its backward is timed."""
 
     def work(self, call: Any) -> None:
-        if (named(call), getattr(call, "what", "")) == ("fused", "backward"):
+        if (named(call), getattr(call, "operation", "")) == ("fused", "backward"):
             os._exit(3)
         super().work(call)
 

@@ -6,6 +6,7 @@ No test asserts a time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -28,32 +29,33 @@ from support.libraries import need
 import arraybn
 from arraybn import reference
 from arraybn.__main__ import main
-from arraybn.commands import _bench_cases as cases
-from arraybn.commands import _bench_check as check
-from arraybn.commands import _bench_clock as clock
-from arraybn.commands import _bench_contestants as contestants
-from arraybn.commands import _bench_growth as growth
-from arraybn.commands import _bench_ladder as ladder
-from arraybn.commands import _bench_machine as machine
-from arraybn.commands import _bench_report as report
+from arraybn.bench import cases, cpu, growth, ladder, machine, report
+from arraybn.bench import session as session_module
+from arraybn.bench import truth as check
+from arraybn.bench.cases import Case
+from arraybn.bench.contestants import Contestant, Library, formulas
+from arraybn.bench.contestants import ours as contestants
+from arraybn.bench.contestants.registry import ARRAYBN, PEERS
+from arraybn.bench.device import HostDevice
+from arraybn.bench.output import Progress
+from arraybn.bench.process import PeerError, Worker
+from arraybn.bench.session import ENVIRONMENT, Session, memory_needed
+from arraybn.bench.timing import Cell, Result, interleave
+from arraybn.bench.truth import Problem, make_problems
+from arraybn.bench.worker import Work
 from arraybn.commands import bench
-from arraybn.commands._bench_cases import Case
-from arraybn.commands._bench_clock import Cell, PeerError, Result, Session, Settings, Worker, interleave
-from arraybn.commands._bench_contestants import ARRAYBN, PEERS, Library
 from arraybn.kernels import SWEEPS
 from arraybn.kernels import threads as _threads
 
 ALL = ("forward", "backward", "eval", "layer", "step")
 FAKES = """
 import os, signal, sys, time
-from arraybn.commands._bench_contestants import Prepared, numpy_calls
+from arraybn.bench.contestants import Calls
+from arraybn.bench.contestants.formulas import host_calls
 
-def changed(name, change):
-    def build(problem):
-        prepared = numpy_calls(problem)
-        calls = {what: change(call, problem) for what, call in prepared.rows["NumPy formulas"].items()}
-        return Prepared({name: calls}, prepared.read)
-    return build
+def build(device, problem, name):
+    found = host_calls(device, problem, name)
+    return Calls({one: CHANGES[name](call, problem) for one, call in found.operations.items()}, found.read)
 
 def times(factor):
     def change(call, problem):
@@ -77,13 +79,15 @@ def leave():
 def explode():
     raise MemoryError("no room")
 
-right = changed("right", times(1))
-wrong = changed("wrong", times(1.001))
-crashing = changed("crashing", when_timed(crash))
-leaving = changed("leaving", when_timed(leave))
-exploding = changed("exploding", when_timed(explode))
-hanging = changed("hanging", when_timed(lambda: time.sleep(1000)))
-talking = changed("talking", lambda call, problem: lambda: (print("a word"), call())[1])
+CHANGES = {
+    "right": times(1),
+    "wrong": times(1.001),
+    "crashing": when_timed(crash),
+    "leaving": when_timed(leave),
+    "exploding": when_timed(explode),
+    "hanging": when_timed(lambda: time.sleep(1000)),
+    "talking": lambda call, problem: lambda: (print("a word"), call())[1],
+}
 """
 
 
@@ -114,11 +118,22 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a library of a function in FAKES."""
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a library of a change in FAKES."""
     (tmp_path / "fakes.py").write_text(FAKES)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    return lambda name: Library(name, name, ("numpy",), "numpy", f"fakes:{name}", 3)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fakes", raising=False)
+    build = importlib.import_module("fakes").build
+
+    def made(name: str, title: str = "", needs: tuple[str, ...] = ("numpy",)) -> Library:
+        return Library(name, title or name, needs, "numpy", 3, (Contestant(name, title or name, name, build),))
+
+    yield made
+    del sys.modules["fakes"]
+
+
+def make_problem(case: Case) -> Problem:
+    return make_problems(HostDevice(), case)[0]
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -185,13 +200,13 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 def test_a_peer_that_is_missing_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = Library("jax", "JAX", ("no_such_package",), "jax", "nowhere:nothing", 4)
-    monkeypatch.setattr(bench, "PEERS", (PEERS[0], absent))
+    absent = Library("jax", "JAX", ("no_such_package",), "jax", 4, ())
+    monkeypatch.setattr(cpu, "PEERS", (PEERS[0], absent))
     assert main(["bench", "--peers", "jax"]) == 2
     assert re.search(
         r"--peers: expected libraries that are installed; jax is not:  \S+ -m pip install jax", capsys.readouterr().err
     )
-    assert [peer.name for peer in bench.peers(None)] == ["reference"]
+    assert [peer.name for peer in cpu.peers(None)] == ["reference"]
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(
@@ -216,11 +231,13 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(
         "--device cuda --dtype bfloat16 --json gpu.json",
     ],
 )
-def test_the_command_that_is_printed_asks_for_the_same(line: str) -> None:
-    arguments = parsed(*shlex.split(line))
-    words = shlex.split(bench.command(arguments))
+def test_the_command_that_is_printed_asks_for_the_same(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(bench, "run", lambda arguments: seen.append(arguments) or 0)
+    main(["bench", *shlex.split(line)])
+    words = shlex.split(seen[0].command_line)
     assert words[:4] == ["python", "-m", "arraybn", "bench"]
-    assert parsed(*words[4:]) == arguments
+    assert vars(parsed(*words[4:])).items() <= vars(seen[0]).items()
 
 
 # ---- Cases -----------------------------------------------------------------------------------------------------------
@@ -232,15 +249,15 @@ def test_the_full_run_has_the_resnet_shapes_in_both_layouts_and_the_small_ones()
         assert {case.layout for case in found if case.shape == shape and case.dtype == "float32"} == {"first", "last"}
     assert {case.layout for case in found if case.dtype == "float64"} == {"first", "last"}
     small = [case for case in found if case.elements <= cases.SMALL]
-    assert [(case.shape, case.whats) for case in small] == [
+    assert [(case.shape, case.operations) for case in small] == [
         ((64, 128), ("layer", "step")),
         ((1, 64, 8, 8), ("layer", "step")),
     ]
-    assert {case.whats for case in found if case not in small} == {("forward", "backward", "eval")}
+    assert {case.operations for case in found if case not in small} == {("forward", "backward", "eval")}
 
 
 def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() -> None:
-    (section,) = bench.plan(parsed("--quick"))
+    (section,) = cpu.plan(parsed("--quick"))
     assert [str(case) for case in section.cases] == [
         "(32, 64, 112, 112) float32, channels-first",
         "(32, 1024, 14, 14) float32, channels-first",
@@ -255,7 +272,7 @@ def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() ->
 def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice() -> None:
     line = "--shapes 8,4,5 8,4 8,4,5 --layout first last --dtype float64 float32 --what backward --peers none"
     arguments = parsed(*shlex.split(line))
-    (section,) = bench.plan(arguments)
+    (section,) = cpu.plan(arguments)
     assert [(case.shape, case.layout, case.dtype) for case in section.cases] == [
         ((8, 4, 5), "first", "float64"),
         ((8, 4, 5), "first", "float32"),
@@ -264,7 +281,7 @@ def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice(
         ((8, 4), "first", "float64"),  # two axes have one layout
         ((8, 4), "first", "float32"),
     ]
-    assert {case.whats for case in section.cases} == {("backward",)}
+    assert {case.operations for case in section.cases} == {("backward",)}
     assert [library.name for library in section.libraries] == ["arraybn"]
 
 
@@ -278,20 +295,27 @@ def test_the_bytes_are_those_of_what_must_be_read_and_written(what: str, arrays:
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_a_problem_is_as_its_case_says_and_the_same_each_time(layout: str, dtype: str) -> None:
     case = Case((7, 3, 5, 4), layout, dtype)
-    problem, again = cases.make_problem(case), cases.make_problem(case)
+    problem, again = make_problem(case), make_problem(case)
     assert problem.x.shape == problem.dy.shape == ((7, 3, 5, 4) if layout == "first" else (7, 5, 4, 3))
-    assert {array.dtype.name for array in problem[1:7]} == {dtype}
-    assert {array.shape for array in problem[3:7]} == {(3,)}
+    assert {array.dtype.name for array in problem[1:8]} == {dtype}
+    assert {array.shape for array in problem[4:8]} == {(3,)}
     assert problem.x.tobytes() == again.x.tobytes() != problem.dy.tobytes()
-    assert Case.of(json.loads(json.dumps(case.as_json()))) == case
+    assert json.loads(json.dumps(case.as_json())) == {
+        "shape": [7, 3, 5, 4],
+        "layout": layout,
+        "dtype": dtype,
+        "whats": ["forward", "backward", "eval"],
+    }
 
 
-def test_large_data_repeats_and_parts_are_all_of_it() -> None:
-    x = cases.make_problem(Case((3, 2**19 + 1))).x.ravel()
-    assert x.size > 2**20
-    np.testing.assert_array_equal(x[2**20 :], x[: x.size - 2**20])
+def test_large_data_repeats_and_parts_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "BLOCK", 1001)
+    dy = make_problem(Case((3, 2000))).dy.ravel()
+    np.testing.assert_array_equal(dy[1001:], dy[: dy.size - 1001])
+    assert len(np.unique(dy)) == 1001
+    x = dy
     for count in (1, 2, 3, 7):
-        pieces = cases.parts(x[:5], count)
+        pieces = contestants.parts(x[:5], count)
         assert np.concatenate(pieces).tolist() == x[:5].tolist()
         assert all(piece.size for piece in pieces)
 
@@ -311,7 +335,7 @@ def test_everyone_has_a_turn_before_anyone_has_the_next_and_each_begins_a_round_
     order, rounds = [], []
 
     def take(cell: Cell) -> float:
-        order.append(cell.what)
+        order.append(cell.operation)
         return 1.0
 
     interleave(table, take, rounds=3, done=lambda: rounds.append(len(order)))
@@ -349,7 +373,11 @@ def test_quartiles_are_of_all_samples() -> None:
 
 
 def session(*libraries: Library, rounds: int = 3, limit: float = 60) -> Session:
-    return Session(libraries, Settings(rounds, limit=limit))
+    return Session(libraries, rounds, limit=limit)
+
+
+def measure(running: Session, case: Case) -> Result:
+    return running.measure(Result(case))
 
 
 @pytest.fixture(scope="module")
@@ -364,10 +392,10 @@ def ours() -> Iterator[Session]:
 def test_arraybn_its_reference_and_plain_formulas_pass_the_check(
     ours: Session, shape: tuple[int, ...], layout: str, dtype: str
 ) -> None:
-    result = ours.measure(Case(shape, layout, dtype, ALL))
+    result = measure(ours, Case(shape, layout, dtype, ALL))
     assert ours.faults == {}
     assert [cell.failed for cell in result.cells] == [""] * len(result.cells)
-    assert {(cell.row, cell.what) for cell in result.cells} == {
+    assert {(cell.row, cell.operation) for cell in result.cells} == {
         ("numpy.copyto", "copy"),
         *(("arraybn, out=", what) for what in ("forward", "backward", "eval")),
         *((row, what) for row in ("arraybn", "arraybn reference", "NumPy formulas") for what in ALL),
@@ -381,19 +409,19 @@ def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: s
     if peer.missing:
         need(name)
     with session(peer, rounds=1) as running:
-        for case in (Case((20, 6), whats=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
-            result = running.measure(case)
+        for case in (Case((20, 6), operations=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
+            result = measure(running, case)
             refused = name == "tensorflow" and case.dtype == "float64"
             assert {cell.failed for cell in result.cells} == {"its fused op takes no float64" if refused else ""}
-            assert {(cell.row, cell.what) for cell in result.cells} == {(row, what) for what in ALL}
-        running._check(Case(cases.CHECKED[4], "last", whats=ALL))
+            assert {(cell.row, cell.operation) for cell in result.cells} == {(row, what) for what in ALL}
+        running.check(Case(cases.CHECKED[4], "last", operations=ALL))
         assert {text for text in running.faults.values() if "no float64" not in text} == set()
 
 
 def test_a_result_wrong_by_a_thousandth_is_found_out_and_not_timed(fakes: Any) -> None:
     with session(fakes("right"), fakes("wrong")) as running:
         for dtype in cases.DTYPES:
-            result = running.measure(Case((40, 30), dtype=dtype, whats=ALL))
+            result = measure(running, Case((40, 30), dtype=dtype, operations=ALL))
             right, wrong = ([cell for cell in result.cells if cell.row == row] for row in ("right", "wrong"))
             assert [len(cell.seconds) for cell in right] == [3] * len(ALL)
             assert [cell.seconds for cell in wrong] == [[]] * len(ALL)
@@ -401,29 +429,32 @@ def test_a_result_wrong_by_a_thousandth_is_found_out_and_not_timed(fakes: Any) -
                 re.fullmatch(rf"wrong: y of forward is off by \S+ ulp of {dtype}, 256 are allowed", cell.failed)
                 for cell in wrong
             )
-            assert f"    wrong{'':<23}   wrong: y of forward" in report.block(result, 2)
+            assert f"    wrong{'':<23}   wrong: y of forward" in report.block(result, report.CpuColumns(2))
 
 
 @pytest.mark.parametrize("what", ALL)
 @pytest.mark.parametrize("ours", [True, False])
 def test_each_result_wrong_by_a_thousandth_is_a_fault(what: str, ours: bool) -> None:
-    case = Case(cases.CHECKED[3], "last", whats=(what,))
-    truth = check.truths(case)
-    exact = [(exact.shape, exact.astype("f4").ravel().astype("f8")) for _, exact, _ in truth[what]]
-    assert check.fault({what: exact}, truth, case, ours=ours) == ""
-    for index, (name, _, _) in enumerate(truth[what]):
-        spoiled = [(shape, values * (1 + 1e-3 * (i == index))) for i, (shape, values) in enumerate(exact)]
-        assert f"wrong: {name} of {what} is off by" in check.fault({what: spoiled}, truth, case, ours=ours)
-    flat = [((case.elements,), exact[0][1]), *exact[1:]]
-    assert "has shape (336,), not (8, 6, 7)" in check.fault({what: flat}, truth, case, ours=ours)
+    case = Case(cases.CHECKED[3], "last", operations=(what,))
+    truth = check.truths(np, make_problem(case))[what]
+    exact = [exact.astype("f4") for _, exact, _ in truth]
+
+    def fault(got: list[Any]) -> str:
+        return check.fault(np, got, truth, case, ours=ours, of=f" of {what}")
+
+    assert fault(exact) == ""
+    for index, (name, _, _) in enumerate(truth):
+        spoiled = [values * np.float32(1 + 1e-3 * (i == index)) for i, values in enumerate(exact)]
+        assert f"wrong: {name} of {what} is off by" in fault(spoiled)
+    assert "has shape (336,), not (8, 7, 6)" in fault([exact[0].ravel(), *exact[1:]])
 
 
 def test_who_crashes_leaves_raises_or_hangs_costs_only_its_rows(fakes: Any) -> None:
     names = ("right", "crashing", "leaving", "exploding", "hanging", "talking")
     with session(*map(fakes, names)) as running:
         running.workers["hanging"].limit = 0.5
-        large = running.measure(Case((400, 30), whats=("forward",)))
-        after = running.measure(Case((20, 4), whats=("forward",)))
+        large = measure(running, Case((400, 30), operations=("forward",)))
+        after = measure(running, Case((20, 4), operations=("forward",)))
     assert running.faults == {}  # all of them are right
     failed = {cell.row: cell.failed for cell in large.cells}
     assert failed == {
@@ -439,19 +470,19 @@ def test_who_crashes_leaves_raises_or_hangs_costs_only_its_rows(fakes: Any) -> N
 
 
 def test_a_library_that_cannot_be_imported_costs_only_its_rows(fakes: Any) -> None:
-    needy = Library("needy", "Needy", ("no_such_package",), "needy", "fakes:right", 3)
-    with session(needy, fakes("right")) as running:
-        result = running.measure(Case((20, 4), whats=("forward",)))
+    with session(fakes("needy", "Needy", ("no_such_package",)), fakes("right")) as running:
+        result = measure(running, Case((20, 4), operations=("forward",)))
     assert [(cell.row, len(cell.seconds)) for cell in result.cells] == [("Needy", 0), ("right", 3)]
     assert "ModuleNotFoundError: No module named 'no_such_package'" in result.cells[0].failed
 
 
 def test_a_worker_that_waits_uses_no_processor_time() -> None:
-    worker = Worker(ARRAYBN)
+    worker = Worker(Work, (ARRAYBN.contestants,), ENVIRONMENT)
     try:
         assert worker.answer() == {}
-        worker.ask("prepare", case=Case((300, 4, 100), whats=("forward",)).as_json())
-        worker.ask("time", row="arraybn", what="forward", calls=3, warm=0)
+        worker.ask("open", case=Case((300, 4, 100), operations=("forward",)))
+        worker.ask("prepare", contestant="new", operation="forward")
+        worker.ask("time", contestant="new", operation="forward", calls=3, warm=0)
         times = Path(f"/proc/{worker._process.pid}/stat")
         if not times.exists():
             pytest.skip("this system does not tell how long another process has worked")
@@ -468,16 +499,18 @@ def ticks(stat: Path) -> int:
 
 
 def test_a_case_that_memory_has_no_room_for_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch, fakes: Any) -> None:
-    monkeypatch.setattr(clock, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(session_module, "available_memory", lambda: 10**6)
     rounds: list[int] = []
-    with Session([fakes("right")], Settings(2, done=lambda: rounds.append(1))) as running:
-        result = running.measure(Case((1000, 1000)))
-        small = running.measure(Case((20, 4), whats=("forward",)))
+    progress = Progress()
+    monkeypatch.setattr(progress, "step", lambda: rounds.append(1))
+    with Session([fakes("right")], 2, progress=progress) as running:
+        result = measure(running, Case((1000, 1000)))
+        small = measure(running, Case((20, 4), operations=("forward",)))
     assert result.skipped == "skipped: needs about 0.0 GB of memory, 0.0 GB are available"
     assert (result.cells, len(rounds)) == ([], 4)
-    assert result.skipped in report.block(result, 2)
+    assert result.skipped in report.block(result, report.CpuColumns(2))
     assert [len(cell.seconds) for cell in small.cells] == [2]
-    assert clock.memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * 3 + 8) * 4 * 10**6
+    assert memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * 3 + 8) * 4 * 10**6
 
 
 # ---- What follows from the samples -----------------------------------------------------------------------------------
@@ -507,7 +540,7 @@ def test_ratios_and_speeds_follow_from_medians_and_bytes() -> None:
 
 
 def test_a_block_has_a_heading_for_each_what_and_a_line_for_each_row() -> None:
-    lines = report.block(made_up(), 2).splitlines()
+    lines = report.block(made_up(), report.CpuColumns(2)).splitlines()
     assert lines[1] == "(32, 64, 10, 10) float32, channels-first, 0.8 MB"
     assert lines[2].startswith("  numpy.copyto of x, 2 threads: 0.100 ms (0.095–0.110), 16.4 GB/s")
     headings = [line.split("  ")[1].strip() for line in lines if "quartiles" in line]
@@ -523,7 +556,7 @@ def test_a_machine_that_others_use_is_warned_of(others: float | None, warned: bo
 
 
 def test_the_work_of_others_is_seen_and_ours_is_not_taken_for_it() -> None:
-    watch = machine.Others()
+    watch = machine.ForeignLoad()
     end = time.perf_counter() + 0.4
     while time.perf_counter() < end:
         sum(range(1000))
@@ -539,9 +572,9 @@ def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert machine._of_the_container(tmp_path) == 450
+    assert machine.container_memory(tmp_path) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine._of_the_container(tmp_path) is None
+    assert machine.container_memory(tmp_path) is None
     free = machine.available_memory()
     assert free is None or free > 0
 
@@ -589,7 +622,7 @@ def test_every_case_and_row_is_in_the_table_and_in_the_json(table: Any) -> None:
         rows = [row["row"] for row in one["rows"] if row["what"] == "forward"]
         assert rows == ["arraybn, out=", "arraybn", "arraybn reference", "NumPy formulas"]
         assert all(len(row["seconds"]) == 3 and row["failed"] is None for row in one["rows"])
-    assert re.search(r"Checked first, on 6 small batches, .* 4 \(y\) and 12\s\(gradients\) in float32", result.stdout)
+    assert re.search(r"Checked first, on 6 small batches, .* 4 \(y\) and 12\s\(gradients\)\sin\sfloat32", result.stdout)
 
 
 def test_the_figures_of_the_json_can_be_computed_again(table: Any) -> None:
@@ -629,8 +662,8 @@ def test_growth_and_ladder_are_tables_and_pictures_of_their_own(tmp_path: Path) 
     need("numba")
     need("matplotlib")
     small = (
-        "import arraybn.commands._bench_ladder as l\n"
-        "l.CASE = l.Case((4, 8, 10, 10), whats=('forward', 'backward'))\nsys.modules['tqdm'] = None"
+        "import arraybn.bench.ladder as l\n"
+        "l.CASE = l.Case((4, 8, 10, 10), operations=('forward', 'backward'))\nsys.modules['tqdm'] = None"
     )
     options = shlex.split("--growth 1e4 --ladder --peers none --repeats 3 --json - --plot both.png")
     result = run(*options, cwd=tmp_path, preparation=small)
@@ -723,7 +756,7 @@ def test_growth_goes_from_a_thousand_to_as_many_elements_as_are_asked_for_along_
         assert all(shape[i] == 10 for shape in shapes for i in range(3) if i != index)
         assert [int(np.prod(shape)) for shape in shapes][::2] == [10**power for power in range(3, 9)]
     assert len(growth.cases(10**8)) == 3 * 11 - 2  # (10, 10, 10) once
-    assert growth.cases(10**3) == [Case((10, 10, 10), whats=("forward", "backward"))]
+    assert growth.cases(10**3) == [Case((10, 10, 10), operations=("forward", "backward"))]
 
 
 def test_growth_along_an_axis_is_time_by_elements() -> None:
@@ -769,7 +802,7 @@ class Counted(np.ndarray[Any, Any]):
 @pytest.fixture
 def counted() -> Any:
     """A problem whose x and dy are counted, and a function that counts in units of x what a call moves."""
-    problem = cases.make_problem(Case((64, 4, 32, 32)))
+    problem = make_problem(Case((64, 4, 32, 32)))
     Counted.large = problem.x.nbytes // 1000
     problem = problem._replace(x=problem.x.view(Counted), dy=problem.dy.view(Counted))
 
@@ -783,7 +816,7 @@ def counted() -> Any:
 
 def test_the_bytes_of_plain_formulas_are_those_that_numpy_moves(counted: Any) -> None:
     problem, count = counted
-    calls = contestants.numpy_calls(problem).rows["NumPy formulas"]
+    calls = formulas.host_calls(HostDevice(), problem, "").operations
     for what, traffic in (("forward", ladder.STEPS[0].forward), ("backward", ladder.STEPS[0].backward)):
         assert count(calls[what]) == (traffic.reads, traffic.writes)
 
@@ -827,12 +860,12 @@ def test_the_sweeps_of_the_ladder_do_without_the_driver_and_alone_means_one_thre
     for name, value in list(vars(cpu).items()):
         if inspect.isfunction(value) and value.__module__ == cpu.__name__ and name not in SWEEPS and name[0] != "_":
             monkeypatch.setattr(cpu, name, refuse)
-    x = cases.make_problem(Case((40, 6))).x
+    x = make_problem(Case((40, 6))).x
     with pytest.raises(AssertionError, match="the driver"):
         arraybn.batch_norm(x, kernels="cpu")
-    y, saved = arraybn.batch_norm(x, kernels=ladder._sweeps_only())
+    y, saved = arraybn.batch_norm(x, kernels=ladder.sweeps_only())
     dx, _, _ = arraybn.batch_norm_backward(y, saved)
     assert dx.shape == y.shape == x.shape
     before = _threads.get_num_threads()
-    assert ladder._alone(_threads.get_num_threads)() == 1
+    assert ladder.on_one_thread(_threads.get_num_threads)() == 1
     assert _threads.get_num_threads() == before

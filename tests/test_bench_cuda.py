@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -29,22 +30,17 @@ from support.libraries import need
 import arraybn
 from arraybn import reference
 from arraybn.__main__ import main
-from arraybn.commands import _bench_cuda as command
-from arraybn.commands import _bench_cuda_cases as cases
-from arraybn.commands import _bench_cuda_check as check
-from arraybn.commands import _bench_cuda_contestants as contestants
-from arraybn.commands import _bench_cuda_device as device
-from arraybn.commands import _bench_cuda_figure as figure
-from arraybn.commands import _bench_cuda_ranks as ranks
-from arraybn.commands import _bench_cuda_report as report
-from arraybn.commands import _bench_cuda_session as session
-from arraybn.commands import _bench_cuda_worker as worker
+from arraybn.bench import cases, device, figure, jobs, report, worker
+from arraybn.bench import gpu as command
+from arraybn.bench import gpu_ranks as ranks
+from arraybn.bench import gpu_session as session
+from arraybn.bench import truth as check
+from arraybn.bench.cases import Case
+from arraybn.bench.gpu_session import Budget, gpu_worker
+from arraybn.bench.process import PeerError, first_line
+from arraybn.bench.timing import Cell, Result
+from arraybn.bench.worker import GpuWork
 from arraybn.commands import bench
-from arraybn.commands._bench_clock import PeerError, Result
-from arraybn.commands._bench_cuda_cases import Budget, GpuCase
-from arraybn.commands._bench_cuda_session import GpuCell, GpuWorker
-from arraybn.commands._bench_cuda_worker import CUDA, Work
-from arraybn.commands._bench_worker import _text
 from arraybn.testing.oracle import exact_batch_norm, worst
 
 SMALL = ["--shapes", "6,5,4,3"]
@@ -54,24 +50,23 @@ OURS = ["fused", "split", "reference"]
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return parser.parse_args(["--device", "cuda", *arguments])
+    return parser.parse_args(["--device", "cuda", *arguments], argparse.Namespace(command_line="the command"))
 
 
 class Direct:
-    """Who answers in this process; what is asked and answered goes through JSON, as it would."""
+    """A worker in this process; what is asked and answered is pickled, as it would be."""
 
     def __init__(self, name: str) -> None:
-        self.limit, self.failed, self.work, self.asked = 0.0, "", Work(f"fake_device:{name}"), []
+        self.limit, self.failed, self.asked = 0.0, "", []
+        self.work = GpuWork(getattr(fake_device, name))
 
-    def ask(self, do: str, **question: Any) -> Any:
-        self.asked.append((do, question.get("contestant")))
-        question = json.loads(json.dumps(question))
-        if "case" in question:
-            question["case"] = GpuCase.of(question["case"])
+    def ask(self, method: str, /, **question: Any) -> Any:
+        self.asked.append((method, question.get("contestant")))
+        question = pickle.loads(pickle.dumps(question))
         try:
-            return json.loads(json.dumps(getattr(self.work, do)(**question)))
+            return pickle.loads(pickle.dumps(getattr(self.work, method)(**question)))
         except Exception as error:
-            raise PeerError(_text(error)) from error
+            raise PeerError(first_line(error)) from error
 
     def answer(self) -> Any:
         return self.ask("start")
@@ -94,9 +89,7 @@ def made(name: str = "FakeDevice", *arguments: str, make: Any = None, peers: str
     found = parsed("--peers", peers, "--repeats", "3", *(arguments or SMALL))
     plan = command.plan(found)
     plan.ranks = []
-    return command.GpuBench(
-        found, plan, "the command", make=make or (lambda: Direct(name)), build=f"fake_device:{name}"
-    )
+    return command.GpuBench(found, plan, make=make or (lambda: Direct(name)), device=f"fake_device:{name}")
 
 
 def measured(*args: Any, **kwargs: Any) -> command.GpuBench:
@@ -117,7 +110,7 @@ def test_the_full_run_has_every_shape_dtype_and_layout_the_most_telling_first() 
         (dtype, layout) for dtype in ("float32", "float16", "bfloat16") for layout in ("first", "last")
     }
     assert str(found.cases[0]) == "(32, 64, 112, 112) float32, channels-first"
-    assert {case.whats for case in found.cases} == {("forward", "backward", "eval")}
+    assert {case.operations for case in found.cases} == {("forward", "backward", "eval")}
     assert [case.shape for case in found.host] == [(64, 128), (1, 64, 8, 8), (32, 1024, 14, 14)]
     assert found.contestants[:3] == OURS
     assert found.ranks == list(ranks.SHAPES)
@@ -131,13 +124,13 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
         "(8, 4) float16",
         "(8, 4, 5) float16, channels-last",
     ]
-    assert {case.whats for case in found.cases} == {("backward",)}
+    assert {case.operations for case in found.cases} == {("backward",)}
     assert (found.host, found.ranks) == ([], [])
     assert command.plan(parsed("--what", "layer")).cases == []
     quick = command.plan(parsed("--quick"))
     assert len(quick.cases) == 8
     assert set(quick.contestants) <= {"fused", "split", "torch", "native"}
-    assert command.GpuBench(parsed("--quick"), quick, "").budget.total < cases.TOTAL
+    assert command.GpuBench(parsed("--quick"), quick).budget.total < session.TOTAL
 
 
 @pytest.mark.parametrize(
@@ -175,7 +168,7 @@ def test_without_cupy_it_is_refused_with_the_command_that_installs_it(
 def test_without_a_gpu_it_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.GpuBench.__init__, "__defaults__", (lambda: Direct("NoDevice"), CUDA))
+    monkeypatch.setattr(command.GpuBench.__init__, "__defaults__", (lambda: Direct("NoDevice"), command.CUDA))
     assert main(["bench", "--device", "cuda"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -194,23 +187,22 @@ def test_the_process_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str
 # ---- The check -------------------------------------------------------------------------------------------------------
 
 
-def problem(dtype: str, layout: str = "first", shape: tuple[int, ...] = (6, 5, 4, 3)) -> tuple[GpuCase, Any, Any]:
-    case, fake = GpuCase(shape, layout, dtype), fake_device.FakeDevice()
-    buffers = contestants.make_buffers(fake, case, 2, seed=1)
-    arrays = {"x": buffers.slots[0].x, "dy": buffers.slots[0].dy, **buffers.vectors}
-    return case, buffers, check.truths(np, case, arrays, buffers.eps)
+def problem(dtype: str, layout: str = "first", shape: tuple[int, ...] = (6, 5, 4, 3)) -> tuple[Case, Any, Any]:
+    case, fake = Case(shape, layout, dtype), fake_device.FakeDevice()
+    first, _ = check.make_problems(fake, case, 2, seed=1)
+    return case, first, check.truths(np, first)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_the_truth_is_that_of_the_oracle(dtype: str, layout: str) -> None:
-    case, buffers, truth = problem(dtype, layout)
-    x, dy = (np.moveaxis(array, case.channel_axis, 1).astype("f8") for array in buffers.slots[0][:2])
-    weight, bias, mean, var = (vector.astype("f8") for vector in buffers.vectors.values())
-    exact = exact_batch_norm(x, weight, bias, dy, eps=buffers.eps)
+    case, first, truth = problem(dtype, layout)
+    x, dy = (np.moveaxis(array, case.channel_axis, 1).astype("f8") for array in first[1:3])
+    weight, bias, mean, var = (vector.astype("f8") for vector in first[4:8])
+    exact = exact_batch_norm(x, weight, bias, dy, eps=first.eps)
     wanted = {"forward": [exact.y], "backward": [exact.dx, exact.dweight, exact.dbias]}
     column = (slice(None), None, None)
-    xhat = (x - mean[column]) / np.sqrt(var[column] + buffers.eps)
+    xhat = (x - mean[column]) / np.sqrt(var[column] + first.eps)
     wanted["eval"] = [weight[column] * xhat + bias[column]]
     for what, arrays in wanted.items():
         for (name, values, units), right in zip(truth[what], arrays, strict=True):
@@ -236,7 +228,7 @@ def test_bfloat16_is_widened_and_narrowed_as_ml_dtypes_does() -> None:
         found = check.narrowed(np, array, "bfloat16")
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found.view("u2"), wanted.view("u2"))
-        np.testing.assert_array_equal(check.widened(np, wanted, "bfloat16"), wanted.astype("f8"))
+        np.testing.assert_array_equal(check.widened(np, wanted, "f8"), wanted.astype("f8"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -273,7 +265,7 @@ def test_an_element_that_is_not_written_is_found(dtype: str, monkeypatch: pytest
 
     lazy = SimpleNamespace(**{**vars(fake_device.scaled(1.0)), "affine": affine})
     fake.work.device.kernels["split"] = lazy
-    fake.ask("open", case=GpuCase((6, 5, 4, 3), dtype=dtype).as_json(), seed=1)
+    fake.ask("open", case=Case((6, 5, 4, 3), dtype=dtype), seed=1)
     faults = fake.ask("check", contestant="split")["faults"]
     assert faults["forward"].startswith("wrong: y is off by inf ulp")
     assert faults["backward"] == ""
@@ -292,13 +284,15 @@ def test_the_cuda_source_passes_the_check(dtype: str, monkeypatch: pytest.Monkey
         found.ask("start")
         found.work.device.kernels = device.CudaDevice.kernels
         for layout in ("first", "last"):
-            found.ask("open", case=GpuCase((4, 6, 7, 5), layout, dtype).as_json(), seed=1)
+            found.ask("open", case=Case((4, 6, 7, 5), layout, dtype), seed=1)
             for name in ("split", "reference"):
                 assert set(found.ask("check", contestant=name)["faults"].values()) == {""}, (layout, name)
-                assert found.ask("time", contestant=name, what="backward", calls=2, hold=0.0)["seconds"] > 0
+                assert (
+                    found.ask("time_on_device", contestant=name, operation="backward", calls=2, hold=0.0)["seconds"] > 0
+                )
         found.ask("close")
-        found.ask("layer", row="arraybn", case=GpuCase((4, 6), whats=("layer", "step")).as_json())
-        assert found.ask("host", row="arraybn", what="step")["done"] > 0
+        found.ask("layer", row="arraybn", case=Case((4, 6), operations=("layer", "step")))
+        assert found.ask("time_on_host", row="arraybn", operation="step")["done"] > 0
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -308,39 +302,40 @@ def test_the_cuda_source_passes_the_check(dtype: str, monkeypatch: pytest.Monkey
 def test_the_buffers_are_random_of_the_dtype_and_differ_from_set_to_set(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contestants, "BLOCK", 1000)  # so that it is repeated
-    case = GpuCase((4, 300, 5), "last", dtype)
-    buffers = contestants.make_buffers(fake_device.FakeDevice(), case, 2, seed=1)
-    assert [str(slot.x.dtype) for slot in buffers.slots] == [dtype] * 2
-    assert {slot.x.shape for slot in buffers.slots} == {case.in_memory}
-    arrays = [array.astype("f8") for slot in buffers.slots for array in slot[:2]]
+    monkeypatch.setattr(check, "BLOCK", 1000)  # so that it is repeated
+    case = Case((4, 300, 5), "last", dtype)
+    problems = check.make_problems(fake_device.FakeDevice(), case, 2, seed=1)
+    assert [str(one.x.dtype) for one in problems] == [dtype] * 2
+    assert {one.x.shape for one in problems} == {case.in_memory}
+    arrays = [array.astype("f8") for one in problems for array in one[1:3]]
     for i, one in enumerate(arrays):
         assert 0.5 < one.std() < 2
         assert len(np.unique(one)) > 100
         assert not any((one == other).all() for other in arrays[:i])
     assert arrays[0].mean((0, 1)).std() > 0.5  # each channel has a mean of its own
-    assert {str(vector.dtype) for vector in buffers.vectors.values()} == {"float32"}
-    other = contestants.make_buffers(fake_device.FakeDevice(), case, 1, seed=2).slots[0].x
+    assert {str(vector.dtype) for vector in problems[0][4:8]} == {"float32"}
+    other = check.make_problems(fake_device.FakeDevice(), case, 1, seed=2)[0].x
     assert not (other.astype("f8") == arrays[0]).all()
 
 
 def test_the_sets_are_more_than_l2_can_hold() -> None:
     h200 = SimpleNamespace(together=200e6, describe=lambda: {"l2": 60 * 2**20})
     for case in command.plan(parsed()).cases:
-        count = contestants.sets(case, h200)  # type: ignore[arg-type]
+        count = worker.problem_count(case, h200)
         assert count >= 4
         assert count * case.nbytes > max(200e6, 60 * 2**20)
-        assert contestants.memory_needed(case, count) < 20e9
+        assert worker.memory_needed(case, count) < 20e9
 
 
 def test_calls_go_over_the_sets_in_turn_and_keep_the_last_results() -> None:
     fake = Direct("FakeDevice")
     fake.ask("start")
-    fake.ask("open", case=GpuCase((6, 5, 4, 3)).as_json(), seed=1)
+    fake.ask("open", case=Case((6, 5, 4, 3)), seed=1)
     fake.ask("check", contestant="split")
-    count, seen = contestants.sets(GpuCase((6, 5, 4, 3)), fake.work.device), []
-    fake.work.calls["split"].calls = {"forward": lambda i: (seen.append(i), i)[1]}
-    fake.ask("time", contestant="split", what="forward", calls=2 * count, hold=0.0)
+    count, seen = worker.problem_count(Case((6, 5, 4, 3)), fake.work.device), []
+    for i, calls in enumerate(fake.work.calls["split"]):
+        calls.operations = {"forward": lambda i=i: (seen.append(i), i)[1]}
+    fake.ask("time_on_device", contestant="split", operation="forward", calls=2 * count, hold=0.0)
     assert count > 4
     assert seen == [*range(1, count), 0] * 2
     assert fake.work.rotated is not None
@@ -399,7 +394,7 @@ def test_jax_is_timed_by_the_clock_of_the_host() -> None:
     assert [(cell.failed, cell.backend, cell.clock, len(cell.seconds)) for cell in cells] == [
         ("", "XLA", "host", 3)
     ] * 2
-    assert "by the host's clock" in report.block(found.table[0], found.speed)
+    assert "by the host's clock" in report.block(found.table[0], report.GpuColumns(found.speed))
 
 
 def test_a_wrong_contestant_of_ours_is_not_timed_and_the_status_is_1(
@@ -463,12 +458,12 @@ def test_a_case_that_does_not_fit_is_skipped_with_a_word(monkeypatch: pytest.Mon
 def test_what_a_section_does_not_use_the_next_ones_have() -> None:
     now = [100.0]
     budget = Budget(200.0, clock=lambda: now[0])
-    assert math.isclose(sum(cases.SHARES.values()), 1.0)
-    assert cases.TOTAL < 9 * 60
+    assert math.isclose(sum(session.SHARES.values()), 1.0)
+    assert session.TOTAL < 9 * 60
     assert math.isclose(budget.left("ranks"), 200)
     now[0] += 10
-    assert math.isclose(budget.left("start"), 200 * cases.SHARES["start"] - 10)
-    table = sum(cases.SHARES[name] for name in ("start", "ceilings", "table"))
+    assert math.isclose(budget.left("start"), 200 * session.SHARES["start"] - 10)
+    table = sum(session.SHARES[name] for name in ("start", "ceilings", "table"))
     assert math.isclose(budget.left("table"), 200 * table - 10)
     now[0] += 200
     assert budget.left("ranks") < 0
@@ -487,9 +482,9 @@ class Clock:
         clock = self
 
         class Slow(Direct):
-            def ask(self, do: str, **question: Any) -> Any:
-                clock.now += clock.step * (do == clock.kind)
-                return super().ask(do, **question)
+            def ask(self, method: str, /, **question: Any) -> Any:
+                clock.now += clock.step * (method == clock.kind)
+                return super().ask(method, **question)
 
         return lambda: Slow("FakeDevice")
 
@@ -502,7 +497,7 @@ def test_when_the_time_is_used_up_nothing_is_dropped_in_silence(capsys: pytest.C
     found.finish()
     first, second, third = found.table
     assert all(len(cell.seconds) == 3 for cell in first.cells)
-    assert [(cell.row, cell.left) for cell in second.cells if cell.what == "eval"] == [
+    assert [(cell.row, cell.left) for cell in second.cells if cell.operation == "eval"] == [
         ("arraybn fused", "no time left"),
         ("arraybn split", "no time left"),
     ]
@@ -528,12 +523,12 @@ def test_ctrl_c_prints_and_writes_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     class Stopped(Direct):
-        def ask(self, do: str, **question: Any) -> Any:
-            if do == "time" and sum(one == ("time", "fused") for one in self.asked) == 2:
+        def ask(self, method: str, /, **question: Any) -> Any:
+            if method == "time_on_device" and self.asked.count((method, "fused")) == 2:
                 raise KeyboardInterrupt
-            return super().ask(do, **question)
+            return super().ask(method, **question)
 
-    monkeypatch.setattr(command.GpuBench.__init__, "__defaults__", (lambda: Stopped("FakeDevice"), CUDA))
+    monkeypatch.setattr(command.GpuBench.__init__, "__defaults__", (lambda: Stopped("FakeDevice"), command.CUDA))
     files = ["--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "f.png")]
     line = [*SMALL, "--dtype", "float32", "float16", "--what", "forward", "--peers", "none", *files]
     assert main(["bench", "--device", "cuda", *line]) == 130
@@ -586,12 +581,12 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Makes the process of a fake device."""
     path = [str(Path(__file__).parent), str(Path(arraybn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
-    return lambda name: lambda: GpuWorker(f"fake_device:{name}")
+    return lambda name: lambda: gpu_worker(getattr(fake_device, name))
 
 
 def test_a_process_that_ends_is_started_again_without_the_contestant(processes: Any) -> None:
     found = measured("CrashingDevice", *SMALL, "--what", "forward", "backward", make=processes("CrashingDevice"))
-    cells = {(cell.row, cell.what): cell for cell in found.table[0].cells}
+    cells = {(cell.row, cell.operation): cell for cell in found.table[0].cells}
     assert cells["arraybn fused", "backward"].failed == "ended early, exit status 3"
     assert len(cells["arraybn split", "backward"].seconds) >= 3
     assert found.session is not None
@@ -611,11 +606,11 @@ def test_a_kernel_that_never_ends_is_given_up(processes: Any, monkeypatch: pytes
 
 def test_two_ranks_are_started_and_checked(processes: Any) -> None:
     need("mpi4py")
-    if command.info.launcher() is None:
+    if jobs.launcher() is None:
         pytest.skip("there is no mpirun")
     found = made()
     found.plan.ranks = [(6, 5, 4, 3)]
-    result = found._measure_ranks()
+    result = found.measure_ranks()
     assert "skipped" not in result, result
     assert (result["ranks"], result["wrong"], result["left"]) == (2, "", [])
     assert [(row["scheme"], row["what"]) for row in result["rows"]] == [
@@ -657,16 +652,16 @@ def test_a_wrong_synchronized_layer_is_said_and_not_timed(monkeypatch: pytest.Mo
 
 def test_ranks_that_cannot_be_are_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     found = made()
-    monkeypatch.setattr(command.info, "launcher", lambda: None)
-    assert "mpirun or mpi4py is missing" in found._measure_ranks()["skipped"]
-    monkeypatch.setattr(command.info, "launcher", lambda: shutil.which("true"))
+    monkeypatch.setattr(jobs, "launcher", lambda: None)
+    assert "mpirun or mpi4py is missing" in found.measure_ranks()["skipped"]
+    monkeypatch.setattr(jobs, "launcher", lambda: shutil.which("true"))
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
-    assert "ended with status 0" in found._measure_ranks()["skipped"]
+    assert "ended with status 0" in found.measure_ranks()["skipped"]
     found.budget = Budget(1.0)
-    assert found._measure_ranks()["skipped"] == "1 s of the time are left, they need 15"
-    assert "skipped: 1 s" in report.ranks_table(found._measure_ranks())
+    assert found.measure_ranks()["skipped"] == "1 s of the time are left, they need 15"
+    assert "skipped: 1 s" in report.ranks_table(found.measure_ranks())
     monkeypatch.setenv("PMI_SIZE", "2")
-    assert "this is a rank already" in found._measure_ranks()["skipped"]
+    assert "this is a rank already" in found.measure_ranks()["skipped"]
 
 
 # ---- The report and the picture --------------------------------------------------------------------------------------
@@ -676,27 +671,27 @@ def test_ranks_that_cannot_be_are_skipped_with_a_word(monkeypatch: pytest.Monkey
 def made_up() -> list[Result]:
     """Figures of a device that does not exist, for every case."""
     rng, found = np.random.default_rng(0), []
-    for case in cases.choose():
+    for case in cases.choose_gpu():
         result = Result(case)
-        for what in case.whats:
+        for what in case.operations:
             for name, share in {"arraybn fused": 0.88, "arraybn split": 0.62, "PyTorch": 0.3, "JAX": 0.2}.items():
                 seconds = case.moved(what) / 4e12 / share * rng.uniform(0.98, 1.03, 9)
-                result.cells.append(GpuCell("gpu", name, what, seconds=seconds.tolist(), name=name))
+                result.cells.append(Cell("gpu", name, what, name, seconds=seconds.tolist()))
         found.append(result)
     return found
 
 
 def test_the_picture_has_a_panel_for_each_dtype_and_layout(made_up: list[Result], tmp_path: Path) -> None:
     need("matplotlib")
-    panels = figure._panels(made_up)
-    assert set(panels) == {(d, layout) for d in cases.DTYPES for layout in ("first", "last")}
+    panels = figure.gpu_panels(made_up)
+    assert set(panels) == {(d, layout) for d in cases.GPU_DTYPES for layout in ("first", "last")}
     assert {len(lines) for lines in panels.values()} == {15}
-    assert figure.draw(made_up, "made up", 4e12, tmp_path / "a.png")
-    assert figure.draw(made_up[:3], "made up", 4e12, tmp_path / "b.png")
+    assert figure.draw_gpu(made_up, "made up", 4e12, tmp_path / "a.png")
+    assert figure.draw_gpu(made_up[:3], "made up", 4e12, tmp_path / "b.png")
     image = need("matplotlib.image").imread(tmp_path / "a.png")
     assert image.shape[1] == 2080
-    assert not figure.draw(made_up, "made up", None, tmp_path / "c.png")
-    assert not figure.draw([], "made up", 4e12, tmp_path / "c.png")
+    assert not figure.draw_gpu(made_up, "made up", None, tmp_path / "c.png")
+    assert not figure.draw_gpu([], "made up", 4e12, tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 
 
@@ -717,11 +712,11 @@ def test_the_summary_says_where_each_is_ahead(made_up: list[Result]) -> None:
 
 
 def test_without_ceilings_nothing_is_said_of_floors(made_up: list[Result]) -> None:
-    row = report.as_json(made_up[0], None)["rows"][0]
+    row = report.gpu_json(made_up[0], None)["rows"][0]
     assert row["floor_one_read"] is row["of_one_read"] is row["of_two_reads"] is None
     assert row["gb_per_s"] > 0
-    assert "floor" not in report.block(made_up[0], None).splitlines()[3]
-    assert "ceilings: not measured: it broke" in report.head(
+    assert "floor" not in report.block(made_up[0], report.GpuColumns(None)).splitlines()[3]
+    assert "ceilings: not measured: it broke" in report.gpu_head(
         {"name": "x", "memory": 1, "l2": 1}, {}, {"failed": "it broke"}, ""
     )
 
@@ -735,17 +730,17 @@ def test_the_floors_of_the_page_are_what_its_code_prints_and_what_the_bench_says
     assert capsys.readouterr().out == shown
     rows = [re.split(r" +", line) for line in shown.splitlines()[2:]]
     for row, (shape, what) in zip(rows, ((s, w) for s in cases.RESNET for w in ("forward", "backward")), strict=True):
-        single, half = (report.floors(GpuCase(shape, dtype=d), what, 4.3e12) for d in ("float32", "bfloat16"))
+        single, half = (report.floors(Case(shape, dtype=d), what, 4.3e12) for d in ("float32", "bfloat16"))
         assert [f"{1e6 * value:.1f}" for value in (*single, *half)] == row[-4:]  # type: ignore[operator]
 
 
 def test_floors_follow_from_the_speed_of_the_copy() -> None:
-    case = GpuCase((32, 64, 112, 112))
+    case = Case((32, 64, 112, 112))
     one, two = report.floors(case, "forward", 4.3e12)
     assert (round(one * 1e6, 1), round(two * 1e6, 1)) == (47.8, 71.7)  # type: ignore[operator]
     one, two = report.floors(case, "backward", 4.3e12)
     assert (round(one * 1e6, 1), round(two * 1e6, 1)) == (71.7, 119.5)  # type: ignore[operator]
-    half = GpuCase(case.shape, dtype="bfloat16")
+    half = Case(case.shape, dtype="bfloat16")
     assert report.floors(half, "eval", 4.3e12)[0] == report.floors(half, "eval", 4.3e12)[1]
     assert half.nbytes * 2 == case.nbytes
 
@@ -770,11 +765,9 @@ def test_every_name_of_cupy_that_is_used_exists() -> None:
 
 
 def test_the_real_device_has_every_method_and_its_kernels_compile(tmp_path: Path) -> None:
-    methods = {
-        name for name in vars(device.Device) if not name.startswith("_") and callable(getattr(device.Device, name))
-    }
-    assert methods
-    assert methods <= set(dir(device.CudaDevice))
+    real = device.CudaDevice
+    methods = {name for name in dir(real) if not name.startswith("_") and callable(getattr(real, name))}
+    assert len(methods) == 10
     assert methods <= set(dir(fake_device.FakeDevice))
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -866,12 +859,12 @@ def test_the_real_device_holds_the_stream_while_the_host_queues(standin: Standin
 @pytest.mark.parametrize(("gpus", "message"), [(0, "CUDA finds no GPU"), (-1, "CUDA finds no GPU: no driver")])
 def test_no_gpu_is_said_plainly(standin: Standin, gpus: int, message: str) -> None:
     standin.gpus = gpus
-    assert Work(CUDA).start() == {"none": message}
+    assert GpuWork().start() == {"none": message}
 
 
 def test_a_cupy_that_cannot_be_imported_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', Work(CUDA).start()["none"])
+    assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', GpuWork().start()["none"])
 
 
 def test_the_bench_of_the_processor_takes_no_halves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ import pytest
 from support.libraries import need
 
 import arraybn
-from arraybn.commands import check
-from arraybn.commands._check_contestants import contestants
+from arraybn.accuracy import errors as check
+from arraybn.bench.contestants.registry import measured as contestants
 
 Result = subprocess.CompletedProcess[str]
 
@@ -143,28 +143,22 @@ def test_a_peer_that_is_installed_is_near_in_ordinary_batches_and_far_at_1e6(
 
 def test_a_broken_promise_and_a_failure_are_in_their_rows_and_in_the_exit_status(tmp_path: Path) -> None:
     spoil = """
-import arraybn.commands._check_contestants as c, dataclasses
-def spoiled(one):
-    def build():
-        call = one.build()
-        return lambda batch: {**call(batch), "y": call(batch)["y"] * (1 + 1e-3)}
-    return dataclasses.replace(one, build=build)
+import arraybn.commands.check as c, dataclasses, os
+ours = [one for one in c.measured() if one.name == "NumPy"]
+def spoiled():
+    call = ours[0].build()
+    return lambda batch: {**call(batch), "y": call(batch)["y"] * (1 + 1e-3)}
 def crash():
-    import os
     os.kill(os.getpid(), 9)
 def explode(batch): raise ValueError("no such luck")
-ours = [one for one in c.contestants() if one.name == "NumPy"]
-c.contestants = lambda: [spoiled(ours[0]), dataclasses.replace(ours[0], family="NumPy", name="bad", promise=None,
-    build=lambda: explode), dataclasses.replace(ours[0], name="crash", needs=("json",), build=crash)]
+def exploding():
+    return explode
+spoil = [dataclasses.replace(ours[0], build=spoiled),
+    dataclasses.replace(ours[0], family="NumPy", name="bad", promise=None, build=exploding),
+    dataclasses.replace(ours[0], name="crash", needs=("json",), build=crash)]
 """
-    (tmp_path / "spoil.py").write_text(spoil)
-    # the children import the same change, through a module that runs in place of theirs
-    child = "import sys, pathlib, spoil\nspoil.c._answer(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
-    (tmp_path / "child.py").write_text(child)
-    preparation = (
-        "sys.path.insert(0, '.')\nimport spoil, arraybn.commands.check as check\n"
-        "check.contestants, spoil.c.__name__ = spoil.c.contestants, 'child'"
-    )
+    (tmp_path / "spoil.py").write_text(spoil)  # a module, so that the processes find the functions
+    preparation = "sys.path.insert(0, '.')\nimport spoil\nspoil.c.measured = lambda: spoil.spoil"
     result = run("--quick", cwd=tmp_path, preparation=preparation)
     assert result.returncode == 1, result.stderr
     assert re.search(r"^  NumPy .* BROKEN$", result.stdout, re.MULTILINE)
@@ -175,8 +169,8 @@ c.contestants = lambda: [spoiled(ours[0]), dataclasses.replace(ours[0], family="
 
 def test_json_alone_prints_nothing_else_and_the_plot_is_a_picture(tmp_path: Path) -> None:
     need("matplotlib")
-    few = "lambda all=c.contestants: [one for one in all() if 'numpy' in one.needs]"
-    here = f"import arraybn.commands.check as c\nc.contestants = {few}"
+    few = "lambda all=c.measured: [one for one in all() if 'numpy' in one.needs]"
+    here = f"import arraybn.commands.check as c\nc.measured = {few}"
     result = run("--quick", "--seed", "5", "--json", "--plot", cwd=tmp_path, preparation=here)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

@@ -19,8 +19,8 @@ from support.libraries import REQUIRED, need
 
 import arraybn
 from arraybn.__main__ import main
-from arraybn.commands import _bench_sync as bench_sync
-from arraybn.commands import _bench_sync_model as model
+from arraybn.bench import jobs
+from arraybn.bench.output import RefusedError
 from arraybn.commands import info
 from arraybn.testing import ThreadComm
 
@@ -168,9 +168,7 @@ def timed(mpirun: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result
     """One turn on 1, 2 and 3 ranks, and the folder it was run in."""
     need("matplotlib")
     folder = tmp_path_factory.mktemp("timed")
-    fewer = (
-        f"import os; os.environ |= {OPEN_MPI}\nfrom arraybn.commands import _bench_sync\n_bench_sync.RANKS = (1, 2, 3)"
-    )
+    fewer = f"import os; os.environ |= {OPEN_MPI}\nfrom arraybn.bench import sync\nsync.RANKS = (1, 2, 3)"
     options = ("--repeats", "1", "--json", "sync.json", "--plot", "sync.png")
     return after(fewer, "bench", "sync", *options, cwd=folder), folder
 
@@ -196,16 +194,9 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
                     assert row["traffic"]["received"] == ranks * row["traffic"]["sent"] == ranks * 4 * (2 * c + 1)
 
 
-def test_the_table_and_the_picture_say_what_is_a_model(timed: tuple[Result, Path]) -> None:
+def test_the_table_and_the_picture_are_there(timed: tuple[Result, Path]) -> None:
     result, folder = timed
     assert len(re.findall(r"^ +[123] +(?:64|128|256|512|1024|2048) .*\d$", result.stdout, re.MULTILINE)) == 12
-    assert "MODEL, not measured" in result.stdout
-    assert re.search(r"^ +16384( +[\d,]+){6}$", result.stdout, re.MULTILINE)
-    found = json.loads((folder / "sync.json").read_text())["model"]
-    assert {(fit["scheme"], fit["what"]) for fit in found["fits"]} == {
-        (scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")
-    }
-    assert {row["ranks"] for row in found["predictions"]} == {2**power for power in range(4, 15)}
     assert (folder / "sync.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "sync.png").stat().st_size > 30_000
 
@@ -216,8 +207,7 @@ def test_under_mpirun_it_measures_those_ranks(mpirun: str, tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert [job["ranks"] for job in found["jobs"]] == [2]
-    assert found["model"] is None
-    assert result.stderr.count("the model needs two numbers of ranks") == 1
+    assert result.stderr.count("it needs two numbers of ranks") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,8 +217,8 @@ def test_under_mpirun_it_measures_those_ranks(mpirun: str, tmp_path: Path) -> No
         ("", ("--peers", "none"), "--peers: expected no such option with sync"),
         ("", ("--ladder",), "--ladder: expected no such option with sync"),
         ("sys.modules['mpi4py'] = None", (), 'sync needs mpi4py:  {python} -m pip install "arraybn[mpi]"'),
-        ("from arraybn.commands import info; info.launcher = lambda: None", (), "sync needs mpirun:  pip install"),
-        ("from arraybn.commands import info; info.launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),
+        ("from arraybn.bench import jobs; jobs.launcher = lambda: None", (), "sync needs mpirun:  pip install"),
+        ("from arraybn.bench import jobs; jobs.launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),
     ],
 )
 def test_what_cannot_be_measured_is_said(preparation: str, options: Any, message: str, tmp_path: Path) -> None:
@@ -244,66 +234,26 @@ def test_a_job_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_p
     program = tmp_path / "mpirun"
     program.write_text("#!/bin/sh\nsleep 60\n")
     program.chmod(0o755)
-    monkeypatch.setattr(bench_sync, "TIME_LIMIT", 0.3)
-    with pytest.raises(bench_sync.RefusedError, match=r"mpirun -n 2 has not ended within 0\.3 s"):
-        bench_sync._job(str(program), 2, 1)
+    monkeypatch.setattr(jobs, "TIME_LIMIT", 0.3)
+    with pytest.raises(RefusedError, match=r"mpirun -n 2 has not ended within 0\.3 s"):
+        jobs.start(str(program), 2, "arraybn.bench.sync_ranks", "1")
 
 
 def test_ctrl_c_prints_what_was_measured_before(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], timed: tuple[Result, Path]
 ) -> None:
-    jobs = json.loads((timed[1] / "sync.json").read_text())["jobs"]
+    found = json.loads((timed[1] / "sync.json").read_text())["jobs"]
 
-    def job(launcher: str, ranks: int, turns: int) -> Any:
+    def start(launcher: str, ranks: int, module: str, turns: str) -> Any:
         if ranks == 4:
             raise KeyboardInterrupt
-        return jobs[ranks - 1]
+        return found[ranks - 1]
 
-    monkeypatch.setattr(bench_sync, "_job", job)
+    monkeypatch.setattr(jobs, "start", start)
     assert main(["bench", "sync"]) == 130
     out, err = capsys.readouterr()
     assert len(re.findall(r"^ +[12] +(?:64|2048) ", out, re.MULTILINE)) == 4
     assert err.endswith("interrupted; the figures are of what was measured before\n")
-    assert "MODEL" not in out
-
-
-# ---- The model -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheme", ["arraybn", "all-gather"])
-@pytest.mark.parametrize("planted", [(1e-5, 2e-5, 3e-9), (0.0, 2e-5, 1e-9), (1e-5, 0.0, 0.0)])
-def test_a_fit_finds_the_coefficients_that_made_the_times(scheme: str, planted: tuple[float, float, float]) -> None:
-    truth = model.Fit(*planted, 0.0)
-    cores = 2
-    points = [
-        (ranks, c, max(1, ranks / cores) * truth.seconds(model.effort(scheme, "forward", ranks, c)))
-        for ranks in (2, 4, 8)
-        for c in (64, 256, 512, 2048)
-    ]
-    found = model.fit(scheme, "forward", points, cores)
-    np.testing.assert_allclose(found[:3], planted, rtol=1e-6, atol=1e-13)
-    assert found.error < 1e-9
-    wrong = model.fit(scheme, "forward", [(ranks, c, 1.2 * t if ranks == 4 else t) for ranks, c, t in points], cores)
-    assert wrong.error > 0.01  # the control
-
-
-def test_an_allreduce_grows_with_the_logarithm_of_the_ranks_and_an_all_gather_with_the_ranks() -> None:
-    for ranks in (16, 1024):
-        once, twice = (model.effort("arraybn", "forward", count, 256) for count in (ranks, 2 * ranks))
-        assert twice.rounds - once.rounds == 1
-        assert twice.nbytes / once.nbytes == twice.rounds / once.rounds
-        once, twice = (model.effort("all-gather", "forward", count, 256) for count in (ranks, 2 * ranks))
-        assert twice.rounds - once.rounds == 1
-        assert twice.nbytes / once.nbytes == pytest.approx(2, rel=0.1)
-        assert model.effort(model.RING, "forward", ranks, 256) == (ranks - 1, once.nbytes)
-    assert model.effort("arraybn", "backward", 2, 256).nbytes == 4184
-    assert model.effort("arraybn", "backward", 2, 257).rounds == 2
-
-
-def test_there_is_no_model_of_one_number_of_ranks() -> None:
-    both = [(scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")]
-    assert model.fitted({key: [(2, 64, 1e-4), (2, 256, 2e-4)] for key in both}, 2) is None
-    assert model.fitted({key: [(2, 64, 1e-4), (4, 64, 2e-4)] for key in both}, 2) is not None
 
 
 # ---- The docs --------------------------------------------------------------------------------------------------------

@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .._plotting import GREY, INK, STYLE, save, spread_apart
+from .._plotting import GREY, INK, STYLE, Array, Axes, save, spread_apart
 from ._demo_training import Run, Statistics, network_name
-
-Array = np.ndarray[Any, Any]
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; a curve is darker the higher its rate.
 COLOR = {True: "#0072b2", False: "#d55e00"}

@@ -1,33 +1,23 @@
-"""``python -m arraybn check``: how accurate every batch norm installed here is; or whether yours is right.
-
-Units are those of the promises (``tests/test_accuracy.py``): ulp of float32, of mean at max(|mean|, 2⁻²⁰·std), of var
-at var (at eps where var is 0), of y and dx at the largest term of their formulas. In the JSON, a quantity that a
-contestant does not give is left out, and one that is no number is null.
-"""
+"""``python -m arraybn check``: how accurate every batch norm installed here is; or whether yours is right."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import math
-import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from .._version import __version__
-from ..testing import Batch, exact_batch_norm, scenarios, worst
-from ..testing.oracle import LONG, Exact
-from ._check_contestants import Answer, Contestant, Results, ask, contestants
-from ._check_target import RefusedError, check_target
+from ..accuracy import figure
+from ..accuracy.errors import ask, bounds, make_row, make_scenarios
+from ..bench.contestants.registry import measured
+from ..bench.output import RefusedError, check_files, progress_bar, write_json
+from ..testing import BatchNormError, Failure, check_batch_norm, exact_batch_norm
+from ..testing.oracle import LONG
 
 HELP = "how accurate every batch norm installed here is; or whether yours is right"
 DESCRIPTION = """Without a target: a table of the errors of every batch norm installed here, against exact results.
@@ -51,19 +41,9 @@ and then
 exit status: 0; 1 if arraybn breaks a promise, or a property of your functions does not hold; 2 if what was asked
 cannot be done."""
 
-F32 = np.dtype("f4")
-EPS = 2.0**-10  # a float32, and above the least that TensorFlow takes
-SHAPES = {"images": (8, 16, 49), "tall": (101, 2, 1), "large": (16, 3, 784)}
-QUICK = (64, 3, 4)  # that of the outliers and constant channels: JAX compiles for each shape
-RATIOS = {"ordinary": (0.0, 3.0), "1e2": (1e2,), "1e4": (1e4,), "1e6": (1e6,)}
-GROUPS = (*RATIOS, "outliers", "constant")
-CURVE = 10.0 ** np.arange(0, 6.1, 0.5)
-QUANTITIES = ("mean", "var", "y", "dx")
-PROMISED = {"mean": 1.0, "var": 1.0, "y": 4.0, "dx": 12.0}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `check`."""
+    """Add the options of `check`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("target", nargs="?", metavar="module:forward", help="a function of yours to check")
@@ -100,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise RefusedError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
         if arguments.target is None and (arguments.backward or arguments.update):
             raise RefusedError("expected a target, module:forward, before --backward and --update; got none")
-        return _check_everything(arguments) if arguments.target is None else check_target(arguments)
+        return _print_table(arguments) if arguments.target is None else check_target(arguments)
     except BrokenPipeError:
         raise
     except (RefusedError, OSError) as problem:
@@ -108,230 +88,108 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-# ---- The table ----
-
-
-class Scenario(NamedTuple):
-    """A batch, and the group that its errors are shown in; '' if in the picture alone."""
-
-    group: str
-    ratio: float  # |mean|/std
-    batch: Batch
-
-
-def make_scenarios(quick: bool, curve: bool, seed: int) -> list[Scenario]:
-    """The batches of the table, and those of the picture."""
-    shapes = (QUICK,) if quick else tuple(SHAPES.values())
-    found = [
-        Scenario(group, ratio, scenarios.normal(shape, sign * ratio, 1.0, seed=[seed, index, int(ratio)]))
-        for group, ratios in RATIOS.items()
-        for ratio in (ratios[-1:] if quick else ratios)
-        for index, (shape, sign) in enumerate(zip(shapes, (1, -1, 1), strict=False))
-    ]
-    if curve:  # the same batch each time, but for its mean
-        found += [
-            Scenario("", ratio, scenarios.normal(SHAPES["images"], ratio, 1.0, seed=[seed, 99])) for ratio in CURVE
-        ]
-    named = scenarios.named_batches()
-    found += [
-        Scenario("outliers", 0.0, named["outliers"]._replace(x=scenarios.outliers(seed))),
-        Scenario("constant", math.inf, named["constant"]),
-    ]
-    return [one._replace(batch=_float32(one.batch)) for one in found]
-
-
-def _float32(batch: Batch) -> Batch:
-    x, dy, weight, bias = (array.astype(F32) for array in batch[:4])
-    return Batch(x, dy, weight, bias, EPS)
-
-
-@dataclass
-class Row:
-    """A contestant and what came of it: the largest error of each quantity in each group, in ulp."""
-
-    contestant: Contestant
-    unusable: str = ""
-    failed: str = ""
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → group → ulp
-    curve: dict[float, float] = field(default_factory=dict)  # |mean|/std → ulp of y
-    broken: list[str] = field(default_factory=list)  # promises
-
-    def worst(self, quantity: str) -> float | None:
-        """Over all groups; None if it does not give the quantity."""
-        return max(self.errors[quantity].values()) if quantity in self.errors else None
-
-    @property
-    def kept(self) -> bool | None:
-        """Whether it keeps its promise; None if it gave none, or cannot be started here."""
-        if self.contestant.promise is None or self.unusable:
-            return None
-        return not (self.failed or self.broken)
-
-
-def make_row(contestant: Contestant, answer: Answer, asked: Sequence[Scenario], truths: Sequence[Exact]) -> Row:
-    """The errors of its results."""
-    row = Row(contestant, answer.unusable, answer.failed)
-    for scenario, truth, results in zip(asked, truths, answer.results, strict=False):
-        errors = _errors(results, truth, _units(scenario.batch, truth))
-        if scenario.group:
-            for quantity, error in errors.items():
-                groups = row.errors.setdefault(quantity, dict.fromkeys(GROUPS, 0.0))
-                groups[scenario.group] = max(groups[scenario.group], error)
-        else:
-            row.curve[scenario.ratio] = errors["y"]
-        row.broken += _broken(contestant, scenario, truth, results, errors)
-    return row
-
-
-def _errors(results: Results, truth: Exact, units: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: worst(results[name], getattr(truth, name), units[name], F32) for name in QUANTITIES if name in results
-    }
-
-
-def _units(batch: Batch, truth: Exact) -> dict[str, Any]:
-    """The sizes at which an ulp is taken, as the promises have them."""
-    mean = np.maximum(abs(truth.mean), np.ldexp(np.sqrt(truth.var), -20))
-    var = np.where(truth.var > 0, truth.var, batch.eps)
-    return {"mean": mean, "var": var, "y": truth.y_scale, "dx": truth.dx_scale}
-
-
-def _broken(
-    contestant: Contestant, scenario: Scenario, truth: Exact, results: Results, errors: Mapping[str, float]
-) -> list[str]:
-    """What it promised and did not keep."""
-    if contestant.promise is None:
-        return []
-    batch, limits = scenario.batch, PROMISED
-    if contestant.promise == "float32 only":
-        limits = bounds(batch.x.shape[0] * batch.x.shape[2])
-        errors = _errors(results, truth, _units_of_bounds(batch, truth))
-    where = scenario.group if not scenario.group[:1].isdigit() and scenario.group else f"|mean|/std {scenario.ratio:g}"
-    found = [
-        f"{name} {errors[name]:.3g} > {limit:.3g} ulp ({where})"
-        for name, limit in limits.items()
-        if not errors[name] <= limit
-    ]
-    if scenario.group == "constant" and not (results["y"] == batch.bias[:, None]).all():
-        found.append("y of a constant channel is not exactly bias")
-    return found
-
-
-def bounds(n: int) -> dict[str, float]:
-    """What float32 alone can promise for n values, in ulp: L + 3, L + 6, 2·L + 10, 4·L + 32 with L = log₂ n + 2.
-
-    To first order in u = 2⁻²⁴ (an ulp is at least u of the value), and for L·u·|mean|/std ≤ 1: each value of a sum goes
-    through at most L additions, so
-
-    - mean, as the sum of two float32: (L + 2)·u·std from the sum of x − mean, 1 from putting both together;
-    - var: L·u from the sum, 5·u from the two subtractions, the square and the division, 1 from the shift of the mean;
-    - y: half of var's by rstd, (L + 2)·u·weight from the mean, 6 from the products, the sum and the low part of mean;
-    - dx: (L + 1) and (L + 8) from the sums of dy and dy·xhat, and rstd, half of var's and 5 more, in each of 3 terms.
-
-    No sum knows the terms that cancel in it, so the units are larger than the promises': mean at max(|mean|, std), y at
-    max(|weight|·max(1, |xhat|), |bias|), dx at |weight|·rstd·max(|dy|, max(1, |xhat|)·rms(dy)).
-    """
-    depth = math.log2(n) + 2
-    return {"mean": depth + 3, "var": depth + 6, "y": 2 * depth + 10, "dx": 4 * depth + 32}
-
-
-def _units_of_bounds(batch: Batch, truth: Exact) -> dict[str, Any]:
-    """The sizes at which an ulp of `bounds` is taken."""
-    weight, bias = abs(batch.weight.astype(LONG))[:, None], abs(batch.bias.astype(LONG))[:, None]
-    rstd, at_least_1 = 1 / np.sqrt(truth.var + batch.eps)[:, None], np.maximum(1, abs(truth.xhat))
-    rms = np.sqrt(np.mean(batch.dy.astype(LONG) ** 2, axis=(0, 2)))[:, None]
-    return {
-        **_units(batch, truth),
-        "mean": np.maximum(abs(truth.mean), np.sqrt(truth.var)),
-        "y": np.maximum(weight * at_least_1, bias),
-        "dx": weight * rstd * np.maximum(abs(batch.dy), at_least_1 * rms),
-    }
-
-
-def _check_everything(arguments: argparse.Namespace) -> int:
-    """Print the table, write what was asked for; 1 if arraybn breaks a promise."""
+def _print_table(arguments: argparse.Namespace) -> int:
+    """Print the table, write what was asked for; return 1 if arraybn breaks a promise."""
     start = time.perf_counter()
     plot, file = arguments.plot, arguments.json
-    _check_files(plot, None if file == "-" else file)
-    chosen = [one for one in contestants() if not one.missing]
-    missing = {one.pip: one.needs for one in contestants() if one.missing}
+    check_files(plot, file)
+    chosen = [one for one in measured() if not one.missing]
+    missing = {one.pip: one.needs for one in measured() if one.missing}
     asked = make_scenarios(arguments.quick, plot is not None, arguments.seed)
     batches = [one.batch for one in asked]
-    with _progress_bar(len(chosen) * len(asked)) as bar, ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(ask, chosen, batches, (lambda: None) if bar is None else bar.update)
-        truths = [exact_batch_norm(b.x, b.weight, b.bias, b.dy, eps=b.eps) for b in batches]
-        rows = [make_row(one, answer, asked, truths) for one, answer in zip(chosen, answers.result(), strict=True)]
-    from . import _check_figure as figure
-
+    with progress_bar(len(chosen) * len(asked), "batch") as bar, ThreadPoolExecutor(1) as pool:
+        computed = pool.submit(lambda: [exact_batch_norm(b.x, b.weight, b.bias, b.dy, eps=b.eps) for b in batches])
+        answers = ask(chosen, batches, (lambda: None) if bar is None else bar.update)
+        truths = computed.result()
+    rows = [make_row(one, answer, asked, truths) for one, answer in zip(chosen, answers, strict=True)]
     if file != "-":
         print(figure.table(rows, len(asked), by_scenario=arguments.by_scenario))
         print(figure.notes(rows, bounds, max(b.x.size // b.x.shape[1] for b in batches), missing))
     if file is not None:
-        text = json.dumps(_report(rows, missing, arguments, time.perf_counter() - start), indent=1, allow_nan=False)
-        print(text) if file == "-" else Path(file).write_text(f"{text}\n", encoding="utf-8")
+        write_json(file, figure.as_json(rows, missing, arguments, time.perf_counter() - start))
     if plot is not None:
         figure.draw(rows, Path(plot))
         print(f"\n{plot}: error of y against |mean|/std", file=sys.stderr if file == "-" else sys.stdout)
     return int(any(row.kept is False for row in rows))
 
 
-def _check_files(plot: str | None, file: str | None) -> None:
-    """Refuse, before any work, what could not be drawn or written after it."""
-    if plot is not None:
-        try:
-            importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise RefusedError(
-                f'--plot needs matplotlib ({error}): install with  pip install "arraybn[demo]"'
-            ) from error
-    for option, name in (("--plot", plot), ("--json", file)):
-        if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
-            raise RefusedError(f"{option} {name}: expected a file in a folder that is there")
+# ---- A target --------------------------------------------------------------------------------------------------------
 
 
-def _progress_bar(total: int) -> AbstractContextManager[Any]:
-    """tqdm's, or None where it is not installed."""
+def check_target(arguments: argparse.Namespace) -> int:
+    """Say of each property whether it holds, then of each that does not why; 1 if there are any."""
+    for option in ("by_scenario", "quick", "json", "plot"):
+        if getattr(arguments, option):
+            raise RefusedError(f"--{option.replace('_', '-')} belongs to the table, which is printed without a target")
+    sys.path.insert(0, "")
+    names = {"forward": arguments.target, "backward": arguments.backward, "update": arguments.update}
+    functions = {role: None if name is None else load(name) for role, name in names.items()}
+    xp = None if arguments.xp == "numpy" else _namespace(arguments.xp, arguments.dtype)
     try:
-        from tqdm import tqdm
+        check_batch_norm(
+            **functions,  # type: ignore[arg-type]
+            tolerance=arguments.tolerance,
+            max_ratio=arguments.max_ratio,
+            dtype=arguments.dtype,
+            xp=xp,
+            examples=_examples(arguments.examples),
+            report=_print_property,
+        )
+    except (TypeError, ValueError) as error:  # an option; what the functions raise is reported with the properties
+        raise RefusedError(str(error)) from error
+    except BatchNormError as error:
+        print(f"\n{error}")
+        return 1
+    print("\nall of them hold")
+    return 0
+
+
+def _print_property(name: str, failure: Failure | None) -> None:
+    print(f"{'ok   ' if failure is None else 'FAILS'}  {name}", flush=True)
+
+
+def load(target: str) -> Any:
+    """Return the function behind package.module:function, or a `RefusedError` that says what is wrong with it."""
+    module_name, colon, path = target.partition(":")
+    if not (module_name and colon and path):
+        raise RefusedError(f"expected package.module:function; got {target!r}")
+    if "/" in module_name or "\\" in module_name or module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").strip("./\\").replace("\\", "/").replace("/", ".")
+        raise RefusedError(f"expected package.module:function, as in {dotted}:{path}; got {target!r}, a file")
+    found = _imported(module_name)
+    for name in path.split("."):
+        if not hasattr(found, name):
+            there = ", ".join(key for key, value in vars(found).items() if callable(value) and key[0] != "_")
+            raise RefusedError(f"{target}: {module_name} has no {path!r}; it has {there or 'no functions'}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise RefusedError(f"{target}: expected a function; it is of type {type(found).__name__}")
+    return found
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise RefusedError(f"no module named {error.name!r} in this folder ({Path.cwd()}) or installed") from error
+        raise RefusedError(f"importing {name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise RefusedError(f"importing {name} raised {type(error).__name__}: {error}") from error
+
+
+def _namespace(name: str, dtype: str) -> Any:
+    xp = _imported(name)
+    if name == "jax.numpy" and dtype == "float64":
+        importlib.import_module("jax").config.update("jax_enable_x64", True)
+    return xp
+
+
+def _examples(count: int) -> int:
+    """Return `count`, or 0 where there is no hypothesis to make random batches."""
+    try:
+        importlib.import_module("hypothesis")
     except ImportError:
-        return nullcontext()
-    bar: AbstractContextManager[Any] = tqdm(total=total, unit="batch", leave=False, disable=None)
-    return bar
-
-
-def _report(
-    rows: Sequence[Row], missing: Mapping[str, Sequence[str]], arguments: argparse.Namespace, seconds: float
-) -> dict[str, Any]:
-    """What --json writes."""
-    from ._check_figure import version
-
-    return {
-        "arraybn": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "seed": arguments.seed,
-        "quick": arguments.quick,
-        "seconds": round(seconds, 1),
-        "unit": "ulp of float32",
-        "groups": list(GROUPS),
-        "rows": [
-            {
-                "family": row.contestant.family,
-                "name": row.contestant.name,
-                "version": version(row.contestant),
-                "worst": {name: _number(row.worst(name)) for name in row.errors},
-                "errors": {name: {g: _number(e) for g, e in groups.items()} for name, groups in row.errors.items()},
-                "y_by_ratio": [[ratio, _number(error)] for ratio, error in row.curve.items()],
-                "promise": row.contestant.promise,
-                "kept": row.kept,
-                "broken": row.broken,
-                "failed": row.failed or row.unusable or None,
-            }
-            for row in rows
-        ],
-        "missing": [f"pip install {pip}" for pip in missing],
-    }
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+        print('the named batches alone; for random ones and small failures:  pip install "arraybn[test]"')
+        return 0
+    return count

@@ -1,4 +1,4 @@
-"""What ``python -m arraybn bench`` says of the machine: its processor, cores, memory, and the versions installed."""
+"""The machine: its processor, cores, memory and foreign load; and the versions installed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+
+def describe() -> dict[str, Any]:
+    return {"processor": processor(), "cores": cores()}
 
 
 def processor() -> str:
-    """The name of the CPU; that of its kind where it tells no more."""
+    """Return the name of the CPU, or of its kind where the system tells no more."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -25,17 +30,16 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """How many this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int | None:
-    """The bytes that can still be had, within the limit of a container; None where nobody tells."""
-    found = [bytes_ for bytes_ in (_of_the_system(), _of_the_container()) if bytes_ is not None]
+    """Return the bytes that can still be had, within the limit of a container; None if unreported."""
+    found = [bytes_ for bytes_ in (system_memory(), container_memory()) if bytes_ is not None]
     return min(found, default=None)
 
 
-def _of_the_system() -> int | None:
+def system_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -45,8 +49,8 @@ def _of_the_system() -> int | None:
     return None
 
 
-def _of_the_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What control groups (version 2) leave, counting as free the pages of files that can be dropped."""
+def container_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return what control groups (version 2) leave, counting as free the pages of files that can be dropped."""
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -55,21 +59,21 @@ def _of_the_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def version(package: str) -> str:
-    """Of the distribution that brings the package; '' if it does not say."""
+    """Return the version of the distribution that brings the package, or ''."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     found = metadata.packages_distributions().get(package, [])
     return metadata.version(found[0]) if found else ""
 
 
-class Others:
-    """How busy other programs keep the cores, from when this is made on."""
+class ForeignLoad:
+    """The cores that other programs keep busy, from when this is made on."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter(), _all_work(), _our_work()
 
     def cores(self) -> float | None:
-        """How many cores they took, on the average; None where nobody tells. Ours are those that have ended."""
+        """Return the cores on the average; None if unreported. Subtracts our children that have ended."""
         start, everyone, ours = self._start
         now, elapsed = _all_work(), time.perf_counter() - start
         if now is None or everyone is None or elapsed <= 0:
@@ -78,7 +82,7 @@ class Others:
 
 
 def _all_work() -> float | None:
-    """Seconds that all cores have worked since the system started."""
+    """Return the seconds that all cores have worked since the system started."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         numbers = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
         return (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
@@ -86,5 +90,5 @@ def _all_work() -> float | None:
 
 
 def _our_work() -> float:
-    """Seconds that this process and its children, as far as they have ended, have worked."""
+    """Return the seconds that this process and its children, as far as they have ended, have worked."""
     return sum(os.times()[:4])

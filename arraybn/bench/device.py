@@ -1,6 +1,6 @@
-"""The one object through which ``bench --device cuda`` touches the GPU: its arrays, its stream and its clock.
+"""Where a bench works: NumPy arrays on the host, or a GPU, of which only `CudaDevice` touches stream and clock.
 
-`CudaDevice` is the real one, by CuPy. A test has another with the same methods, on NumPy arrays and a clock of its own.
+A test has another device with the methods of `CudaDevice`, on NumPy arrays and a clock of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,49 +37,34 @@ class NoDeviceError(Exception):
     """There is no GPU to work with; the text says why, and what brings one."""
 
 
-class Device(Protocol):
-    """What the bench asks of a device. All of its work is queued on one stream, which every library is told to use."""
+class HostDevice:
+    """NumPy arrays, and what is done at once."""
 
-    platform: str  # as JAX calls it: gpu, cpu
-    xp: Any  # the namespace of its arrays
-    together: float  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
-    kernels: Mapping[str, Any]  # for each row of arraybn, what batch_norm takes as kernels
-
-    def describe(self) -> dict[str, Any]:
-        """Name, memory, l2 (bytes) and what else the report says of it."""
+    xp: Any = np  # the namespace of its arrays
+    platform = "cpu"  # as JAX calls it
+    kernels: ClassVar[Mapping[str, Any]] = {}  # by contestant, the kernels= of batch_norm
 
     def array(self, host: np.ndarray[Any, Any]) -> Array:
-        """A copy of a NumPy array."""
+        return host
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of any values."""
+        return self.xp.empty(shape, dtype)
 
     def share_stream(self, library: Any) -> None:
         """Let PyTorch queue its work on our stream."""
 
-    def free_memory(self) -> int:
-        """Bytes that can still be had."""
+    def synchronize(self) -> None:
+        """Wait for everything that is queued, other libraries' streams included."""
 
     def clock(self) -> float:
-        """Seconds on the host."""
-
-    def synchronize(self) -> None:
-        """Wait for everything that is queued."""
-
-    def copy(self, target: Array, source: Array) -> None:
-        """Queue a copy of all bytes of a contiguous array."""
-
-    def nothing(self) -> None:
-        """Queue an empty kernel."""
-
-    def timed(self, call: Callable[[], object], calls: int, hold: float, flush: bool = True) -> tuple[float, bool]:
-        """Seconds of one of `calls` calls on the device, and whether the device had to wait for the host."""
+        return time.perf_counter()
 
 
-class CudaDevice:
+class CudaDevice(HostDevice):
     """A GPU by CuPy; its methods are for the thread that made it. `index` may be larger than there are GPUs."""
 
-    platform, together = "gpu", 200e6
+    platform = "gpu"
+    together = 200e6  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
     kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda_fused", "split": "cuda", "reference": "reference"}
 
     def __init__(self, index: int = 0) -> None:
@@ -105,7 +90,7 @@ class CudaDevice:
         self._scratch = self.xp.empty(2 * max(self._properties["l2CacheSize"], 2**20), np.uint8)
 
     def describe(self) -> dict[str, Any]:
-        """Name, memory, L2, multiprocessors, compute capability and the versions of CUDA."""
+        """Return name, memory, L2, multiprocessors, compute capability and the versions of CUDA."""
         found = self._properties
         return {
             "name": found["name"].decode(),
@@ -118,31 +103,20 @@ class CudaDevice:
         }
 
     def array(self, host: np.ndarray[Any, Any]) -> Array:
-        """A copy of a NumPy array."""
         return self.xp.asarray(host)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of any values."""
-        return self.xp.empty(shape, dtype)
-
     def share_stream(self, library: Any) -> None:
-        """Let PyTorch queue its work on our stream."""
         library.cuda.set_stream(library.cuda.ExternalStream(self.stream.ptr))
 
     def free_memory(self) -> int:
-        """Bytes that can still be had, once CuPy and PyTorch have given back what they had put by."""
+        """Return the bytes that can still be had, once CuPy and PyTorch have given back what they had put by."""
         self.xp.get_default_memory_pool().free_all_blocks()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
         free: int = self._runtime.memGetInfo()[0]
         return free
 
-    def clock(self) -> float:
-        """Seconds on the host."""
-        return time.perf_counter()
-
     def synchronize(self) -> None:
-        """Wait for everything on the device, other libraries' streams included."""
         self._runtime.deviceSynchronize()
 
     def copy(self, target: Array, source: Array) -> None:
@@ -151,11 +125,10 @@ class CudaDevice:
         self._runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
 
     def nothing(self) -> None:
-        """Queue an empty kernel."""
         self._nothing((1,), (1,), ())
 
     def timed(self, call: Callable[[], object], calls: int, hold: float, flush: bool = True) -> tuple[float, bool]:
-        """Seconds of one of `calls` calls on the device, and whether the device had to wait for the host.
+        """Return the seconds of one of `calls` calls on the device, and whether the device had to wait for the host.
 
         The stream is held until the host has queued them all; with `flush`, nothing of before is left in L2.
         """

@@ -1,26 +1,25 @@
-"""What ``python -m arraybn check`` shows of its results: the table, and the picture of error against |mean|/std."""
+"""The accuracy of every batch norm: the table, the JSON, and the picture of error against |mean|/std."""
 
 from __future__ import annotations
 
+import argparse
 import math
+import platform
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .._plotting import GREY, INK, STYLE
-from .._plotting import save as _save
-from .._plotting import spread_apart as _apart
-
-if TYPE_CHECKING:
-    from ._check_contestants import Contestant
-    from .check import Row
+from .._plotting import FAMILIES, GREY, INK, STYLE, Axes, save, spread_apart
+from .._version import __version__
+from ..bench.contestants import Measured
+from ..bench.truth import PROMISED
+from .errors import GROUPS, QUANTITIES, Row
 
 Ends = dict[str, list[tuple[float, str]]]  # family → where its lines end, and their names
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 
 WIDTH = 11
 TITLES = {"1e2": "ratio 1e2", "1e4": "ratio 1e4", "1e6": "ratio 1e6"}
@@ -30,9 +29,7 @@ TITLES = {"1e2": "ratio 1e2", "1e4": "ratio 1e4", "1e6": "ratio 1e6"}
 
 
 def table(rows: Sequence[Row], count: int, *, by_scenario: bool) -> str:
-    """The largest errors over all scenarios, or for each quantity those of each group."""
-    from .check import GROUPS, QUANTITIES
-
+    """Return the largest errors over all scenarios, or for each quantity those of each group."""
     if not by_scenario:
         lines = [f"Worst error over {count} batches, in ulp of float32", ""]
         return "\n".join([*lines, *_section(rows, "", {name: _over_all(name) for name in QUANTITIES}, promises=True)])
@@ -52,7 +49,7 @@ def _in_group(quantity: str, group: str) -> Any:
 
 
 def _section(rows: Sequence[Row], title: str, columns: Mapping[str, Any], *, promises: bool) -> list[str]:
-    """A heading, and under each family its rows."""
+    """Return a heading, and under each family its rows."""
     width = max(len(row.contestant.name) for row in rows) + 4
     lines, family = [f"{title:<{width}}" + "".join(f"{name:>{WIDTH}}" for name in columns)], ""
     for row in rows:
@@ -69,7 +66,7 @@ def _section(rows: Sequence[Row], title: str, columns: Mapping[str, Any], *, pro
 
 
 def _figure(error: float | None) -> str:
-    """An error in two or three digits."""
+    """Return an error in two or three digits."""
     if error is None:
         return "–"
     if not math.isfinite(error):
@@ -79,10 +76,8 @@ def _figure(error: float | None) -> str:
     return f"{error:.0f}" if error < 9999.5 else f"{error:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def version(contestant: Contestant) -> str:
-    """Of arraybn itself, or of the library."""
-    from .._version import __version__
-
+def version(contestant: Measured) -> str:
+    """Return the version of arraybn itself, or of the library."""
     if contestant.family == "arraybn":
         return __version__
     name = metadata.packages_distributions().get(contestant.library, [contestant.library])[0]
@@ -92,9 +87,7 @@ def version(contestant: Contestant) -> str:
 def notes(
     rows: Sequence[Row], bounds: Callable[[int], dict[str, float]], n: int, missing: Mapping[str, Sequence[str]]
 ) -> str:
-    """What the figures mean, which promises are broken, and what is not installed."""
-    from .check import PROMISED
-
+    """Return what the figures mean, which promises are broken, and what is not installed."""
     lines = [
         "",
         "Ulp of mean: at max(|mean|, 2⁻²⁰·std); of var: at var, at eps where it is 0; of y and dx: at the largest term",
@@ -104,7 +97,7 @@ def notes(
     if any(row.contestant.promise == "float32 only" for row in rows):
         lines += [
             "Without float64: mean ≤ L+3, var ≤ L+6, y ≤ 2·L+10, dx ≤ 4·L+32 ulp, L = log₂ n + 2, std among the terms;",
-            f"for n = {n}: {_limits(bounds(n))} (units and derivation: arraybn.commands.check.bounds).",
+            f"for n = {n}: {_limits(bounds(n))} (units and derivation: arraybn.accuracy.errors.bounds).",
         ]
     for row in rows:
         broken = [*row.broken[:5], *([f"and {len(row.broken) - 5} more"] if len(row.broken) > 5 else [])]
@@ -119,17 +112,44 @@ def _limits(limits: Mapping[str, float]) -> str:
     return ", ".join(f"{name} ≤ {limit:.3g}" for name, limit in limits.items())
 
 
+def as_json(
+    rows: Sequence[Row], missing: Mapping[str, Sequence[str]], arguments: argparse.Namespace, seconds: float
+) -> dict[str, Any]:
+    """Return what --json writes; a quantity that a contestant does not give is left out, no number is null."""
+    return {
+        "arraybn": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "seed": arguments.seed,
+        "quick": arguments.quick,
+        "seconds": round(seconds, 1),
+        "unit": "ulp of float32",
+        "groups": list(GROUPS),
+        "rows": [
+            {
+                "family": row.contestant.family,
+                "name": row.contestant.name,
+                "version": version(row.contestant),
+                "worst": {name: _number(row.worst(name)) for name in row.errors},
+                "errors": {name: {g: _number(e) for g, e in groups.items()} for name, groups in row.errors.items()},
+                "y_by_ratio": [[ratio, _number(error)] for ratio, error in row.curve.items()],
+                "promise": row.contestant.promise,
+                "kept": row.kept,
+                "broken": row.broken,
+                "failed": row.failed or row.unusable or None,
+            }
+            for row in rows
+        ],
+        "missing": [f"pip install {pip}" for pip in missing],
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 # ---- The picture ----
 
-# Okabe and Ito's, which colour-blind readers tell apart; within a family the dashes differ
-COLORS = {
-    "arraybn": "#0072b2",
-    "NumPy": "#6e6e6e",
-    "PyTorch": "#d55e00",
-    "JAX": "#009e73",
-    "TensorFlow": "#e69f00",
-    "ONNX Runtime": "#cc79a7",
-}
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 ALONE = " without float64"
 LOST, LOW, TOP = 2.0**24, 0.4, 1e10  # ulp
@@ -153,7 +173,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             if row.curve:
                 _draw_line(axes, row, sum(row.contestant.family == one.contestant.family for one in rows[:index]), ends)
         _label(axes, ends)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _set_up(axes: Axes) -> None:
@@ -171,12 +191,12 @@ def _set_up(axes: Axes) -> None:
 
 
 def _draw_line(axes: Axes, row: Row, index: int, ends: Ends) -> None:
-    """A line up to the last number, and its end for the labels."""
+    """Draw a line up to the last number, and its end for the labels."""
     family, name, ours = row.contestant.family, row.contestant.name, row.contestant.family == "arraybn"
     finite = [(ratio, error) for ratio, error in row.curve.items() if math.isfinite(error)]
     ratios, errors = (np.asarray(values) for values in zip(*finite, strict=True))
     errors = np.clip(errors, LOW, TOP)
-    style = {"color": COLORS.get(family, INK), "linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
+    style = {"color": FAMILIES.get(family, INK), "linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
     axes.plot(ratios, errors, linestyle="-" if ours else DASHES[index % len(DASHES)], **style)
     if len(finite) == len(row.curve):
         short = name.removesuffix(ALONE)
@@ -189,7 +209,7 @@ def _draw_line(axes: Axes, row: Row, index: int, ends: Ends) -> None:
 
 
 def _label(axes: Axes, ends: Ends) -> None:
-    """The family, the names of those that end within a factor of ten, and a thin line to where they end."""
+    """Write the family and the names of lines that end within a factor of ten, with a thin line to their ends."""
     labels = []
     for family, found in ends.items():
         group: list[tuple[float, str]] = []
@@ -202,10 +222,10 @@ def _label(axes: Axes, ends: Ends) -> None:
     labels.sort()
     to_axes = axes.transData + axes.transAxes.inverted()
     starts = np.asarray([to_axes.transform((1e6, end))[1] for end, _, _ in labels])
-    for start, height, (_, family, names) in zip(starts, _apart(starts, 0.073), labels, strict=True):
+    for start, height, (_, family, names) in zip(starts, spread_apart(starts, 0.073), labels, strict=True):
         style: Any = {
             "transform": axes.transAxes,
-            "color": COLORS.get(family.removesuffix(ALONE), INK),
+            "color": FAMILIES.get(family.removesuffix(ALONE), INK),
             "clip_on": False,
         }
         axes.plot((1.005, 1.025, 1.035), (start, height, height), linewidth=0.8, **style)
@@ -214,5 +234,5 @@ def _label(axes: Axes, ends: Ends) -> None:
 
 
 def _joined(family: str, group: Sequence[tuple[float, str]]) -> tuple[float, str, str]:
-    """The height of a label (the geometric mean), and its words."""
+    """Return the height of a label (the geometric mean), and its words."""
     return math.exp(sum(math.log(end) for end, _ in group) / len(group)), family, "; ".join(name for _, name in group)

@@ -1,21 +1,20 @@
-"""What the ranks do in ``python -m arraybn bench sync``: time synchronized calls, and an all-gather scheme beside them.
+"""Synchronized calls on the ranks of ``python -m arraybn bench sync``, and an all-gather scheme beside them.
 
-``mpirun -n P python -m mpi4py -m arraybn.commands._bench_sync_ranks FILE TURNS`` writes what rank 0 has found there.
-The all-gather scheme is PyTorch's: each rank sends mean, 1/std and count in float32 to all others, each of which pools
-them; the backward is an allreduce of two sums. Both schemes wait in the same way, giving the processor away meanwhile.
+``mpirun -n P python -m mpi4py -m arraybn.bench.sync_ranks FILE TURNS`` writes what rank 0 has found. The all-gather
+scheme is PyTorch's: each rank sends mean, 1/std and count in float32 to all others, each of which pools them; the
+backward is an allreduce of two sums. Both schemes wait in the same way, giving the processor away meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from .. import sync
 from ..kernels.threads import set_num_threads
 from ..layers import BatchNorm1d, SyncBatchNorm
 from ..reference import Moments
+from . import jobs
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)
 ROWS = 2  # of x on each rank: what is timed is the synchronization, not the sweeps
@@ -38,7 +38,7 @@ Comm = Any  # mpi4py's
 
 
 class Traffic(NamedTuple):
-    """What one call sends: collectives, the bytes that a rank puts into them, and those that it gets back."""
+    """The traffic of one call: collectives, the bytes that a rank puts into them, and those that it gets back."""
 
     collectives: int
     sent: int
@@ -59,22 +59,16 @@ class Counted:
         self.traffic = Traffic(done.collectives + 1, done.sent + sent.nbytes, done.received + received.nbytes)
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
-        """A reducer's."""
         self._count(frame, frame)
         self.inner.allreduce(frame, deadline)
 
     def Iallgather(self, sent: Array, received: Array) -> Any:  # noqa: N802, mpi4py's name
-        """A communicator's."""
         self._count(sent, received)
         return self.inner.Iallgather(sent, received)
 
     def Iallreduce(self, in_place: Any, numbers: Array) -> Any:  # noqa: N802, mpi4py's name
-        """A communicator's."""
         self._count(numbers, numbers)
         return self.inner.Iallreduce(in_place, numbers)
-
-
-# ---- The two schemes: what is between the sweeps of a forward, and of a backward -------------------------------------
 
 
 class Ours:
@@ -89,28 +83,17 @@ class Ours:
         return call
 
     def forward(self, moments: Moments) -> tuple[Array, Array]:
-        """Mean and m2 of all ranks."""
         with self._begin(sync.FORWARD) as call:
             pooled = sync.RankPool(call).moments(moments)
         return pooled.mean, pooled.m2
 
     def backward(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Both sums over all ranks."""
         with self._begin(sync.BACKWARD) as call:
             a, b = sync.RankPool(call).sums(a, b)
         return a, b
 
     def traffic(self, work: Callable[[], object]) -> Traffic:
-        """Of what `work` does."""
-        channel = sync.exchange_over("comm", self.comm)
-        assert channel is not None
-        counted: Any = Counted(channel.reducer)
-        channel.reducer = counted
-        try:
-            work()
-        finally:
-            channel.reducer = counted.inner
-        return counted.traffic  # type: ignore[no-any-return]
+        return _counted(sync.exchange_over("comm", self.comm), "reducer", work)
 
 
 class AllGather:
@@ -120,7 +103,6 @@ class AllGather:
         self.comm = comm.Dup()
 
     def forward(self, moments: Moments) -> tuple[Array, Array]:
-        """Mean and m2 of all ranks."""
         c = len(moments.mean)
         sent = np.empty(2 * c + 1, np.float32)
         sent[:c], sent[c:-1], sent[-1] = moments.mean, 1 / np.sqrt(moments.m2 / moments.n + EPS), moments.n
@@ -131,7 +113,6 @@ class AllGather:
         return mean, (counts * (1 / invstds**2 - EPS + (means - mean) ** 2)).sum(axis=0)
 
     def backward(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Both sums over all ranks."""
         from mpi4py import MPI
 
         sums = np.concatenate([a, b]).astype(np.float32)
@@ -139,14 +120,18 @@ class AllGather:
         return sums[: len(a)], sums[len(a) :]
 
     def traffic(self, work: Callable[[], object]) -> Traffic:
-        """Of what `work` does."""
-        counted = Counted(self.comm)
-        self.comm = counted
-        try:
-            work()
-        finally:
-            self.comm = counted.inner
-        return counted.traffic
+        return _counted(self, "comm", work)
+
+
+def _counted(owner: Any, name: str, work: Callable[[], object]) -> Traffic:
+    """Return what `work` sends through an attribute of its owner."""
+    counted = Counted(getattr(owner, name))
+    setattr(owner, name, counted)
+    try:
+        work()
+    finally:
+        setattr(owner, name, counted.inner)
+    return counted.traffic
 
 
 def _wait(request: Any) -> None:
@@ -154,41 +139,41 @@ def _wait(request: Any) -> None:
         os.sched_yield()
 
 
-# ---- The measurement -------------------------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """A call that is timed."""
+@dataclass
+class TimedCall:
+    """A call and its samples, in seconds."""
 
     scheme: str
-    what: str
+    operation: str
     call: Callable[[], object]
-    traffic: Traffic | None
+    traffic: Traffic | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def as_json(self, channels: int) -> dict[str, Any]:
+        traffic = None if self.traffic is None else self.traffic._asdict()
+        names = {"channels": channels, "scheme": self.scheme, "what": self.operation}
+        return {**names, "seconds": self.seconds, "traffic": traffic}
 
 
-def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> dict[str, Any]:
+def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> jobs.Found:
     """On all ranks: the samples of every call for every number of channels; the result is that of rank 0."""
     from mpi4py import MPI
 
     set_num_threads(1)  # the ranks share the cores
     rows: list[dict[str, Any]] = []
     for c in channels:
-        works = _works(comm, c)
-        calls = [_often(comm, work.call) for work in works]
-        samples: list[list[float]] = [[] for _ in works]
+        calls = [(one, calibrate_calls(comm, one.call)) for one in _timed_calls(comm, c)]
         for _ in range(turns):
-            for work, count, found in zip(works, calls, samples, strict=True):
-                found.append(_seconds(comm, work.call, count))
-        for work, found in zip(works, samples, strict=True):
-            traffic = None if work.traffic is None else work.traffic._asdict()
-            rows.append({"channels": c, "scheme": work.scheme, "what": work.what, "seconds": found, "traffic": traffic})
+            for one, count in calls:
+                one.seconds.append(seconds_of(comm, one.call, count))
+        rows += [one.as_json(c) for one, _ in calls]
     named = re.match(r"(\D*?)[\s:]*(?:Version[\s:]*)?v?(\d[\w.]*)", MPI.Get_library_version())
     library = " ".join(named.groups()) if named else "unknown MPI"
     return {"ranks": comm.size, "mpi": library, "rows": rows}
 
 
-def _works(comm: Comm, c: int) -> list[Work]:
-    """Everything that is timed for c channels. With one rank that is the layer, which then is a plain one."""
+def _timed_calls(comm: Comm, c: int) -> list[TimedCall]:
+    """Return everything that is timed for c channels. With one rank that is the layer, which then is a plain one."""
     rng = np.random.default_rng(comm.rank)
     x, dy = (rng.standard_normal((ROWS, c)).astype(np.float32) for _ in range(2))
     layer = BatchNorm1d(c) if comm.size == 1 else SyncBatchNorm(c, process_group=comm)
@@ -197,7 +182,7 @@ def _works(comm: Comm, c: int) -> list[Work]:
         layer(x)
         layer.backward(dy)
 
-    works = [Work(OURS, LAYER, lambda: layer(x), None), Work(OURS, STEP, step, None)]
+    works = [TimedCall(OURS, LAYER, lambda: layer(x)), TimedCall(OURS, STEP, step)]
     if comm.size == 1:
         return works
     a, b = x.sum(axis=0, dtype=np.float64), dy.sum(axis=0, dtype=np.float64)
@@ -207,41 +192,43 @@ def _works(comm: Comm, c: int) -> list[Work]:
     schemes: dict[str, Ours | AllGather] = {OURS: Ours(comm), GATHER: AllGather(comm)}
     for name, scheme in schemes.items():
         calls = {FORWARD: partial(scheme.forward, moments), BACKWARD: partial(scheme.backward, a, b)}
-        works += [Work(name, what, call, scheme.traffic(call)) for what, call in calls.items()]
+        works += [TimedCall(name, operation, call, scheme.traffic(call)) for operation, call in calls.items()]
         results.append([*calls[FORWARD](), *calls[BACKWARD]()])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # they do the same
     return works
 
 
-def _often(comm: Comm, call: Callable[[], object]) -> int:
-    """Calls in a sample, the same on all ranks."""
-    first = max(_seconds(comm, call, 1), 1e-7)
-    second = max(_seconds(comm, call, min(100, math.ceil(SAMPLE / first))), 1e-7)
-    return int(comm.bcast(max(1, math.ceil(SAMPLE / second))))
+def fastest(row: Mapping[str, Any]) -> float:
+    """Return the seconds of the fastest turn. A rank that loses its core to another program keeps all waiting."""
+    return float(min(row["seconds"]))
 
 
-def _seconds(comm: Comm, call: Callable[[], object], calls: int) -> float:
-    """Of one call, on the average of `calls`, for the slowest rank."""
+def calibrate_calls(comm: Comm, call: Callable[[], object], device: Any = None, most: float = math.inf) -> int:
+    """Return the calls of a sample, the same on all ranks; the first ones compile what must be compiled."""
+    calls = 1
+    for _ in range(3):
+        seconds = max(seconds_of(comm, call, min(100, calls), device), 1e-7)
+        calls = comm.bcast(max(1, math.ceil(min(most, SAMPLE / seconds))))
+    return calls
+
+
+def seconds_of(comm: Comm, call: Callable[[], object], calls: int, device: Any = None) -> float:
+    """Return the time of one call until the device is done with it, on the average of `calls`, for the slowest rank."""
+    clock, wait = (time.perf_counter, lambda: None) if device is None else (device.clock, device.synchronize)
+    wait()
     calls = comm.bcast(calls)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
-    slowest: float = comm.allreduce((time.perf_counter() - start) / calls, op=_maximum)
-    return slowest
-
-
-def _maximum(a: float, b: float) -> float:
-    return max(a, b)
+    wait()
+    return float(max(comm.allgather((clock() - start) / calls)))
 
 
 def main(file: str, turns: str) -> None:
-    """Measure on the ranks of this job."""
     from mpi4py import MPI
 
-    found = measure(MPI.COMM_WORLD, int(turns))
-    if MPI.COMM_WORLD.rank == 0:
-        Path(file).write_text(json.dumps(found), encoding="utf-8")
+    jobs.write(MPI.COMM_WORLD, file, measure(MPI.COMM_WORLD, int(turns)))
 
 
 if __name__ == "__main__":

@@ -5,37 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ._bench_cases import Case
-from ._bench_clock import COPYTO, Result
+from .cases import Case
+from .contestants.registry import COPYTO
+from .timing import Result
 
 FIRST, LAST = 10**3, 10**8  # elements
 AXES = "NCS"
-WHATS = ("forward", "backward")
+OPERATIONS = ("forward", "backward")
 ROWS = ("arraybn, out=", "arraybn", "PyTorch")
 
 
 def cases(last: int) -> list[Case]:
-    """(N, C, S) from (10, 10, 10) on, one of the three growing by √10 at a time, up to `last` elements."""
-    found = [Case(shape, whats=WHATS) for axis in AXES for shape in shapes(axis, last)]
+    """Return (N, C, S) from (10, 10, 10) on, one of the three growing by √10 at a time, up to `last` elements."""
+    found = [Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)]
     return list(dict.fromkeys(found))
 
 
 def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
-    """Those along one axis."""
     steps = math.floor(2 * math.log10(last / FIRST) + 1e-9)
     sizes = [round(10 * 10 ** (step / 2)) for step in range(steps + 1)]
     return [tuple(size if name == axis else 10 for name in AXES) for size in sizes]
 
 
 def rows(results: Sequence[Result]) -> list[str]:
-    """The rows that were timed, ours first."""
+    """Return the rows that were timed, ours first."""
     there = [cell.row for result in results for cell in result.cells if cell.row != COPYTO]
     return list(dict.fromkeys([row for row in ROWS if row in there] + there))
 
 
 def table(results: Sequence[Result]) -> str:
-    """Nanoseconds per element, a block for each axis."""
-    names = [(row, what) for what in WHATS for row in rows(results)]
+    """Return nanoseconds per element, a block for each axis."""
+    names = [(row, operation) for operation in OPERATIONS for row in rows(results)]
     width = 17
     lines = []
     for axis in AXES:
@@ -43,12 +43,12 @@ def table(results: Sequence[Result]) -> str:
         wanted = [there[shape] for shape in shapes(axis, LAST * 100) if shape in there]
         lines += ["", f"Growth along {axis}: float32, nanoseconds per element (median)"]
         lines.append(f"{'(N, C, S)':<22}{'elements':>10}{COPYTO:>15}" + "".join(f"{row:>{width}}" for row, _ in names))
-        lines.append(" " * 47 + "".join(f"{what:>{width}}" for _, what in names))
+        lines.append(" " * 47 + "".join(f"{operation:>{width}}" for _, operation in names))
         for result in wanted:
             if result.skipped:
                 lines.append(f"{result.case.shape!s:<22}{_elements(result):>10}   {result.skipped}")
                 continue
-            figures = "".join(f"{_ns(result, row, what):>{width}}" for row, what in names)
+            figures = "".join(f"{_ns(result, row, operation):>{width}}" for row, operation in names)
             lines.append(
                 f"{result.case.shape!s:<22}{_elements(result):>10}{_ns(result, COPYTO, 'copy'):>15}{figures}".rstrip()
             )
@@ -60,6 +60,6 @@ def _elements(result: Result) -> str:
     return f"{result.case.elements:.1e}".replace("e+0", "e")
 
 
-def _ns(result: Result, row: str, what: str) -> str:
-    seconds = result.median(row, what)
+def _ns(result: Result, row: str, operation: str) -> str:
+    seconds = result.median(row, operation)
     return "–" if seconds is None else f"{seconds / result.case.elements * 1e9:.3g}"

@@ -1,0 +1,1 @@
+"""The accuracy of batch norms: the table and the picture of ``python -m arraybn check``."""

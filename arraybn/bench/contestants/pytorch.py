@@ -1,0 +1,131 @@
+"""PyTorch: its function and module, the backward by autograd."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...testing.scenarios import Batch
+from ..cases import TWO_READS
+from ..device import Array, HostDevice
+from ..truth import Problem
+from . import Call, Calls, Results, image
+
+
+def tensor_of(torch: Any, array: Array) -> Any:
+    """Return the same memory as a tensor."""
+    if "bfloat16" in str(array.dtype):
+        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(array)
+
+
+def _tensors(torch: Any, problem: Problem) -> list[Any]:
+    """Return x and dy as (N, C, *S), then weight, bias, mean and var."""
+    images = [tensor_of(torch, array).movedim(problem.case.channel_axis, 1) for array in problem[1:3]]
+    return [*images, *(tensor_of(torch, vector) for vector in problem[4:8])]
+
+
+def _reader(torch: Any, device: HostDevice, problem: Problem) -> Callable[[Any], Array]:
+    def read(tensor: Any) -> Array:
+        tensor = tensor.detach()
+        if tensor.ndim > 1:
+            tensor = tensor.movedim(1, problem.case.channel_axis).contiguous()
+        if tensor.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return device.xp.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+        return device.xp.from_dlpack(tensor)
+
+    return read
+
+
+def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:
+    """Return the calls of the module in training with gradients enabled."""
+    torch, case = importlib.import_module("torch"), problem.case
+    device.share_stream(torch)
+    x, dy, weight, bias, *_ = _tensors(torch, problem)
+    x = x.detach().requires_grad_()
+    kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(case.shape)]
+    module = getattr(torch.nn, kind)(case.shape[1], eps=problem.eps, dtype=weight.dtype, device=x.device)
+    module.load_state_dict({"weight": weight, "bias": bias}, strict=False)
+    leaves = [x, module.weight, module.bias]
+    return {"layer": lambda: module(x), "step": lambda: torch.autograd.grad(module(x), leaves, dy)}
+
+
+def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the function with gradients enabled, and those of the module."""
+    found = device_calls(device, problem, name)
+    torch, eps = importlib.import_module("torch"), problem.eps
+    x, _, weight, bias, mean, var = _tensors(torch, problem)
+    function, leaves = torch.nn.functional.batch_norm, [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+    def evaluate() -> Any:
+        with torch.no_grad():
+            return function(*leaves[:1], mean, var, *leaves[1:], training=False, eps=eps)
+
+    calls = {"forward": lambda: function(leaves[0], None, None, *leaves[1:], training=True, eps=eps), "eval": evaluate}
+    return Calls({**found.operations, **calls, **layer_calls(device, problem)}, found.read)
+
+
+def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the function without gradients, and its backward by autograd; "native": without cuDNN."""
+    torch, eps, native = importlib.import_module("torch"), problem.eps, name == "native"
+    device.share_stream(torch)
+    x, dy, weight, bias, mean, var = tensors = _tensors(torch, problem)
+    function, leaves = torch.nn.functional.batch_norm, [t.detach().requires_grad_() for t in (x, weight, bias)]
+
+    def forward() -> Any:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
+            return function(x, None, None, weight, bias, training=True, eps=eps)
+
+    def evaluate() -> Any:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
+            return function(x, mean, var, weight, bias, training=False, eps=eps)
+
+    def poison() -> None:
+        kept = [torch.full_like(x, float("nan")) for _ in range(3)]
+        kept.clear()  # the allocator hands these blocks out next
+
+    with torch.backends.cudnn.flags(enabled=not native):
+        y = function(leaves[0], None, None, *leaves[1:], training=True, eps=eps)
+    calls = {"forward": forward, "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
+    backend = {one: _backend(torch, (x, *tensors[2:]), one != "eval", eps, native) for one in TWO_READS}
+    return Calls({**calls, "eval": evaluate}, _reader(torch, device, problem), poison, backend)
+
+
+def _backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, native: bool) -> str:
+    """Return the name of the backend that PyTorch chooses for x, weight, bias, mean and var."""
+    if native:
+        return "Native"
+    choose = getattr(torch._C, "_select_batch_norm_backend", None)  # nobody has promised it
+    if choose is None:
+        return "backend unknown"
+    with torch.backends.cudnn.flags(enabled=True):
+        return str(choose(*tensors, training, eps).name)
+
+
+def why_absent(device: HostDevice) -> str:
+    """Return why PyTorch cannot use the device, or ''."""
+    is_there = device.platform != "gpu" or importlib.import_module("torch").cuda.is_available()
+    return "" if is_there else "this PyTorch finds no GPU"
+
+
+def measured(memory_format: str) -> Callable[[Batch], Results]:
+    """Return the function on images in a memory format."""
+    torch = importlib.import_module("torch")
+    options: Any = {"memory_format": getattr(torch, memory_format)}
+
+    def call(batch: Batch) -> Results:
+        x, dy = (torch.tensor(image(array)).contiguous(**options) for array in (batch.x, batch.dy))
+        mean, var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])  # momentum 1 puts the batch's in
+        affine = torch.tensor(batch.weight), torch.tensor(batch.bias)
+        x.requires_grad_()
+        y = torch.nn.functional.batch_norm(x, mean, var, *affine, training=True, momentum=1.0, eps=batch.eps)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        n = x.numel() // x.shape[1]
+        return {"mean": mean.numpy(), "var": var.numpy() * (1 - 1 / n), "y": y.detach().numpy(), "dx": dx.numpy()}
+
+    return call

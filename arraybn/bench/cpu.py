@@ -1,0 +1,185 @@
+"""``python -m arraybn bench``: every batch norm installed here, on the CPU. In the JSON, times are in seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..kernels.threads import get_num_threads
+from . import growth, ladder, machine, report
+from .cases import DTYPES, HALVES, PASSES, RESNET, Case, choose
+from .contestants import Library
+from .contestants.registry import ARRAYBN, COPYTO, PEERS, has_numba
+from .output import RefusedError, Run, check_peers
+from .session import BUDGET, Session, memory_needed
+from .timing import Cell, Result
+
+ROUNDS, QUICK_ROUNDS, LIMIT_ROUNDS = 15, 5, 9
+QUICK_BUDGET = 0.4  # seconds
+
+
+@dataclass
+class Section:
+    """The table, the growth or the ladder: its contestants, its cases, and their results."""
+
+    name: str
+    libraries: list[Library]
+    cases: list[Case]
+    results: list[Result] = field(default_factory=list)
+
+
+def plan(arguments: argparse.Namespace) -> list[Section]:
+    """Return what is to be done; a `RefusedError` says why it cannot be."""
+    if half := [dtype for dtype in arguments.dtype or () if dtype in HALVES]:
+        raise RefusedError(f"--dtype: expected some of {', '.join(DTYPES)}, or --device cuda; got {' '.join(half)}")
+    instead = arguments.growth is not None or arguments.ladder
+    for option in ("shapes", "layout", "dtype", "what"):
+        if instead and getattr(arguments, option) is not None:
+            raise RefusedError(f"--{option} belongs to the table, which --growth and --ladder take the place of")
+    if arguments.ladder and arguments.growth is None and arguments.peers is not None:
+        raise RefusedError("--peers belongs to the table and to --growth; the ladder is arraybn's alone")
+    if arguments.ladder and not has_numba():
+        raise RefusedError('--ladder needs numba, which most of its steps are made of:  pip install "arraybn[cpu]"')
+    if not instead:
+        options = {"shapes": arguments.shapes, "layouts": arguments.layout, "dtypes": arguments.dtype}
+        cases = choose(**options, operations=arguments.what, quick=arguments.quick)
+        return [Section("table", [ARRAYBN, *peers(arguments.peers, arguments.quick)], cases)]
+    sections = []
+    if arguments.growth is not None:
+        usual = [peer.name for peer in PEERS if peer.name == "torch" and not peer.missing] or ["none"]
+        libraries = [ARRAYBN, *peers(arguments.peers or usual)]
+        sections.append(Section("growth", libraries, growth.cases(arguments.growth)))
+    return sections + ([Section("ladder", [ladder.LADDER], [ladder.CASE])] if arguments.ladder else [])
+
+
+def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
+    """Return those named, or all that are installed; the reference takes too long for a quick run."""
+    if names is None:
+        dull = quick or not has_numba()  # without Numba, arraybn is its reference
+        return [peer for peer in PEERS if not peer.missing and not (dull and peer.name == "reference")]
+    check_peers(names, {peer.name: peer.pip for peer in PEERS if peer.missing})
+    return [peer for peer in PEERS if peer.name in names]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; return 1 if arraybn is wrong, 130 after Ctrl-C."""
+    return Bench(arguments, plan(arguments)).carry_out()
+
+
+class Bench(Run):
+    """A run on the CPU."""
+
+    def __init__(self, arguments: argparse.Namespace, sections: list[Section]) -> None:
+        super().__init__(arguments)
+        self.sections = sections
+        self.rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+        self.budget = None if arguments.repeats else QUICK_BUDGET if arguments.quick else BUDGET
+        self.start, self.foreign_load = time.perf_counter(), machine.ForeignLoad()
+        self.others: float | None = None
+        self.limit = Result(Case(RESNET[0], operations=()))
+        self.machine = {**machine.describe(), "threads": get_num_threads()}
+        self.machine["system"] = f"{platform.system()} {platform.machine()}"
+        self._shown = 0  # blocks
+
+    def wrong(self) -> bool:
+        cells = [cell for section in self.sections for result in section.results for cell in result.cells]
+        return any(cell.failed for cell in cells if cell.library in (ARRAYBN.name, ladder.LADDER.name))
+
+    def measure(self) -> None:
+        """Measure the copy limit, then the sections."""
+        with self.progress(self.rounds * sum(len(section.cases) for section in self.sections), "round"):
+            self._measure_limit()
+            self.say(self._head())
+            for section in self.sections:
+                with Session(section.libraries, self.rounds, budget=self.budget, progress=self) as session:
+                    for case in section.cases:
+                        section.results.append(Result(case))
+                        session.measure(section.results[-1])
+                        self._show_blocks(section)
+
+    def _measure_limit(self) -> None:
+        """Time the copy of an array that is not in any cache, if memory has room for it."""
+        free, case = machine.available_memory(), self.limit.case
+        while free is not None and memory_needed(case, [ARRAYBN]) > free and case.shape[0] > 1:
+            case = Case((case.shape[0] // 2, *case.shape[1:]), operations=())
+        with Session([ARRAYBN], LIMIT_ROUNDS) as session:
+            self.limit = session.measure(Result(case))
+
+    def _show_blocks(self, section: Section) -> None:
+        if section.name == "table":
+            for result in section.results[self._shown :]:
+                if result.skipped or any(cell.seconds or cell.failed for cell in result.cells):
+                    self.say(report.block(result, report.CpuColumns(self.machine["threads"])))
+            self._shown = len(section.results)
+
+    def _head(self) -> str:
+        cell = self.limit.cell(COPYTO, "copy")
+        again = self.arguments.command_line
+        text = report.head(self.machine, self.versions(), cell, self.limit.case.nbytes, again)
+        if not has_numba():
+            text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
+        return text
+
+    def versions(self) -> dict[str, str]:
+        packages = {"NumPy": "numpy", "Numba": "numba"}
+        libraries = [one for section in self.sections for one in section.libraries if one.needs != ("numpy",)]
+        packages |= {library.title: library.needs[0] for library in libraries}
+        found = {title: machine.version(name) for title, name in packages.items()}
+        return {"arraybn": __version__, **{title: version for title, version in found.items() if version}}
+
+    def report(self) -> None:
+        for section in self.sections:
+            if section.results:
+                self._report_section(section)
+        self.others = self.foreign_load.cores()
+        if warning := report.company(self.others, os.cpu_count() or 1):
+            self.say(warning)
+
+    def _report_section(self, section: Section) -> None:
+        if section.name != "table":
+            self.say((growth if section.name == "growth" else ladder).table(section.results))
+            return
+        self._show_blocks(section)
+        cases = [result.case for result in section.results]
+        dtypes = list(dict.fromkeys(case.dtype for case in cases))
+        self.say(report.notes(all(case.is_small for case in cases), dtypes, len({case.checked for case in cases})))
+        if (missing := [peer for peer in PEERS if peer.missing]) and self.arguments.peers is None:
+            self.say("\nNot installed, left out:")
+            self.say("\n".join(f"  {peer.title}: pip install {peer.pip}" for peer in missing))
+
+    def draw(self, path: Path) -> None:
+        """Draw a picture for each section; that of the second has the section's name in its own."""
+        from . import figure
+
+        for index, section in enumerate(one for one in self.sections if one.results):
+            target = path if index == 0 else path.with_stem(f"{path.stem}-{section.name}")
+            draw: Callable[[Sequence[Result], str, Path], None] = getattr(figure, f"draw_{section.name}")
+            draw(section.results, self.machine["processor"], target)
+            print(f"\n{target}: the {section.name}", file=self.stream)
+
+    def as_json(self) -> dict[str, Any]:
+        copy: Cell | None = self.limit.cell(COPYTO, "copy")
+        found: dict[str, Any] = {
+            "arraybn": __version__,
+            "python": platform.python_version(),
+            "machine": self.machine,
+            "versions": self.versions(),
+            "numba": has_numba(),
+            "command": self.arguments.command_line,
+            "interrupted": self.interrupted,
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "passes": PASSES,
+            "copy_limit": None if copy is None else report.figures(self.limit, copy),
+        }
+        for section in self.sections:
+            found[section.name] = [report.as_json(result) for result in section.results]
+            if section.name == "ladder":
+                found["rungs"] = [rung._asdict() for result in section.results for rung in ladder.rungs(result)]
+        return {**found, "others": self.others}

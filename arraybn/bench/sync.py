@@ -1,0 +1,137 @@
+"""``python -m arraybn bench sync``: what a synchronized call costs over MPI ranks, and an all-gather scheme beside it.
+
+Under ``mpirun -n P`` it measures on those P ranks; otherwise it starts mpirun itself, for each of RANKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import statistics
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from . import jobs, machine
+from .output import RefusedError, Run
+from .sync_ranks import BACKWARD, FORWARD, GATHER, LAYER, OURS, ROWS, STEP, fastest, measure
+
+RANKS = (1, 2, 4, 8)
+TURNS, QUICK_TURNS = 9, 3
+ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth", "ladder")  # options that are not for this
+MODULE = "arraybn.bench.sync_ranks"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; return 130 after Ctrl-C."""
+    for option in ALONE:
+        if getattr(arguments, option) not in (None, False):
+            raise RefusedError(f"--{option}: expected no such option with sync, which times the exchange alone")
+    if importlib.util.find_spec("mpi4py") is None:
+        raise RefusedError(f'sync needs mpi4py:  {sys.executable} -m pip install "arraybn[mpi]"')
+    bench = SyncBench(arguments)
+    if not jobs.under_mpirun():
+        return bench.carry_out()
+    from mpi4py import MPI
+
+    bench.jobs.append(measure(MPI.COMM_WORLD, bench.turns))
+    return bench.carry_out() if MPI.COMM_WORLD.rank == 0 else 0
+
+
+class SyncBench(Run):
+    """A run over ranks."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        self.turns = arguments.repeats or (QUICK_TURNS if arguments.quick else TURNS)
+        self.jobs: list[jobs.Found] = []
+        self.machine = {**machine.describe(), "system": platform.platform()}
+        self.foreign_load, self.others = machine.ForeignLoad(), None if jobs.under_mpirun() else 0.0
+
+    def measure(self) -> None:
+        """Start one job after another, unless these are ranks already."""
+        if self.jobs:
+            return
+        launcher = jobs.launcher()
+        if launcher is None:
+            raise RefusedError('sync needs mpirun:  pip install "arraybn[mpi]", or an MPI of the system')
+        with self.progress(len(RANKS), "job"):
+            for ranks in RANKS:
+                self.status(f"{ranks} rank{'s' * (ranks > 1)}")
+                self.jobs.append(jobs.start(launcher, ranks, MODULE, str(self.turns)))
+                self.step()
+
+    def report(self) -> None:
+        if self.others is not None:  # sibling ranks would count as foreign load
+            self.others = self.foreign_load.cores()
+        if self.jobs:
+            self.say(report(self.machine, self.jobs))
+            if (self.others or 0) > 0.1 * self.machine["cores"]:
+                cores = f"{self.others:.1f} of {self.machine['cores']} cores"
+                self.say(f"\nNOT ALONE: meanwhile other programs kept {cores} busy.")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "arraybn": __version__,
+            "python": platform.python_version(),
+            "machine": self.machine,
+            "others": self.others,
+            "interrupted": self.interrupted,
+            "jobs": [{**job, "rows": [_row(row) for row in job["rows"]]} for job in self.jobs],
+        }
+
+    def draw(self, path: Path) -> None:
+        if len({job["ranks"] for job in self.jobs} - {1}) < 2:
+            print("bench: no picture: it needs two numbers of ranks, so run it without mpirun", file=sys.stderr)
+            return
+        from .figure import draw_sync
+
+        draw_sync(self.jobs, self.machine, path)
+        print(f"\n{path}: times, and bytes received", file=self.stream)
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "fastest": fastest(row), "median": statistics.median(row["seconds"])}
+
+
+NOTES = f"""Whole layer: of x ({ROWS}, channels) on each rank, float32; with one rank a plain one. Exchange: what is
+between the two sweeps of a forward or a backward. Arraybn's frames are float64, with a header and agreement on errors.
+All-gather, as in PyTorch: mean, 1/std and count of all ranks in float32, pooled by each of them; its backward is an
+allreduce. Both schemes wait in the same way, and make one collective each way; arraybn two beyond 256 channels. The
+fastest turn is shown: where ranks share cores, one that loses its core to another program keeps all waiting."""
+
+
+def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
+    """Return the table, and what it means."""
+    turns = len(found[0]["rows"][0]["seconds"])
+    both = f"{FORWARD:>14}{BACKWARD:>10}"
+    lines = [
+        f"{here['processor']}, {here['cores']} cores; {found[0]['mpi']}; microseconds, the fastest of {turns} turns",
+        "",
+        f"{'':14}{'whole layer':>22}{'exchange of arraybn':>24}{'all-gather':>24}{'bytes received, forward':>26}",
+        f"{'ranks':>5}{'channels':>9}{'layer(x)':>11}{'+ backward':>11}{both}{both}{OURS:>13}{GATHER:>13}",
+    ]
+    for job in found:
+        lines += [_line(job, channels) for channels in dict.fromkeys(row["channels"] for row in job["rows"])] + [""]
+    return "\n".join([*lines, *textwrap.wrap(" ".join(NOTES.split()), 110)])
+
+
+def _line(job: jobs.Found, channels: int) -> str:
+    rows = {(row["scheme"], row["what"]): row for row in job["rows"] if row["channels"] == channels}
+
+    def micro(scheme: str, operation: str) -> str:
+        row = rows.get((scheme, operation))
+        return "–" if row is None else f"{fastest(row) * 1e6:.0f}"
+
+    def received(scheme: str) -> str:
+        row = rows.get((scheme, FORWARD))
+        return "–" if row is None else f"{row['traffic']['received']:,}"
+
+    text = f"{job['ranks']:>5}{channels:>9}{micro(OURS, LAYER):>11}{micro(OURS, STEP):>11}"
+    for scheme in (OURS, GATHER):
+        text += f"{micro(scheme, FORWARD):>14}{micro(scheme, BACKWARD):>10}"
+    return f"{text}{received(OURS):>13}{received(GATHER):>13}"
