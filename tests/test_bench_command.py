@@ -6,8 +6,8 @@ No test asserts a time.
 from __future__ import annotations
 
 import argparse
-import importlib
 import functools
+import importlib
 import inspect
 import json
 import os
