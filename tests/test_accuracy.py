@@ -21,7 +21,7 @@ from arraybn.testing.oracle import LONG, Exact, as_long
 
 F32, F64 = np.dtype("f4"), np.dtype("f8")
 CASES = [(shape, scale) for shape in scenarios.SHAPES if shape != "one value" for scale in scenarios.SCALES]
-PARTS = {"LEAST": 64, "PART": 64, "BLOCKS": 2**30}  # bytes and blocks of a cut with many blocks for a channel
+PARTS = {"MIN_BLOCK_BYTES": 64, "PART": 64, "BLOCKS": 2**30}  # bytes and blocks of a cut with many blocks for a channel
 
 
 KINDS = {"parts": "cuda", "parts of lines": "cuda", "resident": "fused", "pipeline": "fused"}
@@ -41,7 +41,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             monkeypatch.setattr(scenarios, "make", lambda *chosen: as_lines(make(*chosen)))
         if way == "pipeline":
             case.gpu.has = kernels.SMALL
-            kernels.set_way(monkeypatch, way, {"LEAST": 1024, "TASK": 1024})
+            kernels.set_way(monkeypatch, way, {"MIN_BLOCK_BYTES": 1024, "TASK": 1024})
         yield case
     if case.on_gpu:
         assert_went(case, way, request.node)

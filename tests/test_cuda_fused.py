@@ -253,7 +253,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             assert groups * parts >= ahead >= parts  # so the sums of a group come before its maps
             assert tickets == 2 * groups + 2
             assert partials == (16 * groups * parts * slots if parts > 1 else 0)
-            assert ahead * part * columns * width * kind.itemsize * inputs <= fused.KEPT * has.cache
+            assert ahead * part * columns * width * kind.itemsize * inputs <= fused.L2_FRACTION * has.cache
             assert 0 < blocks <= fused.BLOCKS * has.multiprocessors
     assert min(found[way] for way in found if (way, dtype) != ("pipeline", "float64")) > 50, found
 
@@ -314,7 +314,7 @@ SANITIZED = """
     from cuda import shim
     from arraybn.kernels.cuda import fused
     from arraybn.kernels.cuda import launch as launching
-    fused.LEAST = fused.TASK = 512
+    fused.MIN_BLOCK_BYTES = fused.TASK = 512
     resident = fused._resident
     with shim.install(Path(sys.argv[1])) as installed:
         installed.device = lambda: launching.Device(3, 2**40, 2**18, 2**18)

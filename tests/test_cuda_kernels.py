@@ -167,7 +167,7 @@ def test_any_shape_is_cut_into_parts_that_are_all_there_and_not_too_large(itemsi
         if cut.layout == "planes":
             assert items * cut.width == n
             assert stride == (plane * cut.width * channels if channels > 1 else n)
-            assert part * cut.width * itemsize <= max(2 * cuda.PART, 2 * cuda.LEAST)
+            assert part * cut.width * itemsize <= max(2 * cuda.PART, 2 * cuda.MIN_BLOCK_BYTES)
         else:
             assert (items, stride) == (n, channels)
             assert groups * slots >= channels > (groups - 1) * slots
@@ -213,7 +213,7 @@ def test_the_parameters_are_packed_as_the_source_has_them() -> None:
 def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_as_it_was(
     gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     x = data((6, 4, 7, 7), "float32")
     layer = arraybn.BatchNorm2d(4)
     y = layer(x)
@@ -253,7 +253,7 @@ def test_a_kernel_is_built_once_for_a_device(gpu: shim.Shim, monkeypatch: pytest
 
 
 def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     places = [(0, 1), (0, 7), (1, 7), (0, 2)]
     for place in places:
         monkeypatch.setattr(gpu, "current", lambda place=place: place)
@@ -267,7 +267,7 @@ def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monke
 def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
     gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     cuda.moments(data((6, 4, 7), "float32"))
     (first,) = gpu._rooms.values()
     x = data((3, 1500, 16), "float32")
@@ -279,7 +279,7 @@ def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
 
 
 def test_n4_several_callers_on_one_gpu_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     batches = [data((4, 3, 20 + k), "float32", k) for k in range(8)]
     alone = [arraybn.batch_norm(x)[0] for x in batches]
     with ThreadPoolExecutor(8) as pool:
@@ -354,7 +354,7 @@ def stand_in(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> tuple[StandIn, 
 
 
 def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     x, dy = (data((4, 3, 20), "float32", seed) for seed in (0, 1))
     vectors = coefficients(3)
     mean, m2, rstd, y = cuda.forward(x, *vectors[:2], 1e-5)
@@ -396,7 +396,7 @@ def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkey
 
 def test_a_capture_needs_a_workspace_that_was_zeroed_before(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the graph zeroed the counters, calls after the capture would find random counters."""
-    set_sizes(monkeypatch, cuda, {"LEAST": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
     cupy, launcher = stand_in(gpu, monkeypatch)
     x = data((4, 3, 20), "float32").view(OnDevice)
     for stream in (1234, 0):  # the old default stream cannot be captured, and must not be asked
@@ -466,7 +466,7 @@ SANITIZED = """
     import numpy as np
     from cuda import shim
     from arraybn.kernels import cuda
-    cuda.LEAST = cuda.PART = 512
+    cuda.MIN_BLOCK_BYTES = cuda.PART = 512
     with shim.install(Path(sys.argv[1])):
         for dtype in (np.float32, np.float16):
             for shape in [(9, 3, 64), (9, 3, 49), (203, 24, 1), (203, 5, 1), (7, 4, 196)]:

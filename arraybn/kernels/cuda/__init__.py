@@ -22,7 +22,7 @@ from . import launch
 from .launch import Grid, Kernel
 
 PART = 2**16  # bytes of one channel of x that a block reads, about
-LEAST = 2**14  # bytes that a block reads at least
+MIN_BLOCK_BYTES = 2**14  # bytes that a block reads at least
 BLOCKS = 528  # blocks that keep a large GPU busy: four on each of 132 multiprocessors
 ROW = 64  # bytes of a row that a block reads; narrow, so that there are enough blocks and few parts of each channel
 MOST_ROWS = 2**15  # rows in a part at most, which keeps rounding small
@@ -60,7 +60,7 @@ def cut(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
 def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int) -> Cut:
     """Cut each channel into parts of its own."""
     items, item = samples * plane // width, width * itemsize
-    target = min(max(channels * items * item // BLOCKS, LEAST), PART)
+    target = min(max(channels * items * item // BLOCKS, MIN_BLOCK_BYTES), PART)
     parts = max(items * item // target, 1)
     part = -(-items // parts)
     parts = -(-items // part)
@@ -75,7 +75,7 @@ def _cut_lines(rows: int, channels: int, width: int, itemsize: int) -> Cut:
     columns = min(power_of_two(channels // width), ROW // (width * itemsize), WARP)
     groups = -(-channels // (columns * width))
     row = columns * width * itemsize
-    height = min(max(groups * rows * row // BLOCKS, LEAST) // row, MOST_ROWS)
+    height = min(max(groups * rows * row // BLOCKS, MIN_BLOCK_BYTES) // row, MOST_ROWS)
     parts = max(rows // height, 1)
     height = -(-rows // parts)
     parts = -(-rows // height)

@@ -1,17 +1,19 @@
 """Forward and backward for CuPy arrays in one launch each; the launch reads every value from main memory once.
 
-The sweeps are those of ``cuda.py``. A forward or a backward goes one of three ways, which `plan` chooses:
+The sweeps are those of ``cuda/__init__.py``. A forward or a backward goes one of three ways, which `plan` chooses:
 
-- **resident**: a block keeps one channel (channels-first), or a few channels side by side (channels-last), in its
-  shared memory from the first sweep to the second. This is taken where they fit and there are blocks for half of the
-  multiprocessors at least, or what a block keeps is small;
-- **pipeline**: blocks draw tasks; the map of a part follows its sums closely enough to find the values in the L2 cache.
-  The order of tasks sees to it that no block waits for one that has not begun, so they need not all run at once. This
-  is taken where what lies between the two fits into the share `KEPT` of that cache. float64 does not go this way,
-  because its sums need a second look at the values;
-- **split**: the two launches of ``cuda.py``, for everything else: few channels in channels-last order of large images.
+- **resident**: a block keeps one channel (channels-first), or a few neighbouring channels (channels-last), in its shared
+  memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are blocks
+  for at least half of the multiprocessors or a block keeps few bytes;
+- **pipeline**: blocks draw tasks. The map of a part follows the sums of that part closely enough to find the values in
+  the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not begun, so the blocks need not
+  all run at once. `plan` takes this way where the values between the sums and the map fit into the fraction
+  `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look at the values;
+- **split**: the two launches of ``cuda/__init__.py``, for all other cases: few channels in channels-last order of large
+  images.
 
-Where x has b bytes, this moves between the GPU and its main memory (L2 is what a sweep finds in the cache by chance):
+Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep happens to
+find in the cache):
 
 ==========  =====================  =====================  ============================================
 way         forward                backward               and from the L2 cache
@@ -21,9 +23,9 @@ pipeline    b read, b written      2b read, b written     b in a forward, 2b in 
 split       2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
 ==========  =====================  =====================  ============================================
 
-A mean found by one way is that of another to rounding, not to the bit; the way depends on the shape, the dtype, the
-alignment and the GPU, and on nothing else, so results have the same bits each time on GPUs of one kind. These kernels
-have not been measured yet, so the sizes below are estimates.
+Means found by two ways agree to rounding, not to the bit. The way depends on the shape, the dtype, the alignment and the
+GPU alone, so results have the same bits each time on GPUs of one kind. The sizes below are estimates that were made
+before anything was measured; docs/gpu.md has what an H200 measured.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from typing import Any, NamedTuple
 from ..._arrays.namespaces import Array
 from . import (
     DTYPES,
-    LEAST,
+    MIN_BLOCK_BYTES,
     NO_VECTORS,
     THREADS,
     UNDER_WAY,
@@ -61,14 +63,14 @@ __all__ = ["affine", "affine2", "backward", "dots", "evaluate", "forward", "mome
 FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
 ROWS_DRAWN = (128, 64, 32)  # the same for a task of the pipeline
-ALONE = 2**16  # bytes that one block reads in the time that a second launch takes to start
+SINGLE_BLOCK_BYTES = 2**16  # bytes that one block reads in the time that a second launch takes to start
 ITEMS = 16  # items of each thread of a resident block
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
 TASK = 3 * 2**14  # bytes that a task of the pipeline reads, about
 BLOCKS = 3  # blocks on each multiprocessor that draw tasks
 SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
 ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, by the number of inputs
-KEPT = 0.6  # fraction of the L2 cache in which values are found again
+L2_FRACTION = 0.6  # fraction of the L2 cache in which values are found again
 
 
 class Plan(NamedTuple):
@@ -147,7 +149,7 @@ def _resident(data: _Data, device: Device) -> Plan | None:
         crowded = 2 * (kept + ROOM) > device.shared_in_all or groups < device.multiprocessors
         if data.lines and crowded and row > ROWS_KEPT[-1]:
             continue  # narrower groups let more blocks in
-        if kept + ROOM > device.shared or (2 * groups < device.multiprocessors and kept > ALONE):
+        if kept + ROOM > device.shared or (2 * groups < device.multiprocessors and kept > SINGLE_BLOCK_BYTES):
             continue
         grid = Grid(groups, data.threads(data.items, columns, ITEMS), shared=kept)
         numbers = data.numbers(groups, 1, data.items, columns)
@@ -161,7 +163,7 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         columns = data.columns(row)
         groups = data.groups(columns)
         most = BLOCKS * device.multiprocessors
-        task = min(max(groups * data.items * columns * data.item // most, LEAST), TASK)
+        task = min(max(groups * data.items * columns * data.item // most, MIN_BLOCK_BYTES), TASK)
         parts = max(data.items * columns * data.item // task, 1)
         part = -(-data.items // parts)
         parts = -(-data.items // part)
@@ -170,7 +172,7 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
         )  # sums lead by one group plus ¾ of the blocks, so that no block waits
         threads = data.threads(part, columns, UNDER_WAY)
         ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
-        if ahead * part * columns * data.item > KEPT * device.cache or ring + ROOM > device.shared:
+        if ahead * part * columns * data.item > L2_FRACTION * device.cache or ring + ROOM > device.shared:
             continue
         slots = columns * data.width if data.lines else 1
         partials = 16 * groups * parts * slots if parts > 1 else 0
