@@ -1,19 +1,19 @@
 """Forward and backward for CuPy arrays in one launch each; the launch reads every value from main memory once.
 
-The sweeps are those of ``cuda/__init__.py``. A forward or a backward goes one of three ways, which `plan` chooses:
+The sweeps are those of ``cuda/__init__.py``. `plan` chooses one of three ways for a forward or a backward:
 
-- **resident**: a block keeps one channel (channels-first), or a few neighbouring channels (channels-last), in its shared
-  memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are blocks
-  for at least half of the multiprocessors or a block keeps few bytes;
+- **resident**: a block keeps one channel (channels-first), or a few neighbouring channels (channels-last), in its
+  shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
+  blocks for at least half of the multiprocessors or a block keeps few bytes;
 - **pipeline**: blocks draw tasks. The map of a part follows the sums of that part closely enough to find the values in
-  the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not begun, so the blocks need not
-  all run at once. `plan` takes this way where the values between the sums and the map fit into the fraction
+  the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not begun, so the blocks need
+  not all run at once. `plan` takes this way where the values between the sums and the map fit into the fraction
   `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look at the values;
 - **split**: the two launches of ``cuda/__init__.py``, for all other cases: few channels in channels-last order of large
   images.
 
-Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep happens to
-find in the cache):
+Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep
+happens to find in the cache):
 
 ==========  =====================  =====================  ============================================
 way         forward                backward               and from the L2 cache
@@ -23,8 +23,8 @@ pipeline    b read, b written      2b read, b written     b in a forward, 2b in 
 split       2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
 ==========  =====================  =====================  ============================================
 
-Means found by two ways agree to rounding, not to the bit. The way depends on the shape, the dtype, the alignment and the
-GPU alone, so results have the same bits each time on GPUs of one kind. The sizes below are estimates that were made
+Means found by two ways agree to rounding, not to the bit. The way depends on the shape, the dtype, the alignment and
+the GPU alone, so results have the same bits each time on GPUs of one kind. The sizes below are estimates that were made
 before anything was measured; docs/gpu.md has what an H200 measured.
 """
 
