@@ -86,6 +86,11 @@ class _Group(NamedTuple):
     run: Run
 
 
+@functools.lru_cache(maxsize=1024)  # a small call would spend a fiftieth of its time on making one
+def _all_channels(n: int, channels: int) -> _Group:
+    return _Group(0, (n, channels, 1), threads.run)
+
+
 class TiledSweeps:
     """The arrays of a call as lines, how the work on them is cut, and the sweeps over one group of channels.
 
@@ -122,7 +127,7 @@ class TiledSweeps:
         cut = self.cut
         channels, group = cut.channels, cut.group
         if group == channels:
-            return work(_Group(0, (cut.n, channels, 1), threads.run), *vectors) if cut.n else None
+            return work(_all_channels(cut.n, channels), *vectors) if cut.n else None
         firsts, count = range(0, channels, group), threads.get_num_threads()
         apart = cut.height == cut.rows or (len(firsts) >= 4 * count and cut.group_bytes * count <= CACHE)
         inner, outer = (_one_after_another, threads.run) if apart else (threads.run, _one_after_another)
@@ -136,8 +141,8 @@ class TiledSweeps:
     def gather(self, number: int, work: Callable[..., Any], *vectors: Array) -> Any:
         """Return the `number` vectors (C,) that `work` finds for each group, as in `over_groups`; zeros for no data."""
         cut = self.cut
-        if cut.group == cut.channels and cut.n:
-            return self.over_groups(work, *vectors)
+        if cut.n and cut.group == cut.channels:
+            return work(_all_channels(cut.n, cut.channels), *vectors)
         results = (np.empty if cut.n else np.zeros)((number, cut.channels))
 
         def one(group: _Group, *parts: Array) -> None:
