@@ -110,8 +110,8 @@ def batch_norm(
 
     Notes
     -----
-    Statistics are kept in float64 where the namespace has it, and x − mean is taken before anything is scaled: neither
-    E[x²] − E[x]² nor x·scale + (bias − mean·scale), which lose every digit when |mean| ≫ std. A constant channel gives
+    Statistics are kept in float64 where the namespace has float64, and the mean is subtracted before anything is scaled.
+    E[x²] − E[x]² and x·scale + (bias − mean·scale) would lose every digit when |mean| ≫ std. A constant channel gives
     exactly `bias`. An empty batch gives an empty y.
 
     Over `comm` the moments of the ranks are pooled in one collective of fixed length, which is exact for parts of any

@@ -8,8 +8,8 @@ This file and ``docs/maths.md`` are all that a reader needs. The file has four p
 4. the formulas for the vectors (C,) that the sweeps are given.
 
 Nothing here writes into an array, chooses a backend or branches on a value in an array. The calls are those of the
-Python array API, so the same lines run on NumPy, CuPy, torch, JAX, … Faster sweeps come from ``arraybn.kernels``, where
-the formulas of the fourth part are compiled for kernels that need them.
+Python array API, so the same lines run on NumPy, CuPy, torch, JAX, … Faster sweeps come from ``arraybn.kernels``;
+``kernels/cpu`` compiles the formulas of the fourth part for the numbers of one channel.
 
 Shapes: data is seen as (N, C, S), a number per channel as (C,). ``mean[:, None]`` places the mean of a channel beside
 the values of that channel. Statistics are kept in float64 where the namespace has float64. Elsewhere the mean is kept
@@ -56,7 +56,7 @@ class Pool(Protocol):
         """Return the sum of each vector over all parts, on the host."""
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
-        """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""
+        """Return the host's mean, rounded to the dtype of the part's statistics, and the rounding error; None without one."""
 
     def keep(self, rstd: Array, mean_low: Array | None) -> None:
         """Keep the host's statistics for the backward."""
@@ -134,7 +134,7 @@ def evaluation_backward(
 
 
 def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
-    """(E2, E3) The moments of all ranks together, and rstd, which is taken where the ranks' numbers meet."""
+    """(E2, E3) The moments of all ranks, and rstd, which is computed from them on the host."""
     batch = pool.moments(part)  # (E2)
     r, (mean, low) = batch_rstd(batch.m2, batch.n, eps), pool.split(batch.mean)  # (E3)
     pool.keep(r, low)
@@ -146,7 +146,7 @@ def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
 
 
 def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Pool) -> Sequence[Array]:
-    """(E6) a, b and c of dx from the sums of all ranks. The weight is not on the host: a, b, c are linear in it."""
+    """(E6) a, b and c of dx: for weight 1 on the host, then times the weight on its device; all three are linear in it."""
     (sum_dy, sum_dy_x), (r, low) = pool.sums(*sums), pool.kept
     totals = parameter_gradients(sum_dy, sum_dy_x, r, low)
     coefficients = pool.home(*input_gradient(*totals, n, r, None, low))

@@ -1,8 +1,8 @@
 """The speed: the backends, which do the sweeps over the data, and the one function that chooses among them.
 
 A kernel module offers the four sweeps of ``arraybn.reference`` under the same names and with the same arguments, for
-one kind of array. A `Backend` makes of a module every operation that a batch norm needs: the module's own where the
-module has one, otherwise the composition of ``reference.py`` over the module's sweeps.
+one kind of array. A `Backend` completes a module: it takes each operation that a batch norm needs from the module, or
+composes the operation, as ``reference.py`` does, from the module's sweeps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from .. import reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
-from ..reference import Moments, Pool
+from ..reference import Moments, Pool, Sweeps
 
 Module: TypeAlias = Any  # a module, or any object, with the four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2")
@@ -41,7 +42,7 @@ class Backend:
     """
 
     name: str
-    moments: Callable[[Array], tuple[Array, Array]]  # the sweeps, as in ``reference.py``; and so are the next four
+    moments: Callable[[Array], tuple[Array, Array]]  # the four sweeps, as in ``reference.py``
     dots: Callable[..., tuple[Array, Array]]
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
@@ -57,7 +58,7 @@ class Backend:
 def as_backend(module: Module, name: str) -> Backend:
     """Return the backend that a kernel module makes.
 
-    Beside the sweeps the module may offer, as ``kernels/cpu`` does:
+    Beside the sweeps the module may offer (``kernels/cuda`` offers all of these):
 
     - `forward(x, weight, bias, eps, out) -> mean, m2, rstd, y` and `backward(dy, x, mean, rstd, weight, out) -> dx,
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
@@ -65,17 +66,14 @@ def as_backend(module: Module, name: str) -> Backend:
     - `evaluate`, as in ``reference.py``, without its first argument;
     - `update_running_stats` and `widened`, as in `Backend`.
     """
-    compose = functools.partial
+    sweeps: Any = SimpleNamespace(**{name: _offered(module, name) or getattr(reference, name) for name in SWEEPS})
     return Backend(
         name,
-        moments=module.moments,
-        dots=module.dots,
-        affine=module.affine,
-        affine2=module.affine2,
-        forward=_forward_of(module),
-        backward=_backward_of(module),
-        evaluate=_offered(module, "evaluate") or compose(reference.evaluate, module),
-        evaluation_backward=compose(reference.evaluation_backward, module),
+        **vars(sweeps),
+        forward=_forward(sweeps, _offered(module, "forward")),
+        backward=_backward(sweeps, _offered(module, "backward")),
+        evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
+        evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
         preallocate_result=_no_result if module is reference else _preallocate_result,
@@ -87,8 +85,9 @@ def _offered(module: Module, name: str) -> Any:
     return None if module is reference else getattr(module, name, None)
 
 
-def _forward_of(module: Module) -> Callable[..., tuple[Moments, Array, Array]]:
-    composed, fused = functools.partial(reference.forward, module), _offered(module, "forward")
+def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, Array]]:
+    """Return the forward that is fused where no other rank is waited for."""
+    composed = functools.partial(reference.forward, sweeps)
     if fused is None:
         return composed
 
@@ -103,8 +102,9 @@ def _forward_of(module: Module) -> Callable[..., tuple[Moments, Array, Array]]:
     return forward
 
 
-def _backward_of(module: Module) -> Callable[..., tuple[Array, Array, Array]]:
-    composed, fused = functools.partial(reference.backward, module), _offered(module, "backward")
+def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, Array]]:
+    """Return the backward that is fused where no other rank is waited for."""
+    composed = functools.partial(reference.backward, sweeps)
     if fused is None:
         return composed
 
@@ -148,7 +148,7 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
             raise ValueError(f"kernels: expected one of {sorted(MODULES)} or a kernel module; got {kernels!r}")
         if kernels == "cpu":
             _check_cpu(x)
-        elif kernels != "reference":
+        elif kernels.startswith("cuda"):
             _check_cuda(x, kernels)
         return backend(kernels)
     if isinstance(kernels, Backend):

@@ -48,7 +48,7 @@ class _Cut(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _cut(shape: tuple[int, int, int], itemsize: int) -> _Cut:
-    """Cut (N, C, S) into tiles for some sixteen threads at least, unless starting the tasks would take longer."""
+    """Cut (N, C, S) into about sixteen tiles or more, or into fewer where the data is small."""
     samples, channels, plane = shape
     n = samples * plane
     if n == 0:
