@@ -57,6 +57,22 @@ def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
     passes(mpi, 3, "checks.py", "exact", "bits", "wrong", **tcp)
 
 
+@pytest.mark.parametrize("when", ["after", "before"])  # the parent made its first synchronized call
+@pytest.mark.parametrize("kind", ["spawn", "fork", "forkserver", "pool", "loky", "subprocess"])
+def test_a_child_of_a_rank_is_told_that_it_is_no_rank(mpi: Mpi, kind: str, when: str) -> None:
+    if kind == "loky":
+        code = "import joblib"
+        if subprocess.run([mpi.python, "-c", code], capture_output=True, timeout=60, check=False).returncode:
+            pytest.skip("joblib is not installed")
+    passes(mpi, 2, "children.py", kind, when, MPIRUN=mpi.mpirun)
+
+
+def test_a_child_is_told_also_where_its_parent_has_not_imported_arraybn(mpi: Mpi) -> None:
+    passes(mpi, 2, "stranger.py", "spawn")
+    if not mpi.is_open_mpi:  # with Open MPI, a script whose parent has not used MPI can be the rank
+        passes(mpi, 2, "stranger.py", "subprocess")
+
+
 def test_an_error_of_mpi_is_an_error_of_ours(mpi: Mpi) -> None:
     passes(mpi, 2, "checks.py", "broken")
 

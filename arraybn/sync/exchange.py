@@ -21,6 +21,7 @@ import numpy as np
 from .._arrays.namespaces import Array
 from . import frames
 from .errors import SyncError, SyncTimeoutError
+from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
 TIMEOUT = 600.0  # seconds, as in torch.distributed
@@ -75,10 +76,7 @@ class Exchange:
     def check(self) -> None:
         """Raise if no call can be made."""
         if os.getpid() != self._process:
-            raise SyncError(
-                f"rank {self.reducer.rank}: this is a forked child, which is no rank; synchronize in process"
-                f" {self._process} alone, or start others with multiprocessing's spawn"
-            )
+            raise forked_child(f"rank {self.reducer.rank}: ")
         if self._broken:
             raise SyncError(f"{self._broken}. Nothing more can be synchronized over this communicator")
 
