@@ -96,12 +96,12 @@ def test_training_over_ranks_is_training_on_one(mpi: Mpi) -> None:
 
 
 WAITED = (
-    "rank {0} of 3 waited 1 s for the other ranks in the forward of norm (call {1} on this communicator). Likely"
-    " causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
-    " process_group, or has ended"
+    "rank {0} of 3 waited 1 s for the other ranks in the forward of layer 'norm' (call {1} on this communicator)."
+    " Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given"
+    " another process_group, or has ended"
 )
 AGAIN = (
-    "rank {0} gave up the forward of norm (call {1} on this communicator)."
+    "rank {0} gave up the forward of layer 'norm' (call {1} on this communicator)."
     " Nothing more can be synchronized over this communicator"
 )
 
@@ -126,7 +126,7 @@ def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs
             complete += lines == expected
         assert complete, printed[name]
     for rank, lines in said["interrupted"].items():
-        again = f"rank {rank}: KeyboardInterrupt ended the forward of norm (call 3 on this communicator)."
+        again = f"rank {rank}: KeyboardInterrupt ended the forward of layer 'norm' (call 3 on this communicator)."
         assert lines[0] == "interrupted"
         assert lines[1:] in ([], [f"{again} Nothing more can be synchronized over this communicator"])
     together = "".join(printed.values())  # a launcher may lose some of what was printed last

@@ -393,10 +393,10 @@ def test_ranks_out_of_step_are_told(ranks: int) -> None:
     assert len({tuple(one) for one in texts}) == 1
     expected = [
         "operation: backward on rank",
-        "layer: a on rank",
-        "layer: b on rank",
+        "layer: 'a' on rank",
+        "layer: 'b' on rank",
         "call of the forward: ",
-        "layer: a on rank",
+        "layer: 'a' on rank",
         "operation: average_gradients on rank",
         "layer: unnamed layer ",
     ]
@@ -553,14 +553,49 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
 
     first, again = ThreadComm.run(ranks, work, leave=False)[0]
     assert first == (
-        f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of blocks.0.norm (call 3 on this"
+        f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of layer 'blocks.0.norm' (call 3 on this"
         " communicator). Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch"
         " less, was given another process_group, or has ended"
     )
     assert again == (
-        "rank 0 gave up the forward of blocks.0.norm (call 3 on this communicator)."
+        "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."
         " Nothing more can be synchronized over this communicator"
     )
+
+
+@pytest.mark.parametrize("name", ["average_gradients", "broadcast_state"])
+def test_the_helpers_have_a_time_limit_of_their_own(name: str) -> None:
+    call = {
+        "average_gradients": partial(arraybn.average_gradients, weight=1),
+        "broadcast_state": arraybn.broadcast_state,
+    }
+
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        with pytest.raises(arraybn.SyncError) as caught:
+            call[name](layer, comm, timeout=-1 if comm.rank == 1 else 5)
+        call[name](layer, comm, timeout=None)
+        if comm.rank == 0:
+            with pytest.raises(arraybn.SyncTimeoutError, match=rf"waited 0.2 s .* in the {name} of the model \(call 3"):
+                call[name](layer, comm, timeout=0.2)
+        return str(caught.value)
+
+    texts = ThreadComm.run(2, work, leave=False)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("rank 1: timeout: expected a number of seconds > 0")
+
+
+def test_comm_is_another_name_for_process_group() -> None:
+    def work(comm: Any) -> Any:
+        layer = SyncBatchNorm(1, comm=comm)
+        assert layer.process_group is comm
+        assert SyncBatchNorm(1, process_group=comm, comm=None).process_group is comm
+        with pytest.raises(TypeError, match=r"^comm: expected process_group or comm, two names .* got both$"):
+            SyncBatchNorm(1, process_group=comm, comm=comm)
+        layer(np.asarray([[1.0], [3.0]]) + 4 * comm.rank)
+        return layer.running_mean.tolist()
+
+    assert ThreadComm.run(2, work) == [[np.float32(0.4)]] * 2
 
 
 def test_a_backward_that_a_rank_skips_is_a_timeout_by_the_limit_of_that_moment() -> None:
@@ -816,6 +851,14 @@ def test_conversion_of_bare_layers_shared_layers_subclasses_and_layers_that_are_
         SyncBatchNorm.convert_sync_batchnorm(model, None)
         assert [layer.process_group for layer in (*first, *model)] == [comm, comm, None, None]
         assert [layer.timeout for layer in model] == [600, 5]
+        with pytest.raises(ValueError, match=r"^timeout: expected a number of seconds > 0"):
+            SyncBatchNorm.convert_sync_batchnorm(model, comm, timeout=0)
+        assert [layer.process_group for layer in model] == [None, None]
+        for limit in (7, None):
+            SyncBatchNorm.convert_sync_batchnorm(model, timeout=limit)
+            assert [layer.timeout for layer in model] == [limit, limit]
+        bare = SyncBatchNorm.convert_sync_batchnorm(arraybn.BatchNorm1d(3), timeout=2.5)
+        assert bare.timeout == 2.5
         before = list(model)
         with pytest.raises(
             ValueError, match=r"^module: expected layers that convert_.* got one at '1' that was built as"

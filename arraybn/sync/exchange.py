@@ -19,12 +19,23 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from .._arrays.namespaces import Array
+from .._checks import as_number
 from . import frames
 from .errors import SyncError, SyncTimeoutError
 from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
 TIMEOUT = 600.0  # seconds, as in torch.distributed
+
+
+def as_timeout(seconds: Any) -> float | None:
+    """Return a time limit in seconds, or None for none; raise unless `seconds` is one."""
+    if seconds is not None and not 0 < as_number("timeout", seconds) <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout: expected a number of seconds > 0 and ≤ {threading.TIMEOUT_MAX:g}, or None to wait for ever;"
+            f" got {seconds!r}"
+        )
+    return None if seconds is None else float(seconds)
 
 
 class Reducer(Protocol):
@@ -238,7 +249,7 @@ class Call:
         """Return the same fields by name, for people."""
         return {
             "operation": self.operation,
-            "layer": self.layer,
+            "layer": self.layer.removeprefix("layer "),
             "channels": channels,
             **self.settings,
             "num_batches_tracked": self.batches,

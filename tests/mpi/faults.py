@@ -171,7 +171,7 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda comm: layer_on(comm, **BARE).eval(),
         "training: True on rank",
     ),
-    "layer": (lambda comm: _named(layer_on(comm), "a"), lambda comm: _named(layer_on(comm), "b"), "layer: a on rank"),
+    "layer": (lambda comm: _named(layer_on(comm), "a"), lambda comm: _named(layer_on(comm), "b"), "layer: 'a' on rank"),
 }
 
 
