@@ -116,12 +116,55 @@ def test_n1_every_order_of_pooling_keeps_the_digits(batch: Any, data: st.DataObj
         assert worst((m2[channel] / n).astype("f4"), var, var, "float32") <= 1
 
 
+def called(**values: Any) -> bytes:
+    return frames.text_of_call({"operation": "forward", "layer": "layer '1'", "eps": 1e-5, "channels": 3, **values})
+
+
+def test_the_first_cause_is_the_message_and_the_rest_are_notes() -> None:
+    said = "the ranks are not in the same call; they disagree on "
+    backward = called(operation="backward", layer="layer '2'", eps=1, channels=4)
+    texts = [called(), backward, called()]
+    assert frames.message(texts, 2) == (
+        f"{said}operation: forward of layer '1' on ranks 0, 2 and backward of layer '2' on rank 1\n"
+        "Likely reason: a rank is in evaluation, or has skipped a layer, its backward or another call"
+    )
+    assert frames.notes(texts) == [
+        "they also disagree on layer: layer '1' on ranks 0, 2 and layer '2' on rank 1",
+        "they also disagree on eps: 1e-05 on ranks 0, 2 and 1 on rank 1",
+        "they also disagree on channels: 3 on ranks 0, 2 and 4 on rank 1",
+    ]
+    order = ["operation", "layer", "call of the forward", "eps", "channels", "num_batches_tracked", "call"]
+    other = dict.fromkeys(order, "other")
+    while order:  # without the first cause, the next one is the first
+        first = order.pop(0)
+        assert frames.message([called(), called(**other)], 2).startswith(f"{said}{first}: ")
+        assert len(frames.notes([called(), called(**other)])) == len(order)
+        del other[first]
+    assert frames.message([called(eps=1), called()], 2).splitlines()[0].endswith(", in the forward of layer '1'")
+
+
+def test_a_message_of_many_ranks_has_three_short_lines() -> None:
+    texts = [called(**{f"{index}.weight": f"{'float32 ' * 40}{rank}" for index in range(50)}) for rank in range(99)]
+    message = frames.message(texts, 2)
+    assert "on rank 2 and 96 other values, in the forward" in message
+    assert len(message.splitlines()) <= 3
+    assert len(message) < 500
+    texts = [called(eps=rank % 2) for rank in range(99)]
+    message = frames.message(texts, 2)
+    assert "0 on ranks 0, 2, 4, 6, 8, 10, 12, 14, … (50 ranks) and 1 on ranks 1, 3," in message
+    assert len(message) < 400
+
+
 def test_messages_name_ranks_and_group_what_is_alike() -> None:
     texts = [frames.text_of_error(ValueError(text)) for text in ("a", "b", "a", "a", "a")]
     assert frames.message(texts, frames.ERROR) == "ranks 0, 2–4: a\nrank 1: b"
     calls = [frames.text_of_call({"layer": "x", "eps": 1, "call": call}) for call in (7, 7, 8)]
     assert frames.message([*calls, texts[1]], 0) == "rank 3: b"  # an error explains a disagreement
-    assert frames.message(calls, 2).endswith("they disagree on call: 7 on ranks 0–1 and 8 on rank 2")
+    assert frames.message(calls, 2) == (
+        "the ranks are not in the same call; they disagree on call: 7 on ranks 0–1 and 8 on rank 2\n"
+        "Likely reason: a rank has lost a call by an interrupt"
+    )
+    assert frames.notes(calls) == frames.notes([*calls, texts[1]]) == []
     assert frames.message(calls[:2], 0b100000001).endswith("they disagree on format, bits")
     long = frames.text_of_error(MemoryError("ü" * 5000))
     assert len(long) == frames.TEXT
@@ -392,16 +435,40 @@ def test_ranks_out_of_step_are_told(ranks: int) -> None:
     texts = ThreadComm.run(ranks, faults.run_sequences)
     assert len({tuple(one) for one in texts}) == 1
     expected = [
-        "operation: backward on rank",
-        "layer: 'a' on rank",
-        "layer: 'b' on rank",
+        "operation: backward of layer 'a' on rank",
+        "layer: layer 'a' on rank",
+        "layer: layer 'b' on rank",
         "call of the forward: ",
-        "layer: 'a' on rank",
-        "operation: average_gradients on rank",
+        "layer: layer 'a' on rank",
+        "operation: average_gradients of the model on rank",
         "layer: unnamed layer ",
     ]
     for text, words in zip(texts[0], expected, strict=True):
-        assert words in text
+        assert text.startswith(f"the ranks are not in the same call; they disagree on {words}")
+        assert len(text.splitlines()) == 2
+
+
+def test_a_rank_in_evaluation_that_meets_another_call_is_told_in_two_lines() -> None:
+    def work(comm: Any) -> Any:
+        model = arraybn.Sequential(arraybn.BatchNorm1d(3), arraybn.BatchNorm1d(3))
+        SyncBatchNorm.convert_sync_batchnorm(model, comm)
+        if comm.rank == 1:
+            model.eval()
+            model(faults.X[..., 0])
+        with pytest.raises(arraybn.SyncError) as caught:
+            arraybn.average_gradients(model, comm, weight=1) if comm.rank == 1 else model(faults.X[..., 0])
+        return str(caught.value), "\n".join(caught.value.__notes__)
+
+    found = ThreadComm.run(3, work)
+    assert len(set(found)) == 1
+    message, notes = found[0]
+    assert message == (
+        "the ranks are not in the same call; they disagree on operation: forward of layer '0' on ranks 0, 2 and"
+        " average_gradients of the model on rank 1\n"
+        "Likely reason: a rank is in evaluation, or has skipped a layer, its backward or another call"
+    )
+    assert "they also disagree on eps: 1e-05 on ranks 0, 2 and not said on rank 1" in notes
+    assert "they also disagree on 1.weight: not said on ranks 0, 2 and float32 (3,) on rank 1" in notes
 
 
 def test_errors_of_several_ranks_and_of_the_functions() -> None:
@@ -430,7 +497,10 @@ def test_errors_of_several_ranks_and_of_the_functions() -> None:
     assert found[0][1].startswith("ranks 0–1: x: expected at least 2 dimensions")
     assert found[0][2].startswith("rank 0: weight: expected shape (3,)")
     assert found[0][3].startswith("rank 0: out: expected shape (2, 3)")
-    assert found[0][4].endswith("they disagree on channels: 2 on rank 0 and 3 on ranks 1–2")
+    assert found[0][4] == (
+        "the ranks are not in the same call; they disagree on channels: 2 on rank 0 and 3 on ranks 1–2, in the"
+        " forward of batch_norm\nLikely reason: the inputs of the ranks do not have the same number of channels"
+    )
     assert found[0][5].startswith("rank 0: dy: expected shape (2, 3)")
 
 
@@ -954,15 +1024,24 @@ def test_models_that_differ_are_not_broadcast_over() -> None:
         ):
             with pytest.raises(arraybn.SyncError) as caught:
                 call()
-            texts.append(str(caught.value))
+            texts.append("\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
         assert faults.state(model) == before
         arraybn.broadcast_state(model[0], comm)
         return texts
 
     zero, one = ThreadComm.run(2, work)
     assert zero == one
-    assert "1.weight: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[0]
-    assert "1.bias: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[1]
+    lines = zero[0].splitlines()
+    assert lines[0].endswith(
+        "they disagree on 1.weight: float32 (2,) on rank 0 and float32 (3,) on rank 1,"
+        " in the broadcast_state of the model"
+    )
+    assert lines[1] == "Likely reason: the ranks have not built their models alike, or one has changed its model"
+    assert lines[2:] == [
+        f"they also disagree on 1.{name}: float32 (2,) on rank 0 and float32 (3,) on rank 1"
+        for name in ("bias", "running_mean", "running_var")
+    ]
+    assert zero[1].splitlines()[2:] == lines[2:3]
     assert zero[2] == "rank 0: weight: expected a number of samples ≥ 0; got -1"
     assert zero[3] == ("rank 0: weight: expected a number; got '1'\nrank 1: weight: expected a finite number; got nan")
 

@@ -186,11 +186,15 @@ class Exchange:
             text = frames.text_of_call(call.description(self.calls, channels, self._checksum), length)
         else:
             text = frames.text_of_error(error, length)
-        message = frames.message(self.reducer.allgather(text, deadline), flags)
+        texts = self.reducer.allgather(text, deadline)
+        message = frames.message(texts, flags)
         call.every_rank_raises()
         if flags & frames.BROKEN:
             self._broken, self._unreported_failure = message, ""
-        raise SyncError(message)
+        raised = SyncError(message)
+        for note in frames.notes(texts):
+            raised.add_note(note)
+        raise raised
 
     def _break(self, call: Call, failure: OSError) -> SyncError:
         """Return the error of this rank alone, after which no further call can be made."""
@@ -249,7 +253,7 @@ class Call:
         """Return the same fields by name, for people."""
         return {
             "operation": self.operation,
-            "layer": self.layer.removeprefix("layer "),
+            "layer": self.layer,
             "channels": channels,
             **self.settings,
             "num_batches_tracked": self.batches,
