@@ -420,6 +420,8 @@ class SyncBatchNorm(_BatchNorm):
     An error on one rank is a `SyncError` on all of them, and no state has changed. A rank that does not come is a
     `SyncTimeoutError` on those that wait for it.
 
+    A child process of a rank is no rank: there, a layer works in evaluation, and a synchronized call is a `SyncError`.
+
     Copies share the communicator. A pickle has none: after unpickling, the world is synchronized. A layer made by
     `convert_sync_batchnorm` is known to the other ranks by its path; others by the order of their first use.
 

@@ -29,6 +29,11 @@ def _several() -> tuple[str, int] | None:
     return next(((name, int(size)) for name, size in sizes if size.isdigit() and int(size) > 1), None)
 
 
+def _in_job() -> bool:
+    """Return True where MPI would look for a launcher; MPICH does so for PMI_FD, also in a job of one rank."""
+    return "PMI_FD" in os.environ or _several() is not None
+
+
 def _place() -> str:
     """Return the place of this process in the launcher's job, '' for a process that cannot be a rank.
 
@@ -48,7 +53,7 @@ def _place() -> str:
 
 def _is_child() -> bool:
     """Return True for a child that has the launcher's variables of its parent."""
-    if not ("PMI_FD" in os.environ or _several()):
+    if not _in_job():
         return False
     here = _place()
     pid, _, place = os.environ.get(RANK_PROCESS, "").partition(" ")
@@ -59,7 +64,7 @@ def _look() -> None:
     """Find out whether this process is a child; if it is a rank, say so to its children."""
     if _is_child():
         _suspected.append(os.getpid())
-    elif "PMI_FD" in os.environ or _several():
+    elif _in_job():
         from multiprocessing import parent_process
 
         parent = parent_process()  # the rank, which has not imported this file
