@@ -110,7 +110,7 @@ def batch_norm(
 
     Notes
     -----
-    Statistics are kept in float64 where the namespace has float64, and the mean is subtracted before anything is scaled.
+    Statistics are kept in float64 where the namespace has it. The mean is subtracted before anything is scaled:
     E[x²] − E[x]² and x·scale + (bias − mean·scale) would lose every digit when |mean| ≫ std. A constant channel gives
     exactly `bias`. An empty batch gives an empty y.
 

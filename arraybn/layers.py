@@ -6,9 +6,9 @@ that raises has changed nothing.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import EllipsisType
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -393,6 +393,8 @@ class SyncBatchNorm(_BatchNorm):
         As in `BatchNorm1d`.
     process_group : mpi4py communicator, optional
         The ranks that synchronize; None for all ranks.
+    comm : mpi4py communicator, optional
+        Another name for process_group, as in the functions.
     timeout : float or None
         Seconds to wait for the other ranks, None for ever.
 
@@ -406,7 +408,8 @@ class SyncBatchNorm(_BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said; a process_group that is null or an intercommunicator.
+        An argument is not as said; both process_group and comm are given; a process_group that is null or an
+        intercommunicator.
 
     Notes
     -----
@@ -416,6 +419,8 @@ class SyncBatchNorm(_BatchNorm):
 
     An error on one rank is a `SyncError` on all of them, and no state has changed. A rank that does not come is a
     `SyncTimeoutError` on those that wait for it.
+
+    A child process of a rank is no rank: there, a layer works in evaluation, and a synchronized call is a `SyncError`.
 
     Copies share the communicator. A pickle has none: after unpickling, the world is synchronized. A layer made by
     `convert_sync_batchnorm` is known to the other ranks by its path; others by the order of their first use.
@@ -437,7 +442,7 @@ class SyncBatchNorm(_BatchNorm):
     >>> import numpy, arraybn
     >>> from arraybn.testing import ThreadComm
     >>> def work(comm):
-    ...     layer = arraybn.SyncBatchNorm(1, process_group=comm)
+    ...     layer = arraybn.SyncBatchNorm(1, comm=comm)
     ...     return layer(numpy.asarray([[1.0], [3.0]]) + 4 * comm.rank).round(2).tolist()
     >>> ThreadComm.run(2, work)
     [[[-1.34], [-0.45]], [[0.45], [1.34]]]
@@ -452,6 +457,7 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         process_group: Comm | None = None,
         *,
+        comm: Comm | None = None,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -460,7 +466,10 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         home = {"channel_axis": channel_axis, "dtype": dtype, "device": device, "xp": xp}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **home)
-        self.process_group = process_group
+        sync.check_comm("comm", comm)
+        if comm is not None and process_group is not None:
+            raise TypeError("comm: expected process_group or comm, two names for the same communicator; got both")
+        self.process_group = process_group if comm is None else comm
         self.timeout = timeout
         self._path = ""  # path in the model at conversion
         self._converted_from: type[_BatchNorm] | None = None
@@ -482,12 +491,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        if seconds is not None and not 0 < as_number("timeout", seconds) <= threading.TIMEOUT_MAX:
-            raise ValueError(
-                f"timeout: expected a number of seconds > 0 and ≤ {threading.TIMEOUT_MAX:g}, or None to wait for ever;"
-                f" got {seconds!r}"
-            )
-        self._timeout = None if seconds is None else float(seconds)
+        self._timeout = sync.as_timeout(seconds)
 
     def _check_input_dim(self, x: Array) -> None:
         if x.ndim < 2:
@@ -541,7 +545,8 @@ class SyncBatchNorm(_BatchNorm):
             "dtype": None if array is None else dtype_name(array.dtype),
         }
         options = {"batches": count if isinstance(count, int) else None, "timeout": self.timeout}
-        return sync.begin(exchange, operation, self._path or self, settings, **options)
+        layer = f"layer {self._path!r}" if self._path else self
+        return sync.begin(exchange, operation, layer, settings, **options)
 
     def extra_repr(self) -> str:
         """Return the arguments as PyTorch prints them, and the time limit unless it is the default."""
@@ -551,7 +556,9 @@ class SyncBatchNorm(_BatchNorm):
     # ---- Conversion ----
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: M, process_group: Comm | None = None) -> M:
+    def convert_sync_batchnorm(
+        cls, module: M, process_group: Comm | None = None, *, timeout: float | EllipsisType | None = ...
+    ) -> M:
         """Replace every batch norm layer in the module by a SyncBatchNorm, in place, and return the module.
 
         A bare layer is returned as a new one. Parameters and buffers are handed over, not copied; an existing
@@ -564,11 +571,15 @@ class SyncBatchNorm(_BatchNorm):
             The model, or one layer.
         process_group : mpi4py communicator, optional
             The ranks that synchronize; None for all ranks.
+        timeout : float or None, optional
+            Seconds that every layer waits for the other ranks, None for ever. Without this argument, a new layer waits
+            600 s, and an existing SyncBatchNorm keeps its own limit.
 
         Raises
         ------
         TypeError, ValueError
-            module is no Module; process_group is no communicator, is null or an intercommunicator.
+            module is no Module; process_group is no communicator, is null or an intercommunicator; timeout is no number
+            of seconds > 0. Nothing has been replaced.
 
         Examples
         --------
@@ -579,6 +590,7 @@ class SyncBatchNorm(_BatchNorm):
         )
         """
         sync.check_comm("process_group", process_group)
+        limit = timeout if isinstance(timeout, EllipsisType) else sync.as_timeout(timeout)
 
         def convert(path: str, layer: _BatchNorm) -> Module:
             if isinstance(layer, SyncBatchNorm):
@@ -587,6 +599,8 @@ class SyncBatchNorm(_BatchNorm):
                 new = _as_class(cls, layer)
                 new.timeout, new._converted_from = sync.TIMEOUT, type(layer)
             new._path, new.process_group = path, process_group
+            if not isinstance(limit, EllipsisType):
+                new.timeout = limit
             return new
 
         return _replaced(module, _BatchNorm, convert)

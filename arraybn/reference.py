@@ -56,7 +56,7 @@ class Pool(Protocol):
         """Return the sum of each vector over all parts, on the host."""
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
-        """Return the host's mean, rounded to the dtype of the part's statistics, and the rounding error; None without one."""
+        """Return the host's mean, in the dtype of the part's statistics, and the rounding error or None."""
 
     def keep(self, rstd: Array, mean_low: Array | None) -> None:
         """Keep the host's statistics for the backward."""
@@ -146,7 +146,7 @@ def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
 
 
 def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Pool) -> Sequence[Array]:
-    """(E6) a, b and c of dx: for weight 1 on the host, then times the weight on its device; all three are linear in it."""
+    """(E6) a, b and c of dx: for weight 1 on the host, then, as all three are linear in it, times the weight."""
     (sum_dy, sum_dy_x), (r, low) = pool.sums(*sums), pool.kept
     totals = parameter_gradients(sum_dy, sum_dy_x, r, low)
     coefficients = pool.home(*input_gradient(*totals, n, r, None, low))

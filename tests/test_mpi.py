@@ -57,6 +57,22 @@ def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
     passes(mpi, 3, "checks.py", "exact", "bits", "wrong", **tcp)
 
 
+@pytest.mark.parametrize("when", ["after", "before"])  # the parent made its first synchronized call
+@pytest.mark.parametrize("kind", ["spawn", "fork", "forkserver", "pool", "loky", "subprocess"])
+def test_a_child_of_a_rank_is_told_that_it_is_no_rank(mpi: Mpi, kind: str, when: str) -> None:
+    if kind == "loky":
+        code = "import joblib"
+        if subprocess.run([mpi.python, "-c", code], capture_output=True, timeout=60, check=False).returncode:
+            pytest.skip("joblib is not installed")
+    passes(mpi, 2, "children.py", kind, when, MPIRUN=mpi.mpirun)
+
+
+def test_a_child_is_told_also_where_its_parent_has_not_imported_arraybn(mpi: Mpi) -> None:
+    passes(mpi, 2, "stranger.py", "spawn")
+    if not mpi.is_open_mpi:  # with Open MPI, a script whose parent has not used MPI can be the rank
+        passes(mpi, 2, "stranger.py", "subprocess")
+
+
 def test_an_error_of_mpi_is_an_error_of_ours(mpi: Mpi) -> None:
     passes(mpi, 2, "checks.py", "broken")
 
@@ -80,12 +96,12 @@ def test_training_over_ranks_is_training_on_one(mpi: Mpi) -> None:
 
 
 WAITED = (
-    "rank {0} of 3 waited 1 s for the other ranks in the forward of norm (call {1} on this communicator). Likely"
-    " causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
-    " process_group, or has ended"
+    "rank {0} of 3 waited 1 s for the other ranks in the forward of layer 'norm' (call {1} on this communicator)."
+    " Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given"
+    " another process_group, or has ended"
 )
 AGAIN = (
-    "rank {0} gave up the forward of norm (call {1} on this communicator)."
+    "rank {0} gave up the forward of layer 'norm' (call {1} on this communicator)."
     " Nothing more can be synchronized over this communicator"
 )
 
@@ -110,7 +126,7 @@ def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs
             complete += lines == expected
         assert complete, printed[name]
     for rank, lines in said["interrupted"].items():
-        again = f"rank {rank}: KeyboardInterrupt ended the forward of norm (call 3 on this communicator)."
+        again = f"rank {rank}: KeyboardInterrupt ended the forward of layer 'norm' (call 3 on this communicator)."
         assert lines[0] == "interrupted"
         assert lines[1:] in ([], [f"{again} Nothing more can be synchronized over this communicator"])
     together = "".join(printed.values())  # a launcher may lose some of what was printed last

@@ -64,9 +64,9 @@ SIGNATURES = {
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
     " channel_axis=1, dtype=None, device=None, xp=None)",
     "SyncBatchNorm": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True,"
-    " process_group=None, *, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
-    "broadcast_state": "(model, comm)",
-    "average_gradients": "(model, comm, *, weight)",
+    " process_group=None, *, comm=None, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
+    "broadcast_state": "(model, comm, *, timeout=600.0)",
+    "average_gradients": "(model, comm, *, weight, timeout=600.0)",
     "save": "(state, path)",
     "load": "(path)",
 }
@@ -89,6 +89,12 @@ def test_signatures_are_these(name: str) -> None:
     signature = inspect.signature(getattr(arraybn, name))
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     assert str(inspect.Signature(bare)) == SIGNATURES[name]
+
+
+def test_conversion_has_this_signature() -> None:
+    signature = inspect.signature(arraybn.SyncBatchNorm.convert_sync_batchnorm)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == "(module, process_group=None, *, timeout=Ellipsis)"
 
 
 HERE = [name for name, path in kernels.MODULES.items() if importlib.util.find_spec(path) is not None]

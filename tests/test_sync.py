@@ -116,12 +116,55 @@ def test_n1_every_order_of_pooling_keeps_the_digits(batch: Any, data: st.DataObj
         assert worst((m2[channel] / n).astype("f4"), var, var, "float32") <= 1
 
 
+def called(**values: Any) -> bytes:
+    return frames.text_of_call({"operation": "forward", "layer": "layer '1'", "eps": 1e-5, "channels": 3, **values})
+
+
+def test_the_first_cause_is_the_message_and_the_rest_are_notes() -> None:
+    said = "the ranks are not in the same call; they disagree on "
+    backward = called(operation="backward", layer="layer '2'", eps=1, channels=4)
+    texts = [called(), backward, called()]
+    assert frames.message(texts, 2) == (
+        f"{said}operation: forward of layer '1' on ranks 0, 2 and backward of layer '2' on rank 1\n"
+        "Likely reason: a rank is in evaluation, or has skipped a layer, its backward or another call"
+    )
+    assert frames.notes(texts) == [
+        "they also disagree on layer: layer '1' on ranks 0, 2 and layer '2' on rank 1",
+        "they also disagree on eps: 1e-05 on ranks 0, 2 and 1 on rank 1",
+        "they also disagree on channels: 3 on ranks 0, 2 and 4 on rank 1",
+    ]
+    order = ["operation", "layer", "call of the forward", "eps", "channels", "num_batches_tracked", "call"]
+    other = dict.fromkeys(order, "other")
+    while order:  # without the first cause, the next one is the first
+        first = order.pop(0)
+        assert frames.message([called(), called(**other)], 2).startswith(f"{said}{first}: ")
+        assert len(frames.notes([called(), called(**other)])) == len(order)
+        del other[first]
+    assert frames.message([called(eps=1), called()], 2).splitlines()[0].endswith(", in the forward of layer '1'")
+
+
+def test_a_message_of_many_ranks_has_three_short_lines() -> None:
+    texts = [called(**{f"{index}.weight": f"{'float32 ' * 40}{rank}" for index in range(50)}) for rank in range(99)]
+    message = frames.message(texts, 2)
+    assert "on rank 2 and 96 other values, in the forward" in message
+    assert len(message.splitlines()) <= 3
+    assert len(message) < 500
+    texts = [called(eps=rank % 2) for rank in range(99)]
+    message = frames.message(texts, 2)
+    assert "0 on ranks 0, 2, 4, 6, 8, 10, 12, 14, … (50 ranks) and 1 on ranks 1, 3," in message
+    assert len(message) < 400
+
+
 def test_messages_name_ranks_and_group_what_is_alike() -> None:
     texts = [frames.text_of_error(ValueError(text)) for text in ("a", "b", "a", "a", "a")]
     assert frames.message(texts, frames.ERROR) == "ranks 0, 2–4: a\nrank 1: b"
     calls = [frames.text_of_call({"layer": "x", "eps": 1, "call": call}) for call in (7, 7, 8)]
     assert frames.message([*calls, texts[1]], 0) == "rank 3: b"  # an error explains a disagreement
-    assert frames.message(calls, 2).endswith("they disagree on call: 7 on ranks 0–1 and 8 on rank 2")
+    assert frames.message(calls, 2) == (
+        "the ranks are not in the same call; they disagree on call: 7 on ranks 0–1 and 8 on rank 2\n"
+        "Likely reason: a rank has lost a call by an interrupt"
+    )
+    assert frames.notes(calls) == frames.notes([*calls, texts[1]]) == []
     assert frames.message(calls[:2], 0b100000001).endswith("they disagree on format, bits")
     long = frames.text_of_error(MemoryError("ü" * 5000))
     assert len(long) == frames.TEXT
@@ -392,16 +435,40 @@ def test_ranks_out_of_step_are_told(ranks: int) -> None:
     texts = ThreadComm.run(ranks, faults.run_sequences)
     assert len({tuple(one) for one in texts}) == 1
     expected = [
-        "operation: backward on rank",
-        "layer: a on rank",
-        "layer: b on rank",
+        "operation: backward of layer 'a' on rank",
+        "layer: layer 'a' on rank",
+        "layer: layer 'b' on rank",
         "call of the forward: ",
-        "layer: a on rank",
-        "operation: average_gradients on rank",
+        "layer: layer 'a' on rank",
+        "operation: average_gradients of the model on rank",
         "layer: unnamed layer ",
     ]
     for text, words in zip(texts[0], expected, strict=True):
-        assert words in text
+        assert text.startswith(f"the ranks are not in the same call; they disagree on {words}")
+        assert len(text.splitlines()) == 2
+
+
+def test_a_rank_in_evaluation_that_meets_another_call_is_told_in_two_lines() -> None:
+    def work(comm: Any) -> Any:
+        model = arraybn.Sequential(arraybn.BatchNorm1d(3), arraybn.BatchNorm1d(3))
+        SyncBatchNorm.convert_sync_batchnorm(model, comm)
+        if comm.rank == 1:
+            model.eval()
+            model(faults.X[..., 0])
+        with pytest.raises(arraybn.SyncError) as caught:
+            arraybn.average_gradients(model, comm, weight=1) if comm.rank == 1 else model(faults.X[..., 0])
+        return str(caught.value), "\n".join(caught.value.__notes__)
+
+    found = ThreadComm.run(3, work)
+    assert len(set(found)) == 1
+    message, notes = found[0]
+    assert message == (
+        "the ranks are not in the same call; they disagree on operation: forward of layer '0' on ranks 0, 2 and"
+        " average_gradients of the model on rank 1\n"
+        "Likely reason: a rank is in evaluation, or has skipped a layer, its backward or another call"
+    )
+    assert "they also disagree on eps: 1e-05 on ranks 0, 2 and not said on rank 1" in notes
+    assert "they also disagree on 1.weight: not said on ranks 0, 2 and float32 (3,) on rank 1" in notes
 
 
 def test_errors_of_several_ranks_and_of_the_functions() -> None:
@@ -430,7 +497,10 @@ def test_errors_of_several_ranks_and_of_the_functions() -> None:
     assert found[0][1].startswith("ranks 0–1: x: expected at least 2 dimensions")
     assert found[0][2].startswith("rank 0: weight: expected shape (3,)")
     assert found[0][3].startswith("rank 0: out: expected shape (2, 3)")
-    assert found[0][4].endswith("they disagree on channels: 2 on rank 0 and 3 on ranks 1–2")
+    assert found[0][4] == (
+        "the ranks are not in the same call; they disagree on channels: 2 on rank 0 and 3 on ranks 1–2, in the"
+        " forward of batch_norm\nLikely reason: the inputs of the ranks do not have the same number of channels"
+    )
     assert found[0][5].startswith("rank 0: dy: expected shape (2, 3)")
 
 
@@ -553,14 +623,49 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
 
     first, again = ThreadComm.run(ranks, work, leave=False)[0]
     assert first == (
-        f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of blocks.0.norm (call 3 on this"
+        f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of layer 'blocks.0.norm' (call 3 on this"
         " communicator). Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch"
         " less, was given another process_group, or has ended"
     )
     assert again == (
-        "rank 0 gave up the forward of blocks.0.norm (call 3 on this communicator)."
+        "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."
         " Nothing more can be synchronized over this communicator"
     )
+
+
+@pytest.mark.parametrize("name", ["average_gradients", "broadcast_state"])
+def test_the_helpers_have_a_time_limit_of_their_own(name: str) -> None:
+    call = {
+        "average_gradients": partial(arraybn.average_gradients, weight=1),
+        "broadcast_state": arraybn.broadcast_state,
+    }
+
+    def work(comm: Any) -> Any:
+        layer = faults.layer_on(comm)
+        with pytest.raises(arraybn.SyncError) as caught:
+            call[name](layer, comm, timeout=-1 if comm.rank == 1 else 5)
+        call[name](layer, comm, timeout=None)
+        if comm.rank == 0:
+            with pytest.raises(arraybn.SyncTimeoutError, match=rf"waited 0.2 s .* in the {name} of the model \(call 3"):
+                call[name](layer, comm, timeout=0.2)
+        return str(caught.value)
+
+    texts = ThreadComm.run(2, work, leave=False)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("rank 1: timeout: expected a number of seconds > 0")
+
+
+def test_comm_is_another_name_for_process_group() -> None:
+    def work(comm: Any) -> Any:
+        layer = SyncBatchNorm(1, comm=comm)
+        assert layer.process_group is comm
+        assert SyncBatchNorm(1, process_group=comm, comm=None).process_group is comm
+        with pytest.raises(TypeError, match=r"^comm: expected process_group or comm, two names .* got both$"):
+            SyncBatchNorm(1, process_group=comm, comm=comm)
+        layer(np.asarray([[1.0], [3.0]]) + 4 * comm.rank)
+        return layer.running_mean.tolist()
+
+    assert ThreadComm.run(2, work) == [[np.float32(0.4)]] * 2
 
 
 def test_a_backward_that_a_rank_skips_is_a_timeout_by_the_limit_of_that_moment() -> None:
@@ -683,7 +788,7 @@ def test_one_thread_at_a_time_and_another_is_told_when_it_takes_too_long() -> No
 def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(comm: Any) -> Any:
         comm.exchange._process = -1
-        with pytest.raises(arraybn.SyncError, match=rf"rank {comm.rank}: this is a forked child, which is no rank"):
+        with pytest.raises(arraybn.SyncError, match=rf"^rank {comm.rank}: this is a forked child of a rank, and is no"):
             faults.layer_on(comm)(np.ones((2, 3)))
 
     ThreadComm.run(2, work)
@@ -816,6 +921,14 @@ def test_conversion_of_bare_layers_shared_layers_subclasses_and_layers_that_are_
         SyncBatchNorm.convert_sync_batchnorm(model, None)
         assert [layer.process_group for layer in (*first, *model)] == [comm, comm, None, None]
         assert [layer.timeout for layer in model] == [600, 5]
+        with pytest.raises(ValueError, match=r"^timeout: expected a number of seconds > 0"):
+            SyncBatchNorm.convert_sync_batchnorm(model, comm, timeout=0)
+        assert [layer.process_group for layer in model] == [None, None]
+        for limit in (7, None):
+            SyncBatchNorm.convert_sync_batchnorm(model, timeout=limit)
+            assert [layer.timeout for layer in model] == [limit, limit]
+        bare = SyncBatchNorm.convert_sync_batchnorm(arraybn.BatchNorm1d(3), timeout=2.5)
+        assert bare.timeout == 2.5
         before = list(model)
         with pytest.raises(
             ValueError, match=r"^module: expected layers that convert_.* got one at '1' that was built as"
@@ -911,15 +1024,24 @@ def test_models_that_differ_are_not_broadcast_over() -> None:
         ):
             with pytest.raises(arraybn.SyncError) as caught:
                 call()
-            texts.append(str(caught.value))
+            texts.append("\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
         assert faults.state(model) == before
         arraybn.broadcast_state(model[0], comm)
         return texts
 
     zero, one = ThreadComm.run(2, work)
     assert zero == one
-    assert "1.weight: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[0]
-    assert "1.bias: float32 (2,) on rank 0 and float32 (3,) on rank 1" in zero[1]
+    lines = zero[0].splitlines()
+    assert lines[0].endswith(
+        "they disagree on 1.weight: float32 (2,) on rank 0 and float32 (3,) on rank 1,"
+        " in the broadcast_state of the model"
+    )
+    assert lines[1] == "Likely reason: the ranks have not built their models alike, or one has changed its model"
+    assert lines[2:] == [
+        f"they also disagree on 1.{name}: float32 (2,) on rank 0 and float32 (3,) on rank 1"
+        for name in ("bias", "running_mean", "running_var")
+    ]
+    assert zero[1].splitlines()[2:] == lines[2:3]
     assert zero[2] == "rank 0: weight: expected a number of samples ≥ 0; got -1"
     assert zero[3] == ("rank 0: weight: expected a number; got '1'\nrank 1: weight: expected a finite number; got nan")
 

@@ -19,11 +19,23 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from .._arrays.namespaces import Array
+from .._checks import as_number
 from . import frames
 from .errors import SyncError, SyncTimeoutError
+from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
 TIMEOUT = 600.0  # seconds, as in torch.distributed
+
+
+def as_timeout(seconds: Any) -> float | None:
+    """Return a time limit in seconds, or None for none; raise unless `seconds` is one."""
+    if seconds is not None and not 0 < as_number("timeout", seconds) <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout: expected a number of seconds > 0 and ≤ {threading.TIMEOUT_MAX:g}, or None to wait for ever;"
+            f" got {seconds!r}"
+        )
+    return None if seconds is None else float(seconds)
 
 
 class Reducer(Protocol):
@@ -75,10 +87,7 @@ class Exchange:
     def check(self) -> None:
         """Raise if no call can be made."""
         if os.getpid() != self._process:
-            raise SyncError(
-                f"rank {self.reducer.rank}: this is a forked child, which is no rank; synchronize in process"
-                f" {self._process} alone, or start others with multiprocessing's spawn"
-            )
+            raise forked_child(f"rank {self.reducer.rank}: ")
         if self._broken:
             raise SyncError(f"{self._broken}. Nothing more can be synchronized over this communicator")
 
@@ -177,11 +186,15 @@ class Exchange:
             text = frames.text_of_call(call.description(self.calls, channels, self._checksum), length)
         else:
             text = frames.text_of_error(error, length)
-        message = frames.message(self.reducer.allgather(text, deadline), flags)
+        texts = self.reducer.allgather(text, deadline)
+        message = frames.message(texts, flags)
         call.every_rank_raises()
         if flags & frames.BROKEN:
             self._broken, self._unreported_failure = message, ""
-        raise SyncError(message)
+        raised = SyncError(message)
+        for note in frames.notes(texts):
+            raised.add_note(note)
+        raise raised
 
     def _break(self, call: Call, failure: OSError) -> SyncError:
         """Return the error of this rank alone, after which no further call can be made."""

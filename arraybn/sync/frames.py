@@ -19,6 +19,7 @@ from ..reference import Moments
 
 FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
+VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
 OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header holds the index
 FORWARD, BACKWARD, AVERAGE, BROADCAST = OPERATIONS
 
@@ -127,23 +128,87 @@ def read_text(text: bytes) -> str:
 
 
 def message(texts: Sequence[bytes], flags: int) -> str:
-    """Return the errors in the texts of all ranks, or the settings on which the ranks disagree."""
+    """Return the errors in the texts of all ranks, or the first cause of a disagreement with its likely reason."""
     read = [read_text(text) for text in texts]
     if errors := _ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
         return "\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in errors.items())
-    differences = _differences(read) or [", ".join(name for index, name in enumerate(FIELDS) if flags >> index & 1)]
-    return "the ranks are not in the same call; they disagree on " + "; ".join(differences)
+    calls = [_call(text) for text in read]
+    if differences := _differences(calls):
+        name, line = differences[0]
+        cause = f"{line}{_common_call(calls)}\nLikely reason: {_REASONS.get(name, _OTHER_MODEL)}"
+    else:  # the fields that differ are not in the texts
+        cause = ", ".join(name for index, name in enumerate(FIELDS) if flags >> index & 1)
+    return f"the ranks are not in the same call; they disagree on {cause}"
 
 
-def _differences(texts: Sequence[str]) -> list[str]:
-    """Return a line for each name whose values differ between the calls of the ranks."""
-    calls = [dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line) for text in texts]
+def notes(texts: Sequence[bytes]) -> list[str]:
+    """Return a line for each further name on which the ranks disagree, after the first cause."""
+    read = [read_text(text) for text in texts]
+    if any(text.startswith("!") for text in read):
+        return []
+    return [f"they also disagree on {line}" for _, line in _differences([_call(text) for text in read])[1:]]
+
+
+_FIRST = (
+    "operation",
+    "layer",
+    "call of the forward",
+)  # before the settings, because ranks in other calls differ in those
+_LAST = ("channels", "num_batches_tracked", "call", "checksum of all results")
+_REASONS = {
+    "operation": "a rank is in evaluation, or has skipped a layer, its backward or another call",
+    "layer": "a rank is in evaluation, has skipped a layer, or calls its layers in another order",
+    "call of the forward": "a rank has skipped a backward, or has gone back by the forward of another batch",
+    "training": "a rank is in evaluation",
+    "channels": "the inputs of the ranks do not have the same number of channels",
+    "num_batches_tracked": "a rank has trained alone or loaded another file; broadcast_state makes the states equal",
+    "call": "a rank has lost a call by an interrupt",
+    "checksum of all results": "the MPI has given two ranks different bits of one result",
+}
+_OTHER_MODEL = "the ranks have not built their models alike, or one has changed its model"
+
+
+def _call(text: str) -> dict[str, str]:
+    return dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
+
+
+def _common_call(calls: Sequence[Mapping[str, str]]) -> str:
+    """Return ", in the forward of layer '1'" where all ranks are in that, otherwise ''."""
+    if len({(call.get("operation"), call.get("layer")) for call in calls}) > 1 or "operation" not in calls[0]:
+        return ""
+    return f", in the {calls[0]['operation']} of {calls[0]['layer']}"
+
+
+def _differences(calls: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return name and line of all in which the calls of the ranks differ, the likely cause first."""
     lines = []
-    for name in {name: None for call in calls for name in call}:
-        values = _ranks_by_text({rank: call.get(name, "not said") for rank, call in enumerate(calls)})
-        if len(values) > 1:
-            lines.append(f"{name}: " + " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items()))
+    for name in sorted({name: None for call in calls for name in call}, key=_place):
+        values = dict(enumerate(call.get(name, "not said") for call in calls))
+        if len(set(values.values())) == 1:
+            continue
+        if name == "operation":
+            values = {rank: f"{value} of {calls[rank].get('layer')}" for rank, value in values.items()}
+        lines.append((name, f"{name}: {_listed(_ranks_by_text(values))}"))
     return lines
+
+
+def _place(name: str) -> int:
+    """Return the place of a name among the causes: a difference explains those of the names after it."""
+    if name in _FIRST:
+        return _FIRST.index(name)
+    return len(_FIRST) + (1 + _LAST.index(name) if name in _LAST else 0)
+
+
+def _listed(values: Mapping[str, Sequence[int]]) -> str:
+    """Return each value with its ranks; of many or long values, the beginning."""
+    parts = [f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in values.items()]
+    rest = [f"{len(parts) - LISTED} other values"] if len(parts) > LISTED else []
+    *before, last = parts[:LISTED] + rest
+    return f"{', '.join(before)} and {last}"
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= VALUE else f"{value[: VALUE - 1]}…"
 
 
 def _ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
@@ -162,4 +227,6 @@ def _ranks(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     parts = ["–".join(map(str, run)) for run in runs]
+    if len(parts) > RUNS:
+        parts[RUNS:] = [f"… ({len(ranks)} ranks)"]
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"

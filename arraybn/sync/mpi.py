@@ -21,11 +21,12 @@ from .._arrays.namespaces import Array, class_name
 from . import frames
 from .errors import SyncError
 from .exchange import Comm, Exchange
-from .process import check_alone, check_not_forked
+from .process import check_alone, check_not_forked, check_rank
 
 
 def _mpi() -> Any:
     """Return mpi4py.MPI, initialized; None where mpi4py or its MPI library is missing."""
+    check_rank()  # before the import, which ends a child
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library

@@ -13,10 +13,10 @@ from .._checks import as_number
 from ..modules import Module, Parameter
 from . import frames
 from .communicators import exchange_over
-from .exchange import Comm, begin
+from .exchange import TIMEOUT, Comm, as_timeout, begin
 
 
-def broadcast_state(model: Module, comm: Comm | None) -> None:
+def broadcast_state(model: Module, comm: Comm | None, *, timeout: float | None = TIMEOUT) -> None:
     """Give every rank the parameters, buffers and counters of rank 0.
 
     Parameters
@@ -25,13 +25,18 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
         A model of the same structure on all ranks. Its values are replaced, never written into; gradients stay.
     comm : mpi4py communicator or None
         The ranks; None for all ranks.
+    timeout : float or None
+        Seconds to wait for the other ranks, None for ever.
 
     Raises
     ------
     TypeError, ValueError
-        model is no Module; comm is no communicator, is null or an intercommunicator.
+        model is no Module; comm is no communicator, is null or an intercommunicator; timeout is no number of
+        seconds > 0.
     SyncError
         On every rank: the models differ in names, shapes or dtypes, or the ranks are not in the same call.
+    SyncTimeoutError
+        A rank did not join this call within the time limit.
 
     Examples
     --------
@@ -50,8 +55,10 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
     call = begin(exchange_over("comm", comm), frames.BROADCAST, "the model", settings)
     if call is None:
         _check_module(model)
+        as_timeout(timeout)
         return
-    with call:
+    with call:  # an error inside goes to all ranks
+        call.timeout = as_timeout(timeout)
         _check_module(model)
         own = [_native(as_numpy(name, value)) for name, _, value in state]
         octets = np.concatenate([np.zeros(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in own)])
@@ -61,7 +68,7 @@ def broadcast_state(model: Module, comm: Comm | None) -> None:
         _replace(state, [_like(name, array, value) for array, (name, _, value) in zip(arrays, state, strict=True)])
 
 
-def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> None:
+def average_gradients(model: Module, comm: Comm | None, *, weight: float, timeout: float | None = TIMEOUT) -> None:
     """Replace every gradient by Σw·g / Σw over the ranks, w being the weight of each.
 
     Parameters
@@ -72,14 +79,19 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
         The ranks; None for all ranks.
     weight : float
         This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not read.
+    timeout : float or None
+        Seconds to wait for the other ranks, None for ever.
 
     Raises
     ------
     TypeError, ValueError
-        model is no Module; comm is no communicator, is null or an intercommunicator; weight is no number ≥ 0.
+        model is no Module; comm is no communicator, is null or an intercommunicator; weight is no number ≥ 0; timeout
+        is no number of seconds > 0.
     SyncError
         On every rank: one of these on some rank, the parameters differ in names, shapes or dtypes, or the ranks are not
         in the same call.
+    SyncTimeoutError
+        A rank did not join this call within the time limit.
 
     Notes
     -----
@@ -111,8 +123,10 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float) -> Non
     if call is None:
         _check_module(model)
         _as_weight(weight)
+        as_timeout(timeout)
         return
-    with call:
+    with call:  # an error inside goes to all ranks
+        call.timeout = as_timeout(timeout)
         _check_module(model)
         weight = _as_weight(weight)
         there = np.asarray([parameter.grad is not None for parameter in parameters.values()], np.float64)

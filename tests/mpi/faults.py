@@ -171,7 +171,11 @@ DISAGREE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda comm: layer_on(comm, **BARE).eval(),
         "training: True on rank",
     ),
-    "layer": (lambda comm: _named(layer_on(comm), "a"), lambda comm: _named(layer_on(comm), "b"), "layer: a on rank"),
+    "layer": (
+        lambda comm: _named(layer_on(comm), "a"),
+        lambda comm: _named(layer_on(comm), "b"),
+        "layer: layer 'a' on rank",
+    ),
 }
 
 
@@ -185,8 +189,8 @@ def run_disagreement(comm: Any, name: str) -> str:
         layer(x)
     except arraybn.SyncError as error:
         text = str(error)
-    assert text.startswith("the ranks are not in the same call"), f"{name}: {text!r}"
-    assert told in text, f"{name}: {text!r}"
+    assert text.startswith(f"the ranks are not in the same call; they disagree on {told}"), f"{name}: {text!r}"
+    assert len(text.splitlines()) == 2, text
     assert f"on rank {BAD}" in text, text
     assert state(layer) == before
     good(layer_on(comm), comm)
