@@ -23,7 +23,7 @@ from ._arrays.namespaces import (
     dtype_name,
     is_array_api_obj,
 )
-from ._checks import as_flag, as_floating, as_integer, check_like
+from ._checks import as_flag, as_floating, as_integer, check_like, check_values
 
 M = TypeVar("M", bound="Module")
 
@@ -90,6 +90,8 @@ class Parameter:
     def plus(self, gradient: Array) -> Array:
         """Return the sum of `grad` and `gradient`, in the shape and dtype of `data`."""
         check_like("gradient", gradient, self.data, "data")
+        if type(gradient) is not np.ndarray:
+            check_values("gradient", gradient)
         return add_as(self.grad, gradient, self.data.dtype)
 
     def accumulate(self, gradient: Array) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ._arrays.namespaces import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
-from ._checks import as_flag, as_floating, as_integer, as_number, check_home
+from ._checks import as_flag, as_floating, as_integer, as_number, check_home, check_values
 from .modules import Module, Parameter
 
 
@@ -162,7 +162,7 @@ class ReLU(Module):
 
     def forward(self, x: Array) -> Array:
         """Return y, of the shape of x."""
-        x = as_floating("x", x)
+        x = _as_lasting(x)
         xp = array_namespace(x)
         self._remember(x)
         return xp.where(x < 0, xp.zeros_like(x), x)
@@ -189,7 +189,7 @@ class Flatten(Module):
 
     def forward(self, x: Array) -> Array:
         """Return y (N, product)."""
-        x = as_floating("x", x)
+        x = _as_lasting(x)
         if x.ndim < 1:
             raise ValueError(f"x: expected at least 1 dimension, (N, …); got shape {tuple(x.shape)}")
         y = array_namespace(x).reshape(x, (x.shape[0], math.prod(x.shape[1:])))
@@ -300,8 +300,14 @@ class SGD:
             parameter.data = parameter.data - lr * velocity
 
 
-def _as_input(x: Array, weight: Parameter) -> Array:
+def _as_lasting(x: Array) -> Array:
     x = as_floating("x", x)
+    check_values("x", x)
+    return x
+
+
+def _as_input(x: Array, weight: Parameter) -> Array:
+    x = _as_lasting(x)
     check_home("weight", weight.data, x)
     return x
 

@@ -280,7 +280,10 @@ def test_a_wrong_out_is_refused(out: Any, error: type[Exception], text: str) -> 
         ([[1.0, 2.0]], r"x: expected an array .*; got list\. Convert it, for example with numpy.asarray\(x, dtype="),
         (None, "x: expected an array .*; got NoneType"),
         (3.0, "x: expected an array .*; got float"),
-        (np.ma.masked_array(X, X > 2), "x: expected a plain array; got MaskedArray, whose mask .*x.filled"),
+        (
+            np.ma.masked_array(X, X > 2),
+            "x: expected a plain array; got MaskedArray, whose mask .*Leave out the samples",
+        ),
         (np.zeros((1, 2)).view(np.matrix), "x: expected a plain array; got matrix"),
         (
             X.astype("i4"),

@@ -27,6 +27,11 @@ def one_value(shape: str) -> str:
 
 NAMESPACE = "xp: expected an array namespace such as numpy, cupy, torch or jax.numpy; got {}"
 
+TRANSFORMED = (
+    "{}: expected a tensor with values, which a layer remembers; got one of a transform or a trace."
+    " Inside torch.func.vmap, jvp, make_fx and torch.export, call arraybn.batch_norm"
+)
+
 BOTH = "running_mean and running_var: expected either both or neither to be None; got None for {} alone"
 
 CONSTRUCTORS = [
@@ -370,6 +375,24 @@ LAYERS = [
         "data: expected a tensor with values; got one on the meta device",
         "data",
         needs="torch",
+    ),
+    Bad(
+        "torch.func.vmap(layer)(torch.ones(2, 4, 3))",
+        TypeError,
+        TRANSFORMED.format("x"),
+        "x",
+        "call arraybn.batch_norm",
+        "layer = BatchNorm1d(3, xp=torch); layer(torch.asarray(X))",
+        "torch",
+    ),
+    Bad(
+        "torch.func.vmap(layer.backward)(torch.ones(2, 4, 3))",
+        TypeError,
+        TRANSFORMED.format("dy"),
+        "dy",
+        "call arraybn.batch_norm",
+        "layer = BatchNorm1d(3, xp=torch); layer(torch.asarray(X))",
+        "torch",
     ),
     Bad(
         "layer(torch.ones((4, 3), device='meta'))",
