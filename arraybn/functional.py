@@ -6,14 +6,14 @@ Each function takes arrays and returns arrays, and keeps or changes nothing else
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from . import sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, common_dtype
+from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Backend, Module, select
 from .reference import Moments
@@ -22,7 +22,7 @@ from .sync import Call, Comm, RankPool
 _ALONE = nullcontext()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Saved:
     """The values that a forward hands to its backward; opaque but for `moments`.
 
@@ -32,17 +32,17 @@ class Saved:
         The batch's statistics; None where fixed statistics were given.
     """
 
-    _moments: Moments | None = field(repr=False)
-    _backend: Backend = field(repr=False)
-    _layout: Layout = field(repr=False)
-    _x: Array = field(repr=False)  # (N, C, *S), the caller's array; None once x is overwritten
-    _overwritten: str | None = field(repr=False)  # the cause, as a clause
-    _mean: Array = field(repr=False)  # (C,); mean, rstd and weight are private copies
-    _rstd: Array = field(repr=False)
-    _weight: Array | None = field(repr=False)
-    _has_bias: bool = field(repr=False)
-    _pool: RankPool | None = field(repr=False)  # the forward's; None where nothing was synchronized
-    _shown: Moments | None = field(default=None, repr=False)
+    _moments: Moments | None
+    _backend: Backend
+    _layout: Layout
+    _x: Array  # (N, C, *S), the caller's array; None once x is overwritten
+    _overwritten: str | None  # the cause, as a clause
+    _mean: Array  # (C,); mean, rstd and weight are private copies
+    _rstd: Array
+    _weight: Array | None
+    _has_bias: bool
+    _pool: RankPool | None  # the forward's; None where nothing was synchronized
+    _shown: Moments | None = None
 
     @property
     def moments(self) -> Moments | None:
@@ -50,6 +50,11 @@ class Saved:
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
+
+    def __repr__(self) -> str:
+        n = self._layout.n if self._moments is None else self._moments.n
+        dtype = "" if self._x is None else f" dtype={dtype_name(self._x.dtype)},"
+        return f"Saved(shape={self._layout.shape},{dtype} n={n}, backend={self._backend.name!r})"
 
     def _backward_call(self) -> Call | None:
         return None if self._pool is None else self._pool.call.backward()

@@ -7,6 +7,7 @@ that raises has changed nothing.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -152,6 +153,21 @@ class _NormBase(Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if (key := prefix + "running_var") in state_dict and self.running_var is not None:
+            _warn_of_variance(key, self.running_var)
+
+
+def _warn_of_variance(key: str, var: Array) -> None:
+    with on_device_of(var):
+        xp = array_namespace(var)
+        number = int(xp.sum(xp.astype(~(var >= 0), xp.int32)))
+    if number:
+        warnings.warn(
+            f"{key}: expected variances ≥ 0; got {number} that are negative or NaN. They are loaded, as in PyTorch;"
+            " evaluation gives NaN in these channels",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 # Mean and var before a batch, the weight of the batch in both, and the number of batches after the batch.
@@ -188,7 +204,7 @@ class _BatchNorm(_NormBase):
         self._check_channels(x)
         fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
-        weight, bias = weight and weight.data, bias and bias.data
+        weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:

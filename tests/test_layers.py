@@ -480,7 +480,7 @@ def test_every_wrong_key_is_listed_in_one_error_and_nothing_is_loaded() -> None:
     wrong["0.weight"] = np.full(3, 7.0)  # right, but must not be loaded
     del wrong["0.bias"], wrong["1.running_mean"]
     wrong["0.extra"] = wrong["more"] = wrong["1"] = wrong["1.weight.deep"] = np.zeros(1)
-    wrong["1.weight"], wrong["1.num_batches_tracked"] = np.zeros(3), np.zeros(1, int)
+    wrong["1.weight"], wrong["1.num_batches_tracked"] = np.zeros(3), np.zeros(2, int)
     before = state(model)
     with pytest.raises(RuntimeError) as caught:
         model.load_state_dict(wrong)
@@ -490,7 +490,7 @@ def test_every_wrong_key_is_listed_in_one_error_and_nothing_is_loaded() -> None:
         '\tUnexpected key(s) in state_dict: "more", "1", "0.extra", "1.weight.deep". \n'
         "\tsize mismatch for 1.weight: copying a param with shape (3,) from checkpoint,"
         " the shape in current model is (2,).\n"
-        "\tsize mismatch for 1.num_batches_tracked: copying a param with shape (1,) from checkpoint,"
+        "\tsize mismatch for 1.num_batches_tracked: copying a param with shape (2,) from checkpoint,"
         " the shape in current model is ()."
     )
     assert state(model) == before
@@ -592,3 +592,29 @@ def test_a_shallow_copy_shares_parameters_but_has_buffers_of_its_own() -> None:
     assert layer.num_batches_tracked == 0
     assert clone.num_batches_tracked == 1
     assert clone.weight is layer.weight
+
+
+@pytest.mark.parametrize("count", [np.asarray([7]), np.asarray([7.0]), [7]], ids=repr)
+def test_a_count_of_shape_1_is_loaded_as_the_number(count: Any) -> None:
+    layer = arraybn.BatchNorm1d(3)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
+    assert layer.num_batches_tracked == 7
+    assert type(layer.num_batches_tracked) is int
+    with pytest.raises(RuntimeError, match=r"size mismatch for num_batches_tracked.*shape \(2,\)"):
+        layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": np.asarray([7, 8])})
+
+
+@pytest.mark.parametrize("value", [-0.5, np.nan])
+def test_a_variance_that_is_none_is_loaded_with_a_warning_that_names_the_key(value: float) -> None:
+    model = arraybn.Sequential(arraybn.BatchNorm1d(3))
+    state = model.state_dict()
+    state["0.running_var"][1] = value
+    with pytest.warns(RuntimeWarning, match=r"^0\.running_var: expected variances ≥ 0; got 1 that are") as caught:
+        model.load_state_dict(state)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(model[0].running_var, state["0.running_var"])
+    before = model[0].running_mean
+    state["0.running_mean"][...] = 5
+    with pytest.raises(RuntimeWarning):  # a warning that is an error leaves everything as it was
+        model.load_state_dict(state)
+    assert model[0].running_mean is before

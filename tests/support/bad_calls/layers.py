@@ -68,7 +68,13 @@ CONSTRUCTORS = [
         "dtype",
     ),
     Bad("BatchNorm1d(3, dtype=32)", TypeError, "dtype: expected a real floating dtype of numpy; got 32", "dtype"),
-    Bad("BatchNorm1d(3, device='gpu')", ValueError, "device: expected one that numpy has here; got 'gpu'", "device"),
+    Bad(
+        "BatchNorm1d(3, device='cuda')",
+        ValueError,
+        "device: expected one that numpy has here; got 'cuda'. For a GPU, use xp=cupy",
+        "device",
+        "use xp=cupy",
+    ),
     Bad(
         "BatchNorm1d(3, device='cpu', xp=strict)",
         ValueError,
@@ -365,7 +371,7 @@ LAYERS = [
     Bad(
         "layer.to(device='cuda')",
         ValueError,
-        "device: expected one that numpy has here; got 'cuda'",
+        "device: expected one that numpy has here; got 'cuda'. For a GPU, use xp=cupy",
         "device",
         setup=LAYER,
     ),
