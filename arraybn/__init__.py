@@ -1,6 +1,6 @@
 """arraybn: batch normalization that people can read, trust and run anywhere."""
 
-from . import network, testing
+from . import interchange, network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward
@@ -27,6 +27,7 @@ __all__ = [
     "batch_norm_backward",
     "broadcast_state",
     "get_num_threads",
+    "interchange",
     "load",
     "moments",
     "network",

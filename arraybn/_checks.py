@@ -41,7 +41,8 @@ def as_floating(name: str, array: Array) -> Array:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(
                 f"{name}: expected a plain array; got MaskedArray, whose mask would be lost."
-                f" Leave the masked samples out, or fill them, for example with {name}.filled(0.0)"
+                " Leave out the samples with masked values, or fill these values with the mean of their channel"
+                " (zeros would shift it)"
             )
         if isinstance(array, np.matrix):
             raise TypeError(f"{name}: expected a plain array; got matrix. Convert it with numpy.asarray({name})")
@@ -77,14 +78,40 @@ def _as_plain_tensor(name: str, tensor: Array) -> Array:
 
 
 def check_lasting(name: str, array: Array, own: Array | None) -> None:
-    """Raise unless a layer with the array `own` can keep `array`: on the same device, and no JAX tracer."""
+    """Raise unless a layer with the array `own` can keep `array`: on the same device, and outside of transforms."""
     if own is not None:
         check_home(name, array, own, "this layer")
+    check_values(name, array)
+
+
+def check_values(name: str, array: Any) -> None:
+    """Raise where `array` stands for values that a layer cannot keep: in JAX's and PyTorch's transforms and traces."""
     if is_jax_array(array) and isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(
             f"{name}: expected an array with values, which a layer remembers; got a JAX tracer."
             " Inside jax.jit, vmap and grad, call arraybn.batch_norm"
         )
+    if is_torch_array(array) and _is_transformed(array):
+        raise TypeError(
+            f"{name}: expected a tensor with values, which a layer remembers; got one of a transform or a trace."
+            " Inside torch.func.vmap, jvp, make_fx and torch.export, call arraybn.batch_norm"
+        )
+
+
+def _is_transformed(tensor: Array) -> bool:
+    """Return True inside vmap, jvp, functionalize, make_fx, FakeTensorMode, torch.export and torch.jit.trace.
+
+    PyTorch has no public question for this. torch.compile is not among them: it leaves a layer's call to Python.
+    """
+    torch = sys.modules["torch"]
+    inner, fake = torch._C, sys.modules.get("torch._subclasses.fake_tensor")
+    keys = inner._TorchDispatchModeKey
+    return bool(
+        inner._functorch.is_functorch_wrapped_tensor(tensor)
+        or (fake is not None and isinstance(tensor, fake.FakeTensor))
+        or any(inner._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+        or torch.jit.is_tracing()
+    )
 
 
 def _cast(name: str, array: Array) -> str:

@@ -6,14 +6,14 @@ Each function takes arrays and returns arrays, and keeps or changes nothing else
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from . import sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace
+from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
 from .kernels import Backend, Module, select
 from .reference import Moments
@@ -22,7 +22,7 @@ from .sync import Call, Comm, RankPool
 _ALONE = nullcontext()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Saved:
     """The values that a forward hands to its backward; opaque but for `moments`.
 
@@ -32,17 +32,17 @@ class Saved:
         The batch's statistics; None where fixed statistics were given.
     """
 
-    _moments: Moments | None = field(repr=False)
-    _backend: Backend = field(repr=False)
-    _layout: Layout = field(repr=False)
-    _x: Array = field(repr=False)  # (N, C, *S), the caller's array; None once x is overwritten
-    _overwritten: str | None = field(repr=False)  # the cause, as a clause
-    _mean: Array = field(repr=False)  # (C,); mean, rstd and weight are private copies
-    _rstd: Array = field(repr=False)
-    _weight: Array | None = field(repr=False)
-    _has_bias: bool = field(repr=False)
-    _pool: RankPool | None = field(repr=False)  # the forward's; None where nothing was synchronized
-    _shown: Moments | None = field(default=None, repr=False)
+    _moments: Moments | None
+    _backend: Backend
+    _layout: Layout
+    _x: Array  # (N, C, *S), the caller's array; None once x is overwritten
+    _overwritten: str | None  # the cause, as a clause
+    _mean: Array  # (C,); mean, rstd and weight are private copies
+    _rstd: Array
+    _weight: Array | None
+    _has_bias: bool
+    _pool: RankPool | None  # the forward's; None where nothing was synchronized
+    _shown: Moments | None = None
 
     @property
     def moments(self) -> Moments | None:
@@ -50,6 +50,11 @@ class Saved:
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
+
+    def __repr__(self) -> str:
+        n = self._layout.n if self._moments is None else self._moments.n
+        dtype = "" if self._x is None else f" dtype={dtype_name(self._x.dtype)},"
+        return f"Saved(shape={self._layout.shape},{dtype} n={n}, backend={self._backend.name!r})"
 
     def _backward_call(self) -> Call | None:
         return None if self._pool is None else self._pool.call.backward()
@@ -197,7 +202,8 @@ def batch_norm_backward(
     Parameters
     ----------
     dy : array (N, C, *S)
-        Of the shape of x; another real floating dtype than that of x is converted to it.
+        Of the shape of x, in any of the four dtypes. Where the dtypes differ, x and dy are both converted, exactly, to
+        a dtype that holds both; dx alone is rounded, at the end.
     saved : Saved
         From the forward, whose x must not have been changed since.
     out : array, optional
@@ -258,15 +264,33 @@ def backward_in(
     if out is not None:
         check_out(out, x, layout.shape, {"dy": dy, "x": x})
         over_x = same_memory(out, x)
-    if dy.dtype != x.dtype:
-        dy = array_namespace(dy).astype(dy, x.dtype)
-
     target = None if out is None else layout.view(out)
-    dx, dweight, dbias = _gradients(call, saved, layout.view(dy), layout.view(x), target)
+    wide = None if dy.dtype == x.dtype else common_dtype(dy, x)
+    if wide is not None:  # rounding dy first would lose small values of dy, and turn large ones into inf
+        dy = array_namespace(dy).astype(dy, wide, copy=False)
+    dy, x = layout.view(dy), layout.view(x)
+    if wide is None or wide == x.dtype:
+        dx, dweight, dbias = _gradients(call, saved, dy, x, target)
+    else:
+        dx, dweight, dbias = _rounded_gradients(call, saved, dy, x, target)
     dx = _write_result(dx, layout, out, target)
     if over_x:
         saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
     return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
+
+
+def _rounded_gradients(
+    call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None
+) -> tuple[Array, Array, Array]:
+    """Return dx in the dtype of x, dweight and dbias, computed in the wider dtype of dy."""
+    xp = array_namespace(x)
+    if call is not None and out is None:  # after the exchange it is too late to find out that memory is short
+        out = saved._backend.preallocate_result(x)
+    wide, dweight, dbias = _gradients(call, saved, dy, xp.astype(x, dy.dtype), None)
+    if out is None:
+        return xp.astype(wide, x.dtype), dweight, dbias
+    out[...] = xp.astype(wide, x.dtype)
+    return out, dweight, dbias
 
 
 def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:

@@ -60,7 +60,7 @@ def from_flax(variables: Mapping[str, Any], *, prefix: str = "") -> StateDict:
     Raises
     ------
     TypeError, ValueError
-        An entry is missing, unexpected, no array or not of shape (C,); the error names the entry.
+        An entry is missing, unexpected, no array or not of shape (C,), or var is negative; the error names the entry.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, 
     Parameters
     ----------
     weights : sequence of array (C,)
-        ``layer.get_weights()``: gamma, beta, moving_mean, moving_variance.
+        ``layer.get_weights()`` or ``layer.weights``: gamma, beta, moving_mean, moving_variance.
     prefix : str
         The path of the layer in the state dict, such as ``"bn1"``.
     scale, center : bool
@@ -137,7 +137,8 @@ def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, 
     Raises
     ------
     TypeError, ValueError
-        An entry is missing, unexpected, no array or not of shape (C,); the error names the entry.
+        An entry is missing, unexpected, no array or not of shape (C,), moving_variance is negative, or an entry has a
+        name (a Keras variable has) that is another one of the four; the error names the entry.
 
     Notes
     -----
@@ -159,6 +160,10 @@ def from_keras(weights: Sequence[Any], *, prefix: str = "", scale: bool = True, 
             f"weights: expected {len(names)} arrays, {', '.join(names)}; got {len(weights)}."
             " scale and center say which of gamma and beta are there"
         )
+    for name, value in zip(names, weights, strict=True):
+        own = str(getattr(value, "name", name)).rpartition("/")[2].partition(":")[0]  # "bn1/gamma:0" in TensorFlow
+        if own != name and own in _KERAS:
+            raise ValueError(f"{name}: expected the order {', '.join(names)}; got {own!r} in this place")
     return _incoming(dict(zip(names, weights, strict=True)), _KERAS, prefix)
 
 
@@ -213,7 +218,8 @@ def from_onnx(inputs: Mapping[str, Any], *, prefix: str = "") -> StateDict:
     Raises
     ------
     TypeError, ValueError
-        An input is missing, unexpected, no array or not of shape (C,); the error names the input.
+        An input is missing, unexpected, no array or not of shape (C,), or input_var is negative; the error names the
+        input.
 
     Examples
     --------
@@ -270,7 +276,11 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 def _incoming(given: Mapping[str, Any], names: Sequence[str], prefix: str) -> StateDict:
     """Return the state dict from entries with the `names` of another library, in the order of `_OURS`."""
     arrays = dict(zip(_OURS, _arrays(given, names, names).values(), strict=True))
-    mean = arrays["running_mean"]
+    mean, var = arrays["running_mean"], arrays["running_var"]
+    with np.errstate(invalid="ignore"):  # NaN in bfloat16
+        negative = var[var < 0]
+    if negative.size:
+        raise ValueError(f"{names[3]}: expected variances ≥ 0, in the order {', '.join(names)}; got {negative[0]}")
     if arrays["weight"] is None and arrays["bias"] is not None:
         arrays["weight"] = np.ones_like(mean)
     if arrays["bias"] is None and arrays["weight"] is not None:

@@ -6,6 +6,7 @@ that raises has changed nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import EllipsisType
@@ -17,7 +18,17 @@ from . import sync
 from ._arrays.copies import filled
 from ._arrays.devices import check_device, on_device, on_device_of
 from ._arrays.namespaces import Array, Namespace, array_namespace, as_dtype, as_namespace, dtype_name, namespace_name
-from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, as_number, check_lasting, check_like
+from ._checks import (
+    as_channel_vector,
+    as_eps,
+    as_flag,
+    as_floating,
+    as_integer,
+    as_number,
+    check_lasting,
+    check_like,
+    check_values,
+)
 from .functional import backward_in, forward_in
 from .modules import Module, Parameter
 from .reference import Moments
@@ -32,8 +43,8 @@ class _NormBase(Module):
     """The parameters and buffers of a batch norm."""
 
     _version = 2
-    weight: Parameter | None
-    bias: Parameter | None
+    weight: Parameter  # and None with affine=False, which would be in the way of every type checker
+    bias: Parameter
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: int | None
@@ -142,6 +153,21 @@ class _NormBase(Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if (key := prefix + "running_var") in state_dict and self.running_var is not None:
+            _warn_of_variance(key, self.running_var)
+
+
+def _warn_of_variance(key: str, var: Array) -> None:
+    with on_device_of(var):
+        xp = array_namespace(var)
+        number = int(xp.sum(xp.astype(~(var >= 0), xp.int32)))
+    if number:
+        warnings.warn(
+            f"{key}: expected variances ≥ 0; got {number} that are negative or NaN. They are loaded, as in PyTorch;"
+            " evaluation gives NaN in these channels",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 # Mean and var before a batch, the weight of the batch in both, and the number of batches after the batch.
@@ -178,7 +204,7 @@ class _BatchNorm(_NormBase):
         self._check_channels(x)
         fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
-        weight, bias = weight and weight.data, bias and bias.data
+        weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
         y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
@@ -204,6 +230,8 @@ class _BatchNorm(_NormBase):
 
     def _backward(self, dy: Array, call: Call | None) -> Array:
         """Carry out `backward` as a part of `call`, or alone."""
+        if type(dy) is not np.ndarray:
+            check_values("dy", dy)
         dx, dweight, dbias = backward_in(call, dy, self._recall())
         weight, bias = self._own_parameters()
         self._finish_backward((weight, dweight), (bias, dbias))
@@ -220,6 +248,13 @@ class _BatchNorm(_NormBase):
                 f" got {channels}, in shape {tuple(x.shape)}"
                 + (". For channels-last, build the layer with channel_axis=-1" if last else "")
             )
+
+    def _raise_not_alone(self) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}.forward: expected one thread at a time in training; got a change of"
+            " num_batches_tracked during the forward, by another thread. Nothing of this batch is kept. Give each"
+            " thread a layer of its own (copy.deepcopy), or hold a lock around forward and backward"
+        )
 
     def _fixed_statistics(self, x: Array) -> dict[str, Array]:
         """Return the running statistics, by name, where x is to be normalized with them; otherwise no item."""
@@ -264,10 +299,13 @@ class _BatchNorm(_NormBase):
         if tracking is None or moments.n == 0:
             return {}
         mean, var, momentum, count = tracking
-        if mean is None:
-            return {"num_batches_tracked": count}
-        mean, var = update_unchecked(mean, var, moments, momentum)
-        return {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+        changed = {"num_batches_tracked": count}
+        if mean is not None and momentum != 0:  # 0·NaN would be NaN
+            changed["running_mean"], changed["running_var"] = update_unchecked(mean, var, moments, momentum)
+        # Python changes threads when a function is called; after this comparison, only `dict.update` is.
+        if count is not None and self._buffers["num_batches_tracked"] != count - 1:
+            self._raise_not_alone()
+        return changed
 
 
 class BatchNorm1d(_BatchNorm):
@@ -280,7 +318,8 @@ class BatchNorm1d(_BatchNorm):
     eps : float
         ε ≥ 0, in units of x².
     momentum : float or None
-        The weight of a new batch in the running statistics (E4); None for the average of all batches.
+        The weight of a new batch in the running statistics (E4); None for the average of all batches, 0 to leave
+        mean and variance exactly as they are.
     affine : bool
         Whether weight and bias are learned; otherwise both are None.
     track_running_stats : bool
@@ -310,6 +349,10 @@ class BatchNorm1d(_BatchNorm):
     The gradients are in the dtype of the parameters, and local sums. Differences from ``torch.nn.BatchNorm1d``, on
     purpose: the input may be of another floating dtype than the layer; an empty batch counts for nothing; a constant
     channel gives exactly `bias`; the backward of an evaluation uses the statistics of its forward.
+
+    In training a layer belongs to one thread at a time: its backward is that of its latest forward, from whichever
+    thread. Forwards that meet in the running statistics are a RuntimeError in all threads but one. In evaluation
+    several threads may call a layer forward.
 
     References
     ----------

@@ -5,9 +5,10 @@ A new value replaces an old one; no array is ever written into. A module remembe
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from ._arrays.namespaces import (
     dtype_name,
     is_array_api_obj,
 )
-from ._checks import as_flag, as_floating, as_integer, check_like
+from ._checks import as_flag, as_floating, as_integer, check_like, check_values
 
 M = TypeVar("M", bound="Module")
 
@@ -49,8 +50,26 @@ class IncompatibleKeys(NamedTuple):
         return f"IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
+_Operator: TypeAlias = Callable[["Parameter", Any], Array]
+
+
+def _operators(function: Callable[[Any, Any], Any]) -> tuple[_Operator, _Operator]:
+    """Return the methods for a Parameter on the left and on the right of an operator; their result is an array."""
+
+    def left(self: Parameter, other: Any) -> Array:
+        return function(self.data, other.data if isinstance(other, Parameter) else other)
+
+    def right(self: Parameter, other: Any) -> Array:
+        return function(other, self.data)
+
+    return left, right
+
+
 class Parameter:
     """An array that training changes, and its gradient.
+
+    Operators, comparisons and indices work as with `data`, and so does numpy.asarray; their results are arrays. All
+    else that an array can do, `data` does.
 
     Parameters
     ----------
@@ -69,6 +88,8 @@ class Parameter:
     >>> import numpy, arraybn
     >>> arraybn.Parameter(numpy.ones(2))
     Parameter(array([1., 1.]))
+    >>> arraybn.Parameter(numpy.ones(2)) + 1
+    array([2., 2.])
     """
 
     __slots__ = ("data", "grad")
@@ -87,9 +108,57 @@ class Parameter:
     def __repr__(self) -> str:
         return f"Parameter({self.data!r})"
 
+    __add__, __radd__ = _operators(operator.add)
+    __sub__, __rsub__ = _operators(operator.sub)
+    __mul__, __rmul__ = _operators(operator.mul)
+    __truediv__, __rtruediv__ = _operators(operator.truediv)
+    __floordiv__, __rfloordiv__ = _operators(operator.floordiv)
+    __mod__, __rmod__ = _operators(operator.mod)
+    __pow__, __rpow__ = _operators(operator.pow)
+    __matmul__, __rmatmul__ = _operators(operator.matmul)
+    __lt__ = _operators(operator.lt)[0]
+    __le__ = _operators(operator.le)[0]
+    __gt__ = _operators(operator.gt)[0]
+    __ge__ = _operators(operator.ge)[0]
+    __eq__ = _operators(operator.eq)[0]
+    __ne__ = _operators(operator.ne)[0]
+    __hash__ = object.__hash__  # a Parameter is a key by identity, as in PyTorch
+
+    def __neg__(self) -> Array:
+        return -self.data
+
+    def __pos__(self) -> Array:
+        return +self.data
+
+    def __abs__(self) -> Array:
+        return abs(self.data)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.data[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("Parameter: expected a new array for .data, which is never written into; got an assignment")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return `data` as a NumPy array; with copy=False, only memory of NumPy can be shared."""
+        if copy is False and not isinstance(self.data, np.ndarray):
+            raise ValueError(f"data: expected a NumPy array for copy=False; got {class_name(self.data)}. Use .data")
+        return np.array(as_numpy("data", self.data), dtype=dtype, copy=copy)
+
+    def __getattr__(self, name: str) -> Any:
+        text = f"'Parameter' object has no attribute {name!r}"
+        if name not in Parameter.__slots__ and not name.startswith("_"):
+            text += f". Its array is .data: use .data.{name}" if hasattr(self.data, name) else ""
+        raise AttributeError(text)
+
     def plus(self, gradient: Array) -> Array:
         """Return the sum of `grad` and `gradient`, in the shape and dtype of `data`."""
         check_like("gradient", gradient, self.data, "data")
+        if type(gradient) is not np.ndarray:
+            check_values("gradient", gradient)
         return add_as(self.grad, gradient, self.data.dtype)
 
     def accumulate(self, gradient: Array) -> None:
@@ -199,6 +268,10 @@ class Module:
             buffers[name] = _as_buffer(name, value, buffers[name])
         else:
             object.__setattr__(self, name, value)
+
+    def __dir__(self) -> list[str]:
+        own = (name for table in (self._parameters, self._buffers, self._modules) for name in table)
+        return sorted({*super().__dir__(), *(name for name in own if name.isidentifier())})
 
     def __delattr__(self, name: str) -> None:
         for table in (self._parameters, self._buffers, self._modules):
@@ -536,6 +609,8 @@ def _fitted(key: str, value: Any, current: Any, errors: list[str]) -> Any:
         raise TypeError(f"{key}: expected a plain array; got {class_name(value)}. Convert it with numpy.asarray")
     if not is_array_api_obj(value):
         value = as_numpy(key, value)
+    if shape == () and tuple(value.shape) == (1,):  # as other libraries write a number; PyTorch loads it, too
+        value = value[0, ...]
     if tuple(value.shape) != shape:
         errors.append(
             f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from checkpoint,"

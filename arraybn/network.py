@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from ._arrays.copies import as_numpy, converted, copied
 from ._arrays.namespaces import Array, array_namespace, class_name, device, dtype_name, is_array_api_obj
-from ._checks import as_flag, as_floating, as_integer, as_number, check_home
+from ._checks import as_flag, as_floating, as_integer, as_number, check_home, check_like, check_values
 from .modules import Module, Parameter
 
 
@@ -162,7 +165,7 @@ class ReLU(Module):
 
     def forward(self, x: Array) -> Array:
         """Return y, of the shape of x."""
-        x = as_floating("x", x)
+        x = _as_lasting(x)
         xp = array_namespace(x)
         self._remember(x)
         return xp.where(x < 0, xp.zeros_like(x), x)
@@ -189,7 +192,7 @@ class Flatten(Module):
 
     def forward(self, x: Array) -> Array:
         """Return y (N, product)."""
-        x = as_floating("x", x)
+        x = _as_lasting(x)
         if x.ndim < 1:
             raise ValueError(f"x: expected at least 1 dimension, (N, …); got shape {tuple(x.shape)}")
         y = array_namespace(x).reshape(x, (x.shape[0], math.prod(x.shape[1:])))
@@ -239,6 +242,36 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     return loss, (powers / total - chosen) / n
 
 
+def mean_squared_error(predictions: Array, targets: Array) -> tuple[float, Array]:
+    """Return (prediction − target)², averaged over all values, and its gradient by the predictions.
+
+    Parameters
+    ----------
+    predictions, targets : array
+        Of the same shape, at least one value; targets of another real floating dtype are converted.
+
+    Returns
+    -------
+    loss : float
+    dpredictions : array, like predictions
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> loss, dpredictions = arraybn.network.mean_squared_error(numpy.asarray([1.0, 5.0]), numpy.asarray([1.0, 3.0]))
+    >>> loss, dpredictions
+    (2.0, array([0., 2.]))
+    """
+    predictions, targets = as_floating("predictions", predictions), as_floating("targets", targets)
+    check_like("targets", targets, predictions, "predictions")
+    size = math.prod(predictions.shape)
+    if size == 0:
+        raise ValueError(f"predictions: expected at least one value; got shape {tuple(predictions.shape)}")
+    xp = array_namespace(predictions)
+    difference = predictions - xp.astype(targets, predictions.dtype, copy=False)
+    return float(xp.sum(difference * difference)) / size, difference * (2 / size)
+
+
 class SGD:
     """Stochastic gradient descent: velocity ← momentum·velocity + grad, data ← data − lr·velocity, as in PyTorch.
 
@@ -262,7 +295,7 @@ class SGD:
     """
 
     def __init__(self, parameters: Iterable[Parameter], lr: float, momentum: float = 0.0) -> None:
-        if not isinstance(parameters, Iterable):
+        if not isinstance(parameters, Iterable) or isinstance(parameters, Parameter):
             raise TypeError(
                 f"parameters: expected several Parameters, as module.parameters() gives; got {class_name(parameters)}"
             )
@@ -275,6 +308,9 @@ class SGD:
         self.lr, self.momentum = lr, momentum
         self._check_rates()
         self._velocity: list[Array | None] = [None] * len(self.parameters)
+
+    def __repr__(self) -> str:
+        return f"SGD({len(self.parameters)} parameters, lr={self.lr}, momentum={self.momentum})"
 
     def zero_grad(self) -> None:
         """Set every gradient to None."""
@@ -299,9 +335,68 @@ class SGD:
             self._velocity[index] = velocity
             parameter.data = parameter.data - lr * velocity
 
+    def state_dict(self, prefix: str = "") -> OrderedDict[str, Array]:
+        """Return lr, momentum and copies of the velocities, by the numbers of their parameters.
+
+        With a prefix, a model and its optimizer go into one file:
+        ``arraybn.save({**model.state_dict("model."), **sgd.state_dict("sgd.")}, path)``.
+        """
+        state = OrderedDict(
+            (prefix + name, np.asarray(rate))
+            for name, rate in zip(("lr", "momentum"), self._check_rates(), strict=True)
+        )
+        for index, velocity in enumerate(self._velocity):
+            if velocity is not None:
+                state[f"{prefix}velocity.{index}"] = copied(velocity)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Take over the values whose names start with `prefix`; where one is wrong, nothing has been loaded.
+
+        A run that goes on from the state of its model and its optimizer has the same bits as one without a break.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping of names to arrays; got {class_name(state_dict)}")
+        given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        lr, momentum = (_rate(prefix + name, given.pop(prefix + name, None)) for name in ("lr", "momentum"))
+        velocity: list[Array | None] = [None] * len(self.parameters)
+        for index, parameter in enumerate(self.parameters):
+            if (key := f"{prefix}velocity.{index}") in given:
+                velocity[index] = _velocity_like(parameter.data, key, given.pop(key))
+        if given:
+            raise ValueError(
+                f"state_dict: expected lr, momentum and the velocities of {len(velocity)} parameters;"
+                f" got {next(iter(given))!r} as well"
+            )
+        self.lr, self.momentum, self._velocity = lr, momentum, velocity
+
+
+def _rate(key: str, value: Any) -> float:
+    """Return a number or an array () as a float ≥ 0."""
+    if value is None:
+        raise ValueError(f"{key}: expected a number, as SGD.state_dict has it; got none")
+    rate = as_number(key, as_numpy(key, value).item() if is_array_api_obj(value) and value.ndim == 0 else value)
+    if rate < 0:
+        raise ValueError(f"{key}: expected a number ≥ 0; got {rate!r}")
+    return float(rate)
+
+
+def _velocity_like(data: Array, key: str, value: Any) -> Array:
+    """Return a copy of `value` in the namespace, device and dtype of `data`."""
+    value = as_floating(key, value if is_array_api_obj(value) else as_numpy(key, value))
+    if tuple(value.shape) != tuple(data.shape):
+        raise ValueError(f"{key}: expected shape {tuple(data.shape)}, that of its parameter; got {tuple(value.shape)}")
+    return converted(key, value, array_namespace(data), device(data), data.dtype)
+
+
+def _as_lasting(x: Array) -> Array:
+    x = as_floating("x", x)
+    check_values("x", x)
+    return x
+
 
 def _as_input(x: Array, weight: Parameter) -> Array:
-    x = as_floating("x", x)
+    x = _as_lasting(x)
     check_home("weight", weight.data, x)
     return x
 

@@ -108,7 +108,8 @@ def update_running_stats(
     moments : Moments
         Of the batch. With n = 0 the values stay as they are.
     momentum : float
-        The weight of the new batch, PyTorch's convention. A decay d, as in ONNX, Keras and Flax, is 1 − momentum.
+        The weight of the new batch, PyTorch's convention. A decay d, as in ONNX, Keras and Flax, is 1 − momentum. With
+        0 the values stay as they are, also where the batch has a NaN.
     correction : int
         1: the variance enters unbiased, m2/(n − 1), as in PyTorch. 0: biased, m2/n, as in ONNX, Keras and Flax.
 
@@ -144,7 +145,7 @@ def update_running_stats(
         raise ValueError(
             f"moments: expected n > correction = {correction}, or the variance is not defined; got n = {moments.n}"
         )
-    if moments.n == 0:
+    if moments.n == 0 or momentum == 0:
         return copied(running["running_mean"]), copied(running["running_var"])
     with on_device_of(moments.mean):
         return update_unchecked(running["running_mean"], running["running_var"], moments, momentum, correction)

@@ -175,6 +175,28 @@ def test_n2_bfloat16_keeps_its_range(shape: tuple[int, int, int], scale: str) ->
         assert worst(got.astype("f8") * 1.02, value, largest, kind) > 1.5  # the control
 
 
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize(
+    ("x_dtype", "dy_dtype"), [("float16", "f4"), ("bfloat16", "f4"), ("float16", "f8"), ("f4", "f8")]
+)
+def test_n2_a_wider_dy_is_summed_before_dx_is_rounded(x_dtype: str, dy_dtype: str, scale: float) -> None:
+    kind = np.dtype(need("ml_dtypes").bfloat16) if x_dtype == "bfloat16" else np.dtype(x_dtype)
+    batch = scenarios.make("images", "shifted")
+    x, dy, weight = batch.x.astype(kind), (batch.dy * scale).astype(dy_dtype), batch.weight * min(1 / scale, 1e3)
+    truth = exact_batch_norm(x, weight, batch.bias, dy, eps=1e-3)
+    _, saved = arraybn.batch_norm(x, weight, batch.bias, eps=1e-3)
+    dx, dweight, dbias = arraybn.batch_norm_backward(dy, saved)
+    assert dx.dtype == kind
+    bound, largest = 12 if kind == F32 else 1.5, np.maximum(truth.dx_scale, abs(truth.dx))
+    assert worst(dx.astype("f8"), truth.dx, largest, kind) <= bound
+    assert worst(dx.astype("f8") + 0.2 * largest.astype("f8"), truth.dx, largest, kind) > bound  # the control
+    terms = np.abs(dy * truth.xhat).sum(axis=(0, 2)), np.abs(dy).sum(axis=(0, 2))
+    for found, exactly, size in ((dweight, truth.dweight, terms[0]), (dbias, truth.dbias, terms[1])):
+        assert worst(found, exactly, size, F32) <= 1
+        assert worst(found + 1e-3 * size, exactly, size, F32) > 1  # the control: wrong by 0.1 %
+
+
 @pytest.mark.parametrize(("shape", "scale"), CASES)
 def test_n2_float64_is_within_16_and_32_ulp_of_the_channel(shape: str, scale: str, served: kernels.Case) -> None:
     batch = scenarios.make(shape, scale)

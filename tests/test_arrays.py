@@ -119,15 +119,38 @@ def test_broadcast_input_works() -> None:
     assert abs(dx).max() < 1e-6
 
 
-def test_dy_of_another_floating_dtype_is_converted() -> None:
+def test_a_wider_dy_is_summed_before_anything_is_rounded() -> None:
     _, saved = arraybn.batch_norm(X, WEIGHT, BIAS)
-    for dy in (DY.astype("f8"), DY.astype("f8") * (1 + 1e-9)):  # the second would make a difference in float64
-        dx, dweight, _ = arraybn.batch_norm_backward(dy, saved)
-        np.testing.assert_array_equal(dx, EXPECTED[1])
-        np.testing.assert_array_equal(dweight, EXPECTED[2])
-    dx, _, _ = arraybn.batch_norm_backward(DY.astype("f2"), saved)
+    dx, dweight, _ = arraybn.batch_norm_backward(DY.astype("f8"), saved)
     assert dx.dtype == np.float32
-    np.testing.assert_allclose(dx, EXPECTED[1], atol=0.02)
+    np.testing.assert_allclose(dx, EXPECTED[1], rtol=3e-7, atol=1e-6)
+    np.testing.assert_allclose(dweight, EXPECTED[2], rtol=1e-12)
+    _, more, _ = arraybn.batch_norm_backward(DY.astype("f8") * (1 + 1e-9), saved)  # the same dy in float32
+    np.testing.assert_allclose(more, dweight * (1 + 1e-9), rtol=1e-12)
+
+
+def test_a_narrower_dy_is_widened_to_the_same_bits() -> None:
+    _, saved = arraybn.batch_norm(X, WEIGHT, BIAS)
+    narrow = DY.astype("f2")
+    for found, expected in zip(
+        arraybn.batch_norm_backward(narrow, saved),
+        arraybn.batch_norm_backward(narrow.astype("f4"), saved),
+        strict=True,
+    ):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "strided"])
+def test_a_wider_dy_in_any_layout_and_with_out_gives_the_same_bits(layout: str) -> None:
+    dy, x = DY.astype("f8") * (1 + 1e-9), LAYOUTS[layout](X.copy())
+    _, saved = arraybn.batch_norm(x, WEIGHT, BIAS)
+    expected = arraybn.batch_norm_backward(dy, saved)
+    for out in (LAYOUTS[layout](np.full(SHAPE, 7, "f4")), x):  # over x comes last
+        found = arraybn.batch_norm_backward(LAYOUTS[layout](dy), saved, out=out)
+        assert found[0] is out
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_weight_and_bias_may_be_of_any_floating_dtype() -> None:
@@ -257,7 +280,10 @@ def test_a_wrong_out_is_refused(out: Any, error: type[Exception], text: str) -> 
         ([[1.0, 2.0]], r"x: expected an array .*; got list\. Convert it, for example with numpy.asarray\(x, dtype="),
         (None, "x: expected an array .*; got NoneType"),
         (3.0, "x: expected an array .*; got float"),
-        (np.ma.masked_array(X, X > 2), "x: expected a plain array; got MaskedArray, whose mask .*x.filled"),
+        (
+            np.ma.masked_array(X, X > 2),
+            "x: expected a plain array; got MaskedArray, whose mask .*Leave out the samples",
+        ),
         (np.zeros((1, 2)).view(np.matrix), "x: expected a plain array; got matrix"),
         (
             X.astype("i4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -340,3 +341,53 @@ def test_it_imports_none_of_the_libraries() -> None:
     found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
     found |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert found <= set(sys.stdlib_module_names) | {"numpy", "collections.abc", "__future__"}
+
+
+NEGATIVE = np.asarray([1.0, -0.25, 2.0])
+ONE = np.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: interchange.from_keras([ONE, ONE, ONE, NEGATIVE]),
+            "moving_variance: expected variances ≥ 0, in the order gamma",
+        ),
+        (
+            lambda: interchange.from_onnx({"scale": ONE, "B": ONE, "input_mean": ONE, "input_var": NEGATIVE}),
+            "input_var: expected",
+        ),
+        (lambda: interchange.from_flax({"batch_stats": {"mean": ONE, "var": NEGATIVE}}), "batch_stats/var: expected"),
+    ],
+)
+def test_a_negative_variance_is_an_order_that_is_wrong(call: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"{text}.*; got -0.25$"):
+        call()
+
+
+class Named(np.ndarray):
+    """An array with a name, as a Keras variable has."""
+
+    name = ""
+
+
+def named(name: str) -> Any:
+    array = np.ones(3).view(Named)
+    array.name = name
+    return array
+
+
+@pytest.mark.parametrize("form", ["{}", "bn1/{}:0"])
+def test_names_of_keras_variables_are_compared(form: str) -> None:
+    names = ["gamma", "beta", "moving_mean", "moving_variance"]
+    right = [named(form.format(name)) for name in names]
+    assert len(interchange.from_keras(right)) == 5
+    assert len(interchange.from_keras([named("kernel_1"), *right[1:]])) == 5  # a name of its own says nothing
+    with pytest.raises(ValueError, match=r"gamma: expected the order gamma, .*; got 'moving_mean' in this place"):
+        interchange.from_keras([*right[2:], *right[:2]])
+
+
+def test_interchange_is_there_after_import_arraybn() -> None:
+    code = "import arraybn; arraybn.interchange.from_keras"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
 import re
+import sys
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 import arraybn
+from arraybn import layers
 from arraybn.layers import _BatchNorm, _NormBase
 
 RNG = np.random.default_rng(0)
@@ -107,6 +112,73 @@ def test_e7_evaluation_backward_uses_the_statistics_of_its_forward() -> None:
     np.testing.assert_array_equal(layer.backward(X), expected)
     layer(X)
     assert (layer.backward(X) != expected).any()  # the control
+
+
+@pytest.mark.parametrize("momentum", [0, 0.0, -0.0])
+def test_e4_momentum_zero_leaves_the_buffers_alone_whatever_the_batch(momentum: float) -> None:
+    layer = arraybn.BatchNorm1d(3, momentum=momentum)
+    layer.running_mean, layer.running_var = np.asarray([-0.0, 1.5, np.nan], "f4"), np.asarray([2, np.inf, 0], "f4")
+    before = [layer.running_mean.tobytes(), layer.running_var.tobytes()]
+    x = X.copy()
+    x[0] = np.nan, np.inf, 1
+    with np.errstate(invalid="ignore"):
+        moments = arraybn.moments(x)
+        layer(x)
+    assert [layer.running_mean.tobytes(), layer.running_var.tobytes()] == before
+    assert layer.num_batches_tracked == 1
+    found = arraybn.update_running_stats(layer.running_mean, layer.running_var, moments, momentum)
+    assert [array.tobytes() for array in found] == before
+    assert found[0] is not layer.running_mean
+    layer.momentum = 0.1
+    with np.errstate(invalid="ignore"):
+        layer(x)
+    assert np.isnan(layer.running_mean[0])  # the control
+
+
+def test_a_forward_during_another_ones_is_an_error_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, compute, states = arraybn.BatchNorm1d(3), layers.forward_in, []
+
+    def forward_in(*given: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        result = compute(*given, **options)
+        thread = threading.Thread(target=layer, args=(2 * X,))
+        thread.start()
+        thread.join()
+        states.append(state(layer))
+        return result
+
+    monkeypatch.setattr(layers, "forward_in", forward_in)
+    with pytest.raises(RuntimeError, match=r"^BatchNorm1d.forward: expected one thread at a time.*; got a change"):
+        layer(X)
+    assert states == [state(layer)]
+    assert layer.num_batches_tracked == 1
+    layer(X)  # the next one works
+    assert layer.num_batches_tracked == 2
+
+
+def test_a_layer_trained_from_eight_threads_at_once_loses_no_count() -> None:
+    layer, start = arraybn.BatchNorm1d(3), threading.Barrier(8)
+
+    def work(_: int) -> int:
+        start.wait()
+        done = 0
+        for _ in range(200):
+            with contextlib.suppress(RuntimeError):
+                layer(X)
+                done += 1
+        return done
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(work, range(8))) == layer.num_batches_tracked
+    finally:
+        sys.setswitchinterval(interval)
+    layer.eval()
+    with ThreadPoolExecutor(8) as pool:  # several threads may evaluate one layer
+        for y in pool.map(layer, [X] * 100):
+            np.testing.assert_array_equal(y, layer(X))
 
 
 def test_e4_momentum_none_is_the_average_of_all_batches_and_without_a_counter_nothing() -> None:
@@ -408,7 +480,7 @@ def test_every_wrong_key_is_listed_in_one_error_and_nothing_is_loaded() -> None:
     wrong["0.weight"] = np.full(3, 7.0)  # right, but must not be loaded
     del wrong["0.bias"], wrong["1.running_mean"]
     wrong["0.extra"] = wrong["more"] = wrong["1"] = wrong["1.weight.deep"] = np.zeros(1)
-    wrong["1.weight"], wrong["1.num_batches_tracked"] = np.zeros(3), np.zeros(1, int)
+    wrong["1.weight"], wrong["1.num_batches_tracked"] = np.zeros(3), np.zeros(2, int)
     before = state(model)
     with pytest.raises(RuntimeError) as caught:
         model.load_state_dict(wrong)
@@ -418,7 +490,7 @@ def test_every_wrong_key_is_listed_in_one_error_and_nothing_is_loaded() -> None:
         '\tUnexpected key(s) in state_dict: "more", "1", "0.extra", "1.weight.deep". \n'
         "\tsize mismatch for 1.weight: copying a param with shape (3,) from checkpoint,"
         " the shape in current model is (2,).\n"
-        "\tsize mismatch for 1.num_batches_tracked: copying a param with shape (1,) from checkpoint,"
+        "\tsize mismatch for 1.num_batches_tracked: copying a param with shape (2,) from checkpoint,"
         " the shape in current model is ()."
     )
     assert state(model) == before
@@ -520,3 +592,29 @@ def test_a_shallow_copy_shares_parameters_but_has_buffers_of_its_own() -> None:
     assert layer.num_batches_tracked == 0
     assert clone.num_batches_tracked == 1
     assert clone.weight is layer.weight
+
+
+@pytest.mark.parametrize("count", [np.asarray([7]), np.asarray([7.0]), [7]], ids=repr)
+def test_a_count_of_shape_1_is_loaded_as_the_number(count: Any) -> None:
+    layer = arraybn.BatchNorm1d(3)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
+    assert layer.num_batches_tracked == 7
+    assert type(layer.num_batches_tracked) is int
+    with pytest.raises(RuntimeError, match=r"size mismatch for num_batches_tracked.*shape \(2,\)"):
+        layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": np.asarray([7, 8])})
+
+
+@pytest.mark.parametrize("value", [-0.5, np.nan])
+def test_a_variance_that_is_none_is_loaded_with_a_warning_that_names_the_key(value: float) -> None:
+    model = arraybn.Sequential(arraybn.BatchNorm1d(3))
+    state = model.state_dict()
+    state["0.running_var"][1] = value
+    with pytest.warns(RuntimeWarning, match=r"^0\.running_var: expected variances ≥ 0; got 1 that are") as caught:
+        model.load_state_dict(state)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(model[0].running_var, state["0.running_var"])
+    before = model[0].running_mean
+    state["0.running_mean"][...] = 5
+    with pytest.raises(RuntimeWarning):  # a warning that is an error leaves everything as it was
+        model.load_state_dict(state)
+    assert model[0].running_mean is before

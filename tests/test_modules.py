@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import pickle
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.libraries import need
 
 import arraybn
 from arraybn import network
@@ -223,3 +228,158 @@ def test_sgd_follows_its_formula_and_leaves_what_has_no_gradient() -> None:
     single.grad = np.ones(1, "f4")
     network.SGD([single], lr=np.float64(0.5), momentum=np.float64(0.5)).step()
     assert single.data.dtype == np.float32
+
+
+def test_tab_completion_knows_parameters_buffers_and_children() -> None:
+    layer, model = arraybn.BatchNorm1d(3), arraybn.Sequential({"bn": arraybn.BatchNorm1d(3), "1": network.ReLU()})
+    assert {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "forward"} <= set(dir(layer))
+    assert "bn" in dir(model)
+    assert "1" not in dir(model)  # no name that can be typed
+    assert dir(layer) == sorted(dir(layer))
+
+
+BINARY = [
+    getattr(operator, name)
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge", "eq", "ne"]
+]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+def test_a_parameter_is_an_array_in_operators_and_in_numpy(library: str) -> None:
+    xp = need(library)
+    array, other = xp.asarray([1.0, 2.0, 4.0]), xp.asarray([3.0, 2.0, 0.5])
+    p = arraybn.Parameter(array)
+    for function in BINARY:
+        for right in (other, 2.0, arraybn.Parameter(other)):
+            plain = right.data if isinstance(right, arraybn.Parameter) else right
+            found = function(p, right)
+            assert type(found) is type(function(array, plain))
+            assert (found == function(array, plain)).all()
+            assert (function(right, p) == function(plain, array)).all()
+    for function in (operator.neg, operator.pos, abs):
+        assert (function(p) == function(array)).all()
+    assert (p @ other == array @ other).all()
+    assert (other @ p == other @ array).all()
+    assert p[1] == 2
+    assert [float(value) for value in p] == [1, 2, 4]
+    assert p.data is array
+    seen = np.asarray(p)
+    assert seen.tolist() == [1, 2, 4]
+    assert np.asarray(p, dtype="f8").dtype == np.float64
+    assert np.array(p, copy=True) is not seen
+    assert np.sqrt(arraybn.Parameter(xp.asarray([4.0, 9.0]))).tolist() == [2, 3]
+    if library == "numpy":
+        assert np.asarray(p, copy=False) is array
+        with pytest.raises(ValueError, match="copy"):
+            np.asarray(p, dtype="f4", copy=False)
+    else:
+        with pytest.raises(ValueError, match=r"data: expected a NumPy array for copy=False; got .*\.data"):
+            np.asarray(p, copy=False)
+
+
+def test_a_parameter_stays_a_parameter() -> None:
+    p = arraybn.Parameter(np.asarray([1.0, 2.0]))
+    p.grad = np.ones(2)
+    for twin in (copy.deepcopy(p), copy.copy(p), pickle.loads(pickle.dumps(p))):
+        assert type(twin) is arraybn.Parameter
+        assert twin.data.tolist() == [1, 2]
+        assert twin.grad.tolist() == [1, 1]
+    assert {p: 1}[p] == 1
+    assert hash(p) != hash(copy.copy(p))
+    assert bool(p)
+    with pytest.raises(AttributeError, match=r"no attribute 'mean'\. Its array is \.data: use \.data\.mean$"):
+        p.mean()
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
+        p.nonsense  # noqa: B018
+    layer = arraybn.BatchNorm1d(2)
+    layer.weight.data = layer.weight * 3  # as a step of an optimizer
+    assert layer.weight.data.tolist() == [3, 3]
+
+
+def test_reprs_say_what_a_user_asks() -> None:
+    sgd = network.SGD(arraybn.BatchNorm1d(3).parameters(), lr=0.1, momentum=0.9)
+    assert repr(sgd) == "SGD(2 parameters, lr=0.1, momentum=0.9)"
+    x = np.random.default_rng(0).standard_normal((4, 3, 5)).astype("f4")
+    for options in ({}, {"mean": np.zeros(3), "var": np.ones(3)}):
+        saved = arraybn.batch_norm(x, kernels="reference", **options)[1]
+        assert repr(saved) == "Saved(shape=(4, 3, 5), dtype=float32, n=20, backend='reference')"
+    assert (
+        repr(arraybn.batch_norm(x, out=x, kernels="reference")[1])
+        == "Saved(shape=(4, 3, 5), n=20, backend='reference')"
+    )
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+def test_mean_squared_error_has_the_value_and_the_gradient_of_the_formula(library: str) -> None:
+    xp, rng = need(library), np.random.default_rng(0)
+    p, t = rng.standard_normal((2, 5, 3)).astype("f4")
+    loss, gradient = network.mean_squared_error(xp.asarray(p), xp.asarray(t))
+    assert isinstance(loss, float)
+    assert loss == pytest.approx(float(((p - t).astype("f8") ** 2).mean()), rel=1e-6)
+    np.testing.assert_allclose(np.asarray(gradient), 2 * (p - t) / 15, rtol=1e-6)
+    moved = p.copy()
+    moved[2, 1] += 1e-2
+    step = (network.mean_squared_error(xp.asarray(moved), xp.asarray(t))[0] - loss) / 1e-2
+    assert step == pytest.approx(float(gradient[2, 1]) + 1e-2 / 15, rel=1e-2, abs=1e-4)
+
+
+def _training(steps: range, model: arraybn.Module, sgd: network.SGD) -> None:
+    for step in steps:
+        x, t = np.random.default_rng(step).standard_normal((2, 8, 3)).astype("f4")
+        sgd.zero_grad()
+        model.backward(network.mean_squared_error(model(x), t)[1])
+        sgd.step()
+
+
+def _network() -> tuple[arraybn.Module, network.SGD]:
+    model = arraybn.Sequential(network.Linear(3, 3, rng=np.random.default_rng(0)), arraybn.BatchNorm1d(3))
+    return model, network.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("momentum", [True, False], ids=["with its state", "control"])
+def test_a_run_with_momentum_resumes_bit_for_bit(suffix: str, momentum: bool, tmp_path: Path) -> None:
+    if suffix == "safetensors":
+        need("safetensors")
+    model, sgd = _network()
+    _training(range(5), model, sgd)
+    sgd.lr = 0.05
+    path = tmp_path / f"run.{suffix}"
+    arraybn.save({**model.state_dict("model."), **sgd.state_dict("sgd.")}, path)
+    _training(range(5, 9), model, sgd)
+    again, other = _network()
+    state = arraybn.load(path)
+    again.load_state_dict({key[6:]: value for key, value in state.items() if key.startswith("model.")})
+    other.lr = 0.05
+    if momentum:
+        other.lr = 7.0
+        other.load_state_dict(state, "sgd.")
+    _training(range(5, 9), again, other)
+    pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(one.tobytes() == two.tobytes() for one, two in pairs) == momentum
+
+
+def test_an_optimizers_state_dict_is_its_own_and_a_wrong_one_changes_nothing() -> None:
+    model, sgd = _network()
+    assert list(sgd.state_dict()) == ["lr", "momentum"]
+    _training(range(2), model, sgd)
+    state = sgd.state_dict("s.")
+    assert list(state) == ["s.lr", "s.momentum", *(f"s.velocity.{i}" for i in range(4))]
+    state["s.velocity.0"][...] = np.nan  # a copy
+    assert np.isfinite(sgd.state_dict()["velocity.0"]).all()
+    before = {key: value.tobytes() for key, value in sgd.state_dict().items()}
+    good = sgd.state_dict()
+    wrong = [
+        ({**good, "velocity.0": np.ones(2)}, ValueError, r"velocity.0: expected shape \(3, 3\)"),
+        ({**good, "velocity.4": np.ones(2)}, ValueError, "'velocity.4'"),
+        ({**good, "lr": -1.0}, ValueError, "lr: expected a number ≥ 0"),
+        ({"momentum": 0.9}, ValueError, "lr: expected .*; got none"),
+        ([], TypeError, "state_dict: expected a mapping"),
+    ]
+    for given, error, text in wrong:
+        with pytest.raises(error, match=text):
+            sgd.load_state_dict(given)
+        assert {key: value.tobytes() for key, value in sgd.state_dict().items()} == before
+    sgd.load_state_dict({"lr": 0.5, "momentum": 0.0})
+    assert list(sgd.state_dict()) == ["lr", "momentum"]
+    assert (sgd.lr, sgd.momentum) == (0.5, 0.0)

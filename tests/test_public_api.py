@@ -42,6 +42,7 @@ PUBLIC = [
     "batch_norm_backward",
     "broadcast_state",
     "get_num_threads",
+    "interchange",
     "load",
     "moments",
     "network",

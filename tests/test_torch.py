@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import itertools
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,3 +232,84 @@ def test_network_pieces_agree_with_pytorch(torch: Any) -> None:
         assert loss == pytest.approx(their_loss.item(), rel=1e-5)
     for name, value in ours.state_dict().items():
         np.testing.assert_allclose(value, theirs.state_dict()[name], rtol=2e-3, atol=2e-5)
+
+
+def make_fx(f: Any, mode: str) -> Any:
+    def function(x: Any) -> Any:  # make_fx does not take methods
+        return f(x)
+
+    return importlib.import_module("torch.fx.experimental.proxy_tensor").make_fx(function, tracing_mode=mode)
+
+
+def in_fake_mode(torch: Any, f: Any, x: Any) -> Any:
+    with importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(allow_non_fake_inputs=True):
+        return f(torch.ones(x.shape, dtype=x.dtype))
+
+
+def as_module(torch: Any, f: Any) -> Any:
+    module = type("AsModule", (torch.nn.Module,), {"forward": lambda _, x: f(x)})
+    return module()
+
+
+TRANSFORMS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "vmap": lambda torch, f, x: torch.func.vmap(f)(torch.stack([x, x + 1])),
+    "jvp": lambda torch, f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "functionalize": lambda torch, f, x: torch.func.functionalize(f)(x),
+    "make_fx": lambda torch, f, x: make_fx(f, "real")(x),
+    "make_fx fake": lambda torch, f, x: make_fx(f, "fake")(x),
+    "make_fx symbolic": lambda torch, f, x: make_fx(f, "symbolic")(x),
+    "fake": in_fake_mode,
+    "export": lambda torch, f, x: torch.export.export(as_module(torch, f), (x,)),
+    "jit.trace": lambda torch, f, x: torch.jit.trace(as_module(torch, f), x, check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of its own transforms
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_a_layer_refuses_a_transform_and_keeps_its_state(torch: Any, name: str, operation: str, tmp_path: Path) -> None:
+    x = torch.asarray(np.random.default_rng(0).standard_normal((4, 3)))
+    layer = arraybn.BatchNorm1d(3, xp=torch, dtype="float64")
+    layer(x)
+    layer.backward(x)
+    layer(x)
+    before, remembered = {key: value.clone() for key, value in layer.state_dict().items()}, layer._remembered
+    gradients = [layer.weight.grad, layer.bias.grad]
+    with pytest.raises(TypeError, match=r"^d?[xy]: expected a tensor with values, .*call arraybn\.batch_norm$"):
+        TRANSFORMS[name](torch, getattr(layer, operation), x)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert layer._remembered is remembered
+    assert layer.weight.grad is gradients[0]
+    assert layer.bias.grad is gradients[1]
+    layer.backward(x)
+    assert np.isfinite(copy.deepcopy(layer).to(xp=np)(x.numpy())).all()
+    arraybn.save(layer, tmp_path / "layer.npz")
+    assert layer.load_state_dict(arraybn.load(tmp_path / "layer.npz"))
+
+
+TRANSFORMS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "vmap": lambda torch, f, x: torch.func.vmap(f)(torch.stack([x, x + 1])),
+    "jvp": lambda torch, f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "functionalize": lambda torch, f, x: torch.func.functionalize(f)(x),
+    "make_fx": lambda torch, f, x: make_fx(f, "real")(x),
+    "make_fx fake": lambda torch, f, x: make_fx(f, "fake")(x),
+    "make_fx symbolic": lambda torch, f, x: make_fx(f, "symbolic")(x),
+    "fake": in_fake_mode,
+    "export": lambda torch, f, x: torch.export.export(as_module(torch, f), (x,)),
+    "jit.trace": lambda torch, f, x: torch.jit.trace(as_module(torch, f), x, check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of its own transforms
+def test_functions_work_inside_torch_vmap_and_jvp(torch: Any) -> None:
+    x, dx = (torch.asarray(np.random.default_rng(k).standard_normal((5, 4, 3))) for k in (0, 1))
+
+    def forward(x: Any) -> Any:
+        return arraybn.batch_norm(x)[0]
+
+    for found, part in zip(torch.func.vmap(forward)(x), x, strict=True):
+        assert torch.allclose(found, forward(part), rtol=1e-12, atol=1e-12)
+    y, tangent = torch.func.jvp(forward, (x[0],), (dx[0],))
+    assert torch.equal(y, forward(x[0]))
+    step = (forward(x[0] + 1e-6 * dx[0]) - forward(x[0] - 1e-6 * dx[0])) / 2e-6
+    assert torch.allclose(tangent, step, rtol=1e-6, atol=1e-6)

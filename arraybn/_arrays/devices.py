@@ -37,7 +37,10 @@ def check_device(xp: Namespace, target: Any) -> None:
         with on_device(target):
             xp.empty(0, device=target)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device: expected one that {namespace_name(xp)} has here{kind}; got {target!r}") from error
+        remedy = ". For a GPU, use xp=cupy" if namespace_name(xp) == "numpy" else ""
+        raise ValueError(
+            f"device: expected one that {namespace_name(xp)} has here{kind}; got {target!r}{remedy}"
+        ) from error
 
 
 def on_default_device(array: Array) -> Array:

@@ -56,6 +56,12 @@ def wide_dtype(array: Array) -> Any:
     return found.get("float64", xp.float32)
 
 
+def common_dtype(a: Array, b: Array) -> Any:
+    """Return the narrowest dtype that holds all values of two arrays of different floating dtypes."""
+    name = "float64" if "float64" in {dtype_name(a.dtype), dtype_name(b.dtype)} else "float32"
+    return getattr(array_namespace(a), name)
+
+
 def as_namespace(xp: Namespace) -> Namespace:
     """Return the array API namespace of a module such as numpy or torch."""
     try:

@@ -22,7 +22,8 @@ def with_grad(name: str) -> str:
 def masked(name: str) -> str:
     return (
         f"{name}: expected a plain array; got MaskedArray, whose mask would be lost."
-        f" Leave the masked samples out, or fill them, for example with {name}.filled(0.0)"
+        " Leave out the samples with masked values, or fill these values with the mean of their channel"
+        " (zeros would shift it)"
     )
 
 
@@ -65,7 +66,7 @@ FUNCTIONS = [
     Bad("batch_norm(X.astype(object))", TypeError, no_float("x", "object"), "x", ASTYPE),
     Bad("batch_norm(np.zeros((4, 3), [('a', 'f4')]))", TypeError, no_float("x", "void32"), "x", ASTYPE),
     Bad("batch_norm(np.zeros((4, 3), 'M8[s]'))", TypeError, no_float("x", "datetime64[s]"), "x", ASTYPE),
-    Bad("batch_norm(np.ma.masked_array(X, X > 2))", TypeError, masked("x"), "x", "x.filled(0.0)"),
+    Bad("batch_norm(np.ma.masked_array(X, X > 2))", TypeError, masked("x"), "x", "Leave out the samples"),
     Bad(
         "batch_norm(Parameter(X))",
         TypeError,
@@ -101,7 +102,7 @@ FUNCTIONS = [
     Bad("batch_norm(X, W[None])", ValueError, SHAPE_3.format("weight", "x", "(1, 3)"), "weight"),
     Bad("batch_norm(X, np.float32(1))", ValueError, SHAPE_3.format("weight", "x", "()"), "weight"),
     Bad("batch_norm(X, W.astype(int))", TypeError, no_float("weight", "int64"), "weight", ASTYPE),
-    Bad("batch_norm(X, np.ma.masked_array(W))", TypeError, masked("weight"), "weight", "weight.filled(0.0)"),
+    Bad("batch_norm(X, np.ma.masked_array(W))", TypeError, masked("weight"), "weight", "Leave out the samples"),
     Bad("batch_norm(X, W, 0)", TypeError, no_array("bias", "int"), "bias", CONVERT),
     Bad("batch_norm(X, W, W[1:])", ValueError, SHAPE_3.format("bias", "x", "(2,)"), "bias"),
     Bad(

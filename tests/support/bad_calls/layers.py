@@ -27,6 +27,11 @@ def one_value(shape: str) -> str:
 
 NAMESPACE = "xp: expected an array namespace such as numpy, cupy, torch or jax.numpy; got {}"
 
+TRANSFORMED = (
+    "{}: expected a tensor with values, which a layer remembers; got one of a transform or a trace."
+    " Inside torch.func.vmap, jvp, make_fx and torch.export, call arraybn.batch_norm"
+)
+
 BOTH = "running_mean and running_var: expected either both or neither to be None; got None for {} alone"
 
 CONSTRUCTORS = [
@@ -63,7 +68,13 @@ CONSTRUCTORS = [
         "dtype",
     ),
     Bad("BatchNorm1d(3, dtype=32)", TypeError, "dtype: expected a real floating dtype of numpy; got 32", "dtype"),
-    Bad("BatchNorm1d(3, device='gpu')", ValueError, "device: expected one that numpy has here; got 'gpu'", "device"),
+    Bad(
+        "BatchNorm1d(3, device='cuda')",
+        ValueError,
+        "device: expected one that numpy has here; got 'cuda'. For a GPU, use xp=cupy",
+        "device",
+        "use xp=cupy",
+    ),
     Bad(
         "BatchNorm1d(3, device='cpu', xp=strict)",
         ValueError,
@@ -360,7 +371,7 @@ LAYERS = [
     Bad(
         "layer.to(device='cuda')",
         ValueError,
-        "device: expected one that numpy has here; got 'cuda'",
+        "device: expected one that numpy has here; got 'cuda'. For a GPU, use xp=cupy",
         "device",
         setup=LAYER,
     ),
@@ -370,6 +381,24 @@ LAYERS = [
         "data: expected a tensor with values; got one on the meta device",
         "data",
         needs="torch",
+    ),
+    Bad(
+        "torch.func.vmap(layer)(torch.ones(2, 4, 3))",
+        TypeError,
+        TRANSFORMED.format("x"),
+        "x",
+        "call arraybn.batch_norm",
+        "layer = BatchNorm1d(3, xp=torch); layer(torch.asarray(X))",
+        "torch",
+    ),
+    Bad(
+        "torch.func.vmap(layer.backward)(torch.ones(2, 4, 3))",
+        TypeError,
+        TRANSFORMED.format("dy"),
+        "dy",
+        "call arraybn.batch_norm",
+        "layer = BatchNorm1d(3, xp=torch); layer(torch.asarray(X))",
+        "torch",
     ),
     Bad(
         "layer(torch.ones((4, 3), device='meta'))",
