@@ -41,6 +41,11 @@ class Problem(NamedTuple):
     var: Array
     eps: float = EPS
 
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """All arrays but `out`: x, dy, weight, bias, mean, var."""
+        return (*self[1:3], *self[4:8])
+
 
 def make_problems(device: HostDevice, case: Case, count: int = 1, seed: int = 0) -> list[Problem]:
     """Return problems that differ in x and dy, the same ones for the same seed; each channel has a mean of its own."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ...testing.scenarios import Batch
-from ..cases import TWO_READS
 from ..device import Array, HostDevice
 from ..truth import Problem
 from . import Call, Calls, Results, image
@@ -25,7 +24,7 @@ def tensor_of(torch: Any, array: Array) -> Any:
 def _tensors(torch: Any, problem: Problem) -> list[Any]:
     """Return x and dy as (N, C, *S), then weight, bias, mean and var."""
     images = [tensor_of(torch, array).movedim(problem.case.channel_axis, 1) for array in problem[1:3]]
-    return [*images, *(tensor_of(torch, vector) for vector in problem[4:8])]
+    return [*images, *(tensor_of(torch, vector) for vector in problem.inputs[2:])]
 
 
 def _reader(torch: Any, device: HostDevice, problem: Problem) -> Callable[[Any], Array]:
@@ -77,13 +76,9 @@ def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     x, dy, weight, bias, mean, var = tensors = _tensors(torch, problem)
     function, leaves = torch.nn.functional.batch_norm, [t.detach().requires_grad_() for t in (x, weight, bias)]
 
-    def forward() -> Any:
+    def call(*statistics: Any, training: bool) -> Any:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
-            return function(x, None, None, weight, bias, training=True, eps=eps)
-
-    def evaluate() -> Any:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
-            return function(x, mean, var, weight, bias, training=False, eps=eps)
+            return function(x, *statistics, weight, bias, training=training, eps=eps)
 
     def poison() -> None:
         kept = [torch.full_like(x, float("nan")) for _ in range(3)]
@@ -91,9 +86,13 @@ def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 
     with torch.backends.cudnn.flags(enabled=not native):
         y = function(leaves[0], None, None, *leaves[1:], training=True, eps=eps)
-    calls = {"forward": forward, "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
-    backend = {one: _backend(torch, (x, *tensors[2:]), one != "eval", eps, native) for one in TWO_READS}
-    return Calls({**calls, "eval": evaluate}, _reader(torch, device, problem), poison, backend)
+    calls = {
+        "forward": lambda: call(None, None, training=True),
+        "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        "eval": lambda: call(mean, var, training=False),
+    }
+    backend = {one: _backend(torch, (x, *tensors[2:]), one != "eval", eps, native) for one in calls}
+    return Calls(calls, _reader(torch, device, problem), poison, backend)
 
 
 def _backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, native: bool) -> str:
@@ -107,10 +106,8 @@ def _backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, nat
         return str(choose(*tensors, training, eps).name)
 
 
-def why_absent(device: HostDevice) -> str:
-    """Return why PyTorch cannot use the device, or ''."""
-    is_there = device.platform != "gpu" or importlib.import_module("torch").cuda.is_available()
-    return "" if is_there else "this PyTorch finds no GPU"
+def finds_gpu() -> bool:
+    return bool(importlib.import_module("torch").cuda.is_available())
 
 
 def measured(memory_format: str) -> Callable[[Batch], Results]:

@@ -6,10 +6,12 @@ import importlib.util
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ...kernels import MODULES
 from ..cases import LARGE_OPERATIONS
 from ..device import HostDevice
-from . import OURS, Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch, tensorflow
+from . import Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch, tensorflow
 
 # ---- The CPU: a process for each library -----------------------------------------------------------------------------
 
@@ -66,7 +68,9 @@ def why_absent(one: Contestant, device: HostDevice) -> str:
     kernels = device.kernels.get(one.name)
     if isinstance(kernels, str) and (kernels not in MODULES or importlib.util.find_spec(MODULES[kernels]) is None):
         return f"this arraybn has no kernels {kernels!r}"
-    return "" if one.library in OURS else {"torch": pytorch, "jax": jax}[one.library].why_absent(device)
+    peers = {"torch": ("PyTorch", pytorch.finds_gpu), "jax": ("JAX", jax.finds_gpu)}
+    title, finds_gpu = peers.get(one.library, ("", None))
+    return "" if finds_gpu is None or device.platform != "gpu" or finds_gpu() else f"this {title} finds no GPU"
 
 
 # ---- Accuracy: a process for each library ----------------------------------------------------------------------------
@@ -109,8 +113,8 @@ def _measured_peers() -> list[Measured]:
     fast, exact = (partial(jax.measured_flax, fast) for fast in (True, False))
     tf = ("tensorflow",)
     return [
-        Measured("NumPy", "x.mean(), x.var()", ("numpy",), "numpy", partial(formulas.measured, one_pass=False)),
-        Measured("NumPy", "E[x²] − E[x]²", ("numpy",), "numpy", partial(formulas.measured, one_pass=True)),
+        Measured("NumPy", "x.mean(), x.var()", ("numpy",), "numpy", partial(formulas.measured, np.var)),
+        Measured("NumPy", "E[x²] − E[x]²", ("numpy",), "numpy", partial(formulas.measured, formulas.one_pass_var)),
         Measured("PyTorch", "batch_norm, channels-first", ("torch",), "torch", first),
         Measured("PyTorch", "batch_norm, channels-last", ("torch",), "torch", last),
         Measured("JAX", "flax BatchNorm", ("jax", "flax"), "flax", fast),
