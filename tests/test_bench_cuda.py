@@ -130,7 +130,7 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
     quick = command.plan(parsed("--quick"))
     assert len(quick.cases) == 8
     assert set(quick.contestants) <= {"fused", "split", "torch", "native"}
-    assert command.GpuBench(parsed("--quick")).budget.total < session.TOTAL
+    assert command.GpuBench(parsed("--quick")).session.budget.total < session.TOTAL
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ class Clock:
 def test_when_the_time_is_used_up_nothing_is_dropped_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock("check", 27.0)
     found = made("FakeDevice", *SMALL, "--dtype", "float32", "float16", "bfloat16", make=clock.made())
-    found.budget = Budget(100.0, clock=clock)
+    found.session.budget = Budget(100.0, clock=clock)
     found.measure()
     found.finish()
     first, second, third = found.table
@@ -589,7 +589,6 @@ def test_a_process_that_ends_is_started_again_without_the_contestant(processes: 
     cells = {(cell.row, cell.operation): cell for cell in found.table[0].cells}
     assert cells["arraybn fused", "backward"].failed == "ended early, exit status 3"
     assert len(cells["arraybn split", "backward"].seconds) >= 3
-    assert found.session is not None
     assert found.session.crashes == ["fused"]
 
 
@@ -657,7 +656,7 @@ def test_ranks_that_cannot_be_are_skipped_with_a_word(monkeypatch: pytest.Monkey
     monkeypatch.setattr(jobs, "launcher", lambda: shutil.which("true"))
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
     assert "ended with status 0" in found.measure_ranks()["skipped"]
-    found.budget = Budget(1.0)
+    found.session.budget = Budget(1.0)
     assert found.measure_ranks()["skipped"] == "1 s of the time are left, they need 15"
     assert "skipped: 1 s" in report.ranks_table(found.measure_ranks())
     monkeypatch.setenv("PMI_SIZE", "2")

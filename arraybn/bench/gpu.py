@@ -79,23 +79,18 @@ class GpuBench(Run):
         self, arguments: argparse.Namespace, make: Callable[[], Worker] = gpu_worker, device: str = CUDA
     ) -> None:
         super().__init__(arguments)
-        self.plan, self.make, self.rank_device = plan(arguments), make, device
-        self.rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-        self.budget = Budget(QUICK_TOTAL if arguments.quick else TOTAL)
-        self.seed = secrets.randbits(32)
+        self.plan, self.rank_device = plan(arguments), device
+        rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+        budget = Budget(QUICK_TOTAL if arguments.quick else TOTAL)
+        self.session = GpuSession(self.plan.contestants, rounds, budget, make, self, secrets.randbits(32))
         self.ceilings: dict[str, Any] | None = None
         self.table: list[Result] = []
         self.host: list[Result] = []
         self.ranks: dict[str, Any] | None = None
-        self.session: GpuSession | None = None
 
     @property
     def speed(self) -> float | None:
         return report.rate(self.ceilings)
-
-    @property
-    def device(self) -> dict[str, Any]:
-        return {} if self.session is None else self.session.device
 
     def wrong(self) -> bool:
         ours = {"arraybn", *(one.name for one in GPU_CONTESTANTS if one.ours)}
@@ -104,10 +99,8 @@ class GpuBench(Run):
 
     def measure(self) -> None:
         with self.progress(len(self.plan.cases) + len(self.plan.host) + 1, "case"):
-            settings = self.plan.contestants, self.rounds, self.budget, self.make, self, self.seed
-            self.session = GpuSession(*settings)
-            with self.session:
-                self._measure_cases(self.session)
+            with self.session as session:
+                self._measure_cases(session)
             if self.host:
                 self.say(report.host_table(self.host))
             if self.plan.ranks:
@@ -135,7 +128,7 @@ class GpuBench(Run):
 
     def measure_ranks(self) -> dict[str, Any]:
         """Return what two ranks have found, or under "skipped" why they have not."""
-        left, launcher = self.budget.left("ranks"), jobs.launcher()
+        left, launcher = self.session.budget.left("ranks"), jobs.launcher()
         if jobs.under_mpirun():
             return {"skipped": "this is a rank already; run the command without mpirun"}
         if importlib.util.find_spec("mpi4py") is None or launcher is None:
@@ -150,8 +143,7 @@ class GpuBench(Run):
 
     def versions(self) -> dict[str, str]:
         found = {"arraybn": __version__, "CuPy": machine.version("cupy")}
-        others = self.session.versions if self.session else {}
-        return found | {title: others[title] for title in ("PyTorch", "JAX") if title in others}
+        return found | {name: text for name, text in self.session.versions.items() if name in ("PyTorch", "JAX")}
 
     def report(self) -> None:
         timed = [result for result in self.table if result.cells]
@@ -178,7 +170,7 @@ class GpuBench(Run):
     def draw(self, path: Path) -> None:
         from .figure import draw_gpu
 
-        if draw_gpu(self.table, self.device.get("name", ""), self.speed, path):
+        if draw_gpu(self.table, self.session.device.get("name", ""), self.speed, path):
             print(f"\n{path}: the table", file=self.stream)
         else:
             print("bench: no picture: nothing was measured", file=sys.stderr)
@@ -189,19 +181,19 @@ class GpuBench(Run):
             "arraybn": __version__,
             "python": platform.python_version(),
             "machine": {"processor": machine.processor(), "system": f"{platform.system()} {platform.machine()}"},
-            "device": self.device or None,
+            "device": session.device or None,
             "versions": self.versions(),
-            "absent": {} if session is None else session.absent,
+            "absent": session.absent,
             "command": self.arguments.command_line,
-            "seed": self.seed,
+            "seed": session.seed,
             "interrupted": self.interrupted,
-            "seconds": round(self.budget.used, 1),
-            "budget": {"seconds": self.budget.total, "shares": SHARES},
+            "seconds": round(session.budget.used, 1),
+            "budget": {"seconds": session.budget.total, "shares": SHARES},
             "ceilings": self.ceilings,
             "table": [report.gpu_json(result, self.speed) for result in self.table],
             "verdict": report.verdict(self.table) if self.table else None,
             "host": [report.host_json(result) for result in self.host],
             "ranks": self.ranks,
-            "lost": [] if session is None else session.crashes,
+            "lost": session.crashes,
             "not_measured": self.unmeasured(),
         }
