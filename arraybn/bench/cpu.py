@@ -111,9 +111,8 @@ class Bench(Run):
             self.limit = session.measure(Result(case))
 
     def _head(self) -> str:
-        cell = self.limit.cell(COPYTO, "copy")
-        again = self.arguments.command_line
-        text = report.head(self.machine, self.versions(), cell, self.limit.case.nbytes, again)
+        copy, nbytes = self.limit.cell(COPYTO, "copy"), self.limit.case.nbytes
+        text = report.head(self.machine, self.versions(), copy, nbytes, self.arguments.command_line)
         if not has_numba():
             text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
         return text
