@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arraybn import reference
-from arraybn.bench.device import NoDeviceError
+from arraybn.bench.device import HostDevice, NoDeviceError
 
 SPEED, L2, LAUNCH, TICK = 2e7, 2**10, 2e-6, 0.01  # bytes a second; bytes; seconds
 OF_FLOOR = {"fused": 0.9, "split": 0.6, "reference": 0.05, "torch": 0.4, "native": 0.2}
@@ -44,10 +44,9 @@ def named(call: Any) -> str:
     return getattr(call, "contestant", "")
 
 
-class FakeDevice:
+class FakeDevice(HostDevice):
     """As `Device`: what is queued is done at once, and takes as long as its bytes say."""
 
-    platform, xp = "cpu", np
     together, free = 6e3, 10**7  # bytes
 
     def __init__(self, index: int = 0) -> None:
@@ -61,9 +60,6 @@ class FakeDevice:
     def array(self, host: Any) -> Any:
         return np.array(host)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.empty(shape, dtype)
-
     def share_stream(self, library: Any) -> None:
         library.set_num_threads(1)  # the cores may be busy
 
@@ -73,9 +69,6 @@ class FakeDevice:
     def clock(self) -> float:
         self.now += TICK
         return self.now
-
-    def synchronize(self) -> None:
-        """Nothing is ever waiting."""
 
     def copy(self, target: Any, source: Any) -> None:
         np.copyto(target, source)

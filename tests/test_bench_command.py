@@ -478,7 +478,7 @@ def test_a_library_that_cannot_be_imported_costs_only_its_rows(fakes: Any) -> No
 
 
 def test_a_worker_that_waits_uses_no_processor_time() -> None:
-    worker = Worker(Work, (ARRAYBN.contestants,), ENVIRONMENT)
+    worker = Worker(functools.partial(Work, ARRAYBN.contestants), ENVIRONMENT)
     try:
         assert worker.answer() == {}
         worker.ask("open", case=Case((300, 4, 100), operations=("forward",)))

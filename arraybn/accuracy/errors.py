@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,12 +58,7 @@ def make_scenarios(quick: bool, curve: bool, seed: int) -> list[Scenario]:
         Scenario("outliers", 0.0, named["outliers"]._replace(x=scenarios.outliers(seed))),
         Scenario("constant", math.inf, named["constant"]),
     ]
-    return [one._replace(batch=_float32(one.batch)) for one in found]
-
-
-def _float32(batch: Batch) -> Batch:
-    x, dy, weight, bias = (array.astype(F32) for array in batch[:4])
-    return Batch(x, dy, weight, bias, EPS)
+    return [one._replace(batch=Batch._make((*(array.astype(F32) for array in one.batch[:4]), EPS))) for one in found]
 
 
 @dataclass
@@ -210,42 +207,37 @@ def ask(chosen: Sequence[Measured], batches: Sequence[Batch], progress: Callable
 
     `progress` is called for each batch that a contestant is done with, from several threads.
     """
-    libraries = list(dict.fromkeys(one.library for one in chosen))
-    groups = {library: [one for one in chosen if one.library == library] for library in libraries}
-    workers: dict[str, Worker] = {}
+    groups: dict[str, list[Measured]] = {}
+    for one in chosen:
+        groups.setdefault(one.library, []).append(one)
     found: dict[str, Answer] = {}
-    try:
-        for library, group in groups.items():
-            workers[library] = Worker(Work, (group,), {"TF_CPP_MIN_LOG_LEVEL": "3"})
-        with ThreadPoolExecutor(len(groups)) as pool:
-            work = [pool.submit(_ask_library, workers[key], group, batches, progress) for key, group in groups.items()]
-            for future in work:
-                found |= future.result()
-    finally:
-        for worker in workers.values():
-            worker.stop()
+    with ExitStack() as stack, ThreadPoolExecutor(len(groups)) as pool:
+        work = []
+        for group in groups.values():
+            worker = Worker(partial(Work, group), {"TF_CPP_MIN_LOG_LEVEL": "3"})
+            stack.callback(worker.stop)
+            work.append(pool.submit(_ask_library, worker, [one.name for one in group], batches, progress))
+        for future in work:
+            found |= future.result()
     return [found[one.name] for one in chosen]
 
 
 def _ask_library(
-    worker: Worker, group: Sequence[Measured], batches: Sequence[Batch], progress: Callable[[], object]
+    worker: Worker, names: Sequence[str], batches: Sequence[Batch], progress: Callable[[], object]
 ) -> dict[str, Answer]:
     """Return the answers from one process, by name; a process that ends has failed in all of them."""
-    answers = {one.name: Answer() for one in group}
-    for name, answer in [("", Answer()), *answers.items()]:
+    answers = {name: Answer() for name in names}
+    with suppress(PeerError):
+        worker.answer()
+    for name, answer in answers.items():
         try:
-            if not name:
-                worker.answer()
-                continue
             answer.unusable = worker.ask("build", name=name)
             for batch in batches if not answer.unusable else ():
                 answer.results.append(worker.ask("results", name=name, batch=batch))
                 progress()
         except PeerError as error:
             answer.failed = str(error)
-    if worker.failed:
-        ended = {name: one.failed or worker.failed for name, one in answers.items()}
-        return {name: Answer(unusable=answers[name].unusable, failed=text) for name, text in ended.items()}
-    return {
-        name: Answer(unusable=one.unusable, failed=one.failed) if one.failed else one for name, one in answers.items()
-    }
+    for answer in answers.values():
+        answer.failed = answer.failed or worker.failed
+        answer.results = [] if answer.failed else answer.results
+    return answers

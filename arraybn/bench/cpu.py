@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .contestants import Library
 from .contestants.registry import ARRAYBN, COPYTO, PEERS, has_numba
 from .output import RefusedError, Run, check_peers
 from .session import BUDGET, Session, memory_needed
-from .timing import Cell, Result
+from .timing import Result
 
 ROUNDS, QUICK_ROUNDS, LIMIT_ROUNDS = 15, 5, 9
 QUICK_BUDGET = 0.4  # seconds
@@ -68,17 +68,12 @@ def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
     return [peer for peer in PEERS if peer.name in names]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write; return 1 if arraybn is wrong, 130 after Ctrl-C."""
-    return Bench(arguments, plan(arguments)).carry_out()
-
-
 class Bench(Run):
     """A run on the CPU."""
 
-    def __init__(self, arguments: argparse.Namespace, sections: list[Section]) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__(arguments)
-        self.sections = sections
+        self.sections = plan(arguments)
         self.rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
         self.budget = None if arguments.repeats else QUICK_BUDGET if arguments.quick else BUDGET
         self.start, self.foreign_load = time.perf_counter(), machine.ForeignLoad()
@@ -86,10 +81,9 @@ class Bench(Run):
         self.limit = Result(Case(RESNET[0], operations=()))
         self.machine = {**machine.describe(), "threads": get_num_threads()}
         self.machine["system"] = f"{platform.system()} {platform.machine()}"
-        self._shown = 0  # blocks
 
     def wrong(self) -> bool:
-        cells = [cell for section in self.sections for result in section.results for cell in result.cells]
+        cells = (cell for section in self.sections for result in section.results for cell in result.cells)
         return any(cell.failed for cell in cells if cell.library in (ARRAYBN.name, ladder.LADDER.name))
 
     def measure(self) -> None:
@@ -101,8 +95,12 @@ class Bench(Run):
                 with Session(section.libraries, self.rounds, budget=self.budget, progress=self) as session:
                     for case in section.cases:
                         section.results.append(Result(case))
-                        session.measure(section.results[-1])
-                        self._show_blocks(section)
+                        try:
+                            session.measure(section.results[-1])
+                        finally:
+                            if section.name == "table" and section.results[-1].has_news:
+                                columns = report.CpuColumns(self.machine["threads"])
+                                self.say(report.block(section.results[-1], columns))
 
     def _measure_limit(self) -> None:
         """Time the copy of an array that is not in any cache, if memory has room for it."""
@@ -112,17 +110,9 @@ class Bench(Run):
         with Session([ARRAYBN], LIMIT_ROUNDS) as session:
             self.limit = session.measure(Result(case))
 
-    def _show_blocks(self, section: Section) -> None:
-        if section.name == "table":
-            for result in section.results[self._shown :]:
-                if result.skipped or any(cell.seconds or cell.failed for cell in result.cells):
-                    self.say(report.block(result, report.CpuColumns(self.machine["threads"])))
-            self._shown = len(section.results)
-
     def _head(self) -> str:
-        cell = self.limit.cell(COPYTO, "copy")
-        again = self.arguments.command_line
-        text = report.head(self.machine, self.versions(), cell, self.limit.case.nbytes, again)
+        copy, nbytes = self.limit.cell(COPYTO, "copy"), self.limit.case.nbytes
+        text = report.head(self.machine, self.versions(), copy, nbytes, self.arguments.command_line)
         if not has_numba():
             text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
         return text
@@ -136,18 +126,15 @@ class Bench(Run):
 
     def report(self) -> None:
         for section in self.sections:
-            if section.results:
-                self._report_section(section)
+            if section.results and section.name == "table":
+                self._report_table([result.case for result in section.results])
+            elif section.results:
+                self.say((growth if section.name == "growth" else ladder).table(section.results))
         self.others = self.foreign_load.cores()
         if warning := report.company(self.others, os.cpu_count() or 1):
             self.say(warning)
 
-    def _report_section(self, section: Section) -> None:
-        if section.name != "table":
-            self.say((growth if section.name == "growth" else ladder).table(section.results))
-            return
-        self._show_blocks(section)
-        cases = [result.case for result in section.results]
+    def _report_table(self, cases: Sequence[Case]) -> None:
         dtypes = list(dict.fromkeys(case.dtype for case in cases))
         self.say(report.notes(all(case.is_small for case in cases), dtypes, len({case.checked for case in cases})))
         if (missing := [peer for peer in PEERS if peer.missing]) and self.arguments.peers is None:
@@ -160,12 +147,11 @@ class Bench(Run):
 
         for index, section in enumerate(one for one in self.sections if one.results):
             target = path if index == 0 else path.with_stem(f"{path.stem}-{section.name}")
-            draw: Callable[[Sequence[Result], str, Path], None] = getattr(figure, f"draw_{section.name}")
-            draw(section.results, self.machine["processor"], target)
+            getattr(figure, f"draw_{section.name}")(section.results, self.machine["processor"], target)
             print(f"\n{target}: the {section.name}", file=self.stream)
 
     def as_json(self) -> dict[str, Any]:
-        copy: Cell | None = self.limit.cell(COPYTO, "copy")
+        copy = self.limit.cell(COPYTO, "copy")
         found: dict[str, Any] = {
             "arraybn": __version__,
             "python": platform.python_version(),

@@ -5,11 +5,12 @@ A test has another device with the methods of `CudaDevice`, on NumPy arrays and 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,18 @@ class NoDeviceError(Exception):
     """There is no GPU to work with; the text says why, and what brings one."""
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python from collecting garbage, which would be timed too."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class HostDevice:
     """NumPy arrays, and what is done at once."""
 
@@ -58,6 +71,18 @@ class HostDevice:
 
     def clock(self) -> float:
         return time.perf_counter()
+
+    def host_seconds(
+        self, call: Callable[[], object], calls: int, wait: Callable[[], object] | None = None
+    ) -> tuple[float, float]:
+        """Return the seconds of a call until the host has queued it, and until the device is done with all."""
+        self.synchronize()
+        start = self.clock()
+        for _ in range(calls):
+            call()
+        queued = self.clock()
+        (wait or self.synchronize)()
+        return (queued - start) / calls, (self.clock() - start) / calls
 
 
 class CudaDevice(HostDevice):
@@ -134,9 +159,7 @@ class CudaDevice(HostDevice):
         """
         start, stop = (self.xp.cuda.Event() for _ in range(2))
         self.synchronize()
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with no_collection():
             if flush:
                 self._runtime.memsetAsync(self._scratch.data.ptr, 1, self._scratch.nbytes, self.stream.ptr)
             self._hold((1,), (1,), (np.uint64(min(hold, LONGEST_HOLD) * 1e9),))
@@ -146,7 +169,4 @@ class CudaDevice(HostDevice):
             late = bool(start.done)  # the hold is over, and not all was queued
             stop.record(self.stream)
             stop.synchronize()
-        finally:
-            if collecting:
-                gc.enable()
         return self.xp.cuda.get_elapsed_time(start, stop) / 1e3 / calls, late

@@ -19,17 +19,15 @@ from typing import Any
 from .._version import __version__
 from . import jobs, machine, report
 from .cases import Case, choose_gpu, choose_host
-from .contestants import OURS
 from .contestants.registry import GPU_CONTESTANTS, GPU_PEERS
 from .gpu_ranks import SHAPES
 from .gpu_session import QUICK_TOTAL, SHARES, TOTAL, Budget, GpuSession, gpu_worker
 from .output import RefusedError, Run, check_peers
-from .process import WorkerProtocol
+from .process import Worker
 from .timing import Result
 
 ROUNDS, QUICK_ROUNDS = 25, 9
 RANKS, RANK_TURNS, LEAST = 2, 9, 15.0  # ranks need so many seconds to start at all
-NOT_HERE = ("numpy", "tensorflow")
 CUDA = "arraybn.bench.device:CudaDevice"
 
 
@@ -68,88 +66,69 @@ def peers(names: Sequence[str] | None, quick: bool) -> tuple[list[str], list[str
     if names is None:
         return [name for name in GPU_PEERS if name not in missing and not (quick and name != "torch")], missing
     for name in names:
-        if name in NOT_HERE:
+        if name not in (*GPU_PEERS, "none"):
             raise RefusedError(f"--peers: expected some of {', '.join(GPU_PEERS)}, or none, on a GPU; got {name}")
     check_peers(names, {name: GPU_PEERS[name] for name in missing})
     return [name for name in names if name != "none"], []
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write; return 1 if arraybn is wrong, 130 after Ctrl-C."""
-    return GpuBench(arguments, plan(arguments)).carry_out()
 
 
 class GpuBench(Run):
     """A run on a GPU; `device` is that of the ranks."""
 
     def __init__(
-        self,
-        arguments: argparse.Namespace,
-        plan: Plan,
-        make: Callable[[], WorkerProtocol] = gpu_worker,
-        device: str = CUDA,
+        self, arguments: argparse.Namespace, make: Callable[[], Worker] = gpu_worker, device: str = CUDA
     ) -> None:
         super().__init__(arguments)
-        self.plan, self.make, self.rank_device = plan, make, device
-        self.rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-        self.budget = Budget(QUICK_TOTAL if arguments.quick else TOTAL)
-        self.seed = secrets.randbits(32)
+        self.plan, self.rank_device = plan(arguments), device
+        rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+        budget = Budget(QUICK_TOTAL if arguments.quick else TOTAL)
+        self.session = GpuSession(self.plan.contestants, rounds, budget, make, self, secrets.randbits(32))
         self.ceilings: dict[str, Any] | None = None
         self.table: list[Result] = []
         self.host: list[Result] = []
         self.ranks: dict[str, Any] | None = None
-        self.session: GpuSession | None = None
 
     @property
     def speed(self) -> float | None:
         return report.rate(self.ceilings)
 
-    @property
-    def device(self) -> dict[str, Any]:
-        return {} if self.session is None else self.session.device
-
     def wrong(self) -> bool:
-        ours = {"arraybn", *(one.name for one in GPU_CONTESTANTS if one.library in OURS)}
+        ours = {"arraybn", *(one.name for one in GPU_CONTESTANTS if one.ours)}
         cells = [cell for result in (*self.table, *self.host) for cell in result.cells if cell.name in ours]
         return any(cell.failed for cell in cells) or bool((self.ranks or {}).get("wrong"))
 
     def measure(self) -> None:
         with self.progress(len(self.plan.cases) + len(self.plan.host) + 1, "case"):
-            self._measure()
+            with self.session as session:
+                self._measure_cases(session)
+            if self.host:
+                self.say(report.host_table(self.host))
             if self.plan.ranks:
                 self.status("two MPI ranks")
                 self.ranks = self.measure_ranks()
                 self.say(report.ranks_table(self.ranks))
 
-    def _measure(self) -> None:
-        settings = self.plan.contestants, self.rounds, self.budget, self.make, self, self.seed
-        self.session = GpuSession(*settings)
-        with self.session as session:
-            self.ceilings = session.ceilings()
-            self.say(report.gpu_head(session.device, self.versions(), self.ceilings, self.arguments.command_line))
-            for title, text in session.absent.items():
-                self.say(f"{title}: {text}")
-            for case in self.plan.cases:
-                self.table.append(Result(case))
-                try:
-                    session.measure(self.table[-1])
-                finally:
-                    self._show(self.table[-1])
-                self.step()
-            for case in self.plan.host:
-                self.host.append(Result(case))
-                session.measure_host(self.host[-1])
-                self.step()
-        if self.host:
-            self.say(report.host_table(self.host))
-
-    def _show(self, result: Result) -> None:
-        if result.skipped or any(cell.seconds or cell.failed or cell.left for cell in result.cells):
-            self.say(report.block(result, report.GpuColumns(self.speed)))
+    def _measure_cases(self, session: GpuSession) -> None:
+        self.ceilings = session.ceilings()
+        self.say(report.gpu_head(session.device, self.versions(), self.ceilings, self.arguments.command_line))
+        for title, text in session.absent.items():
+            self.say(f"{title}: {text}")
+        for case in self.plan.cases:
+            self.table.append(Result(case))
+            try:
+                session.measure(self.table[-1])
+            finally:
+                if self.table[-1].has_news:
+                    self.say(report.block(self.table[-1], report.GpuColumns(self.speed)))
+            self.step()
+        for case in self.plan.host:
+            self.host.append(Result(case))
+            session.measure_host(self.host[-1])
+            self.step()
 
     def measure_ranks(self) -> dict[str, Any]:
         """Return what two ranks have found, or under "skipped" why they have not."""
-        left, launcher = self.budget.left("ranks"), jobs.launcher()
+        left, launcher = self.session.budget.left("ranks"), jobs.launcher()
         if jobs.under_mpirun():
             return {"skipped": "this is a rank already; run the command without mpirun"}
         if importlib.util.find_spec("mpi4py") is None or launcher is None:
@@ -164,8 +143,7 @@ class GpuBench(Run):
 
     def versions(self) -> dict[str, str]:
         found = {"arraybn": __version__, "CuPy": machine.version("cupy")}
-        others = self.session.versions if self.session else {}
-        return found | {title: others[title] for title in ("PyTorch", "JAX") if title in others}
+        return found | {name: text for name, text in self.session.versions.items() if name in ("PyTorch", "JAX")}
 
     def report(self) -> None:
         timed = [result for result in self.table if result.cells]
@@ -180,20 +158,19 @@ class GpuBench(Run):
 
     def unmeasured(self) -> list[str]:
         """Return the cases that were never begun, or not with everyone."""
-        planned = [("table", case) for case in self.plan.cases] + [("host", case) for case in self.plan.host]
-        begun = {("table", one.case) for one in self.table} | {("host", one.case) for one in self.host}
-        lines = [f"{section}: {case}" for section, case in planned if (section, case) not in begun]
-        for section, results in (("table", self.table), ("host", self.host)):
+        sections = ("table", self.plan.cases, self.table), ("host", self.plan.host, self.host)
+        lines = [f"{name}: {case}" for name, cases, results in sections for case in cases[len(results) :]]
+        for name, _, results in sections:
             for result in results:
                 rows = {cell.row for cell in result.cells if cell.left}
                 if result.skipped or rows:
-                    lines.append(f"{section}: {result.case}: {result.skipped or ', '.join(sorted(rows))}")
+                    lines.append(f"{name}: {result.case}: {result.skipped or ', '.join(sorted(rows))}")
         return lines
 
     def draw(self, path: Path) -> None:
         from .figure import draw_gpu
 
-        if draw_gpu(self.table, self.device.get("name", ""), self.speed, path):
+        if draw_gpu(self.table, self.session.device.get("name", ""), self.speed, path):
             print(f"\n{path}: the table", file=self.stream)
         else:
             print("bench: no picture: nothing was measured", file=sys.stderr)
@@ -204,19 +181,19 @@ class GpuBench(Run):
             "arraybn": __version__,
             "python": platform.python_version(),
             "machine": {"processor": machine.processor(), "system": f"{platform.system()} {platform.machine()}"},
-            "device": self.device or None,
+            "device": session.device or None,
             "versions": self.versions(),
-            "absent": {} if session is None else session.absent,
+            "absent": session.absent,
             "command": self.arguments.command_line,
-            "seed": self.seed,
+            "seed": session.seed,
             "interrupted": self.interrupted,
-            "seconds": round(self.budget.used, 1),
-            "budget": {"seconds": self.budget.total, "shares": SHARES},
+            "seconds": round(session.budget.used, 1),
+            "budget": {"seconds": session.budget.total, "shares": SHARES},
             "ceilings": self.ceilings,
             "table": [report.gpu_json(result, self.speed) for result in self.table],
             "verdict": report.verdict(self.table) if self.table else None,
             "host": [report.host_json(result) for result in self.host],
             "ranks": self.ranks,
-            "lost": [] if session is None else session.crashes,
+            "lost": session.crashes,
             "not_measured": self.unmeasured(),
         }

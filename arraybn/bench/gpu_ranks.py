@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..layers import BatchNorm1d, BatchNorm2d, SyncBatchNorm
 from . import jobs
 from .cases import EPS, RESNET, Case
 from .device import HostDevice
-from .sync_ranks import LAYER, STEP, Comm, calibrate_calls, seconds_of
+from .sync_ranks import Comm, Timed, calibrate_calls, layer_calls, seconds_of
 from .truth import PROMISED, make_problems, truths, worst
 
 SHAPES = ((64, 128), *RESNET[1:])
@@ -49,19 +48,11 @@ def _layer(scheme: str, comm: Comm, device: Any, shape: tuple[int, ...]) -> Any:
     return (BatchNorm1d if len(shape) == 2 else BatchNorm2d)(shape[1], eps=EPS).to(xp=device.xp)
 
 
-def _calls(comm: Comm, device: Any, shape: tuple[int, ...]) -> dict[tuple[str, str], Callable[[], object]]:
+def _calls(comm: Comm, device: Any, shape: tuple[int, ...]) -> dict[tuple[str, str], Timed]:
     rng = np.random.default_rng(comm.rank)
     x, dy = (device.array(rng.standard_normal(shape).astype(np.float32)) for _ in range(2))
-    found: dict[tuple[str, str], Callable[[], object]] = {}
-    for scheme in (LOCAL, SYNC):
-        layer = _layer(scheme, comm, device, shape)
-
-        def step(layer: Any = layer) -> None:
-            layer(x)
-            layer.backward(dy)
-
-        found |= {(scheme, LAYER): partial(layer, x), (scheme, STEP): step}
-    return found
+    calls = {scheme: layer_calls(_layer(scheme, comm, device, shape), x, dy) for scheme in (LOCAL, SYNC)}
+    return {(scheme, operation): call for scheme, both in calls.items() for operation, call in both.items()}
 
 
 def check(comm: Comm, device: Any) -> str:

@@ -6,48 +6,45 @@ without the contestant that was at work.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from .contestants import OURS
+from .cases import Case
 from .contestants.registry import GPU_CONTESTANTS, GPU_LAYERS
 from .device import CudaDevice
 from .output import Progress, RefusedError
-from .process import PeerError, Worker, WorkerProtocol
-from .timing import Cell, Result, interleave
+from .process import PeerError, Worker
+from .timing import Cell, Result, failing, interleave
 from .worker import Answer, GpuWork
 
 TIME_LIMIT, START_LIMIT = 60.0, 150.0  # seconds for one question
 CRASHES, RESTARTS = 2, 6  # of a contestant, and in all, until no more is tried
 PEER_SHARE = 0.25  # of the time of the table, which preparing one of the others may take
 NO_TIME = "no time left"
-ROWS = {one.name: one.row for one in GPU_CONTESTANTS}
+CONTESTANTS = {one.name: one for one in GPU_CONTESTANTS}
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}  # the memory is for everyone
 
 TOTAL, QUICK_TOTAL = 480.0, 90.0  # seconds
 SHARES = {"start": 0.12, "ceilings": 0.05, "table": 0.63, "host": 0.07, "ranks": 0.13}
+ENDS = dict(zip(SHARES, itertools.accumulate(SHARES.values()), strict=True))
 
 
-@dataclass
 class Budget:
     """Until when each section may work: the time that one does not use, the next ones have."""
 
-    total: float
-    clock: Callable[[], float] = time.perf_counter
-    start: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start = self.clock()
+    def __init__(self, total: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.total, self.clock, self.start = total, clock, clock()
 
     @property
     def used(self) -> float:
         return self.clock() - self.start
 
     def left(self, section: str) -> float:
-        names = list(SHARES)
-        return sum(SHARES[name] for name in names[: names.index(section) + 1]) * self.total - self.used
+        return ENDS[section] * self.total - self.used
 
 
 class BrokenError(Exception):
@@ -63,31 +60,27 @@ class OutOfTimeError(Exception):
 
 
 def gpu_worker(make_device: Callable[[], Any] = CudaDevice) -> Worker:
-    return Worker(GpuWork, (make_device,), ENVIRONMENT, START_LIMIT)
+    return Worker(partial(GpuWork, make_device), ENVIRONMENT, START_LIMIT)
 
 
+@dataclass
 class GpuSession:
     """The process at work; a context manager, which ends it."""
 
-    def __init__(
-        self,
-        contestants: Sequence[str],
-        rounds: int,
-        budget: Budget,
-        make: Callable[[], WorkerProtocol],
-        progress: Progress,
-        seed: int,
-    ) -> None:
-        self.contestants, self.rounds, self.budget, self.make = contestants, rounds, budget, make
-        self.progress, self.seed = progress, seed
-        self.worker: WorkerProtocol | None = None
-        self.barred: dict[str, str] = {}  # contestant → why it is no longer asked
-        self.absent: dict[str, str] = {}  # row → why it never took part
-        self.versions: dict[str, str] = {}
-        self.device: Answer = {}
-        self.gave_up = ""
-        self.crashes: list[str] = []  # contestants that were at work
-        self._spent: dict[str, float] = {}
+    contestants: Sequence[str]
+    rounds: int
+    budget: Budget
+    make: Callable[[], Worker]
+    progress: Progress
+    seed: int
+    worker: Worker | None = None
+    barred: dict[str, str] = field(default_factory=dict)  # contestant → why it is no longer asked
+    absent: dict[str, str] = field(default_factory=dict)  # row → why it never took part
+    versions: dict[str, str] = field(default_factory=dict)
+    device: Answer = field(default_factory=dict)
+    gave_up: str = ""
+    crashes: list[str] = field(default_factory=list)  # contestants that were at work
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of preparing each contestant
 
     def __enter__(self) -> GpuSession:
         """Start the process; a `RefusedError` says that there is no GPU."""
@@ -115,47 +108,42 @@ class GpuSession:
         self.device = answer["device"]
         for name in self.contestants:
             if name not in self.barred:
-                self.progress.status(f"importing {ROWS[name]}")
+                self.progress.status(f"importing {CONTESTANTS[name].row}")
                 found = self.worker.ask("join", contestant=name)
                 self.versions[found["title"]] = found["version"]
                 if found["absent"]:
                     self.barred[name] = self.absent[found["title"]] = found["absent"]
         self.worker.limit = TIME_LIMIT
 
-    def ask(self, contestant: str, method: str, /, **question: Any) -> Answer:
-        """Return the answer. A `PeerError` says why there is none; a `BrokenError`, that there will be no other.
-
-        `contestant` is the one that is at work, '' for none.
-        """
+    def ask(self, method: str, /, **question: Any) -> Answer:
+        """Return the answer. A `PeerError` says why there is none; a `BrokenError`, that there will be no other."""
         if self.worker is None:
             raise BrokenError("", self.gave_up or "the process on the GPU has ended")
         try:
             found: Answer = self.worker.ask(method, **question)
         except PeerError as error:
-            if not self.worker.failed:
-                try:
-                    self.worker.ask("alive")
-                except PeerError:
-                    raise BrokenError(contestant, str(error)) from error
-                raise
-            raise BrokenError(contestant, str(error)) from error
+            try:
+                self.worker.ask("alive")
+            except PeerError:
+                raise BrokenError(question.get("contestant", ""), str(error)) from error
+            raise
         return found
 
-    def _restart(self, error: BrokenError) -> None:
+    def _restart(self, contestant: str, problem: str) -> None:
         """Note who was at work, and start again without those who were too often."""
         self.__exit__()
-        self.crashes.append(error.contestant)
-        if self.crashes.count(error.contestant) >= CRASHES:
-            self.barred[error.contestant] = f"left out: it cost the process {CRASHES} times ({error})"
+        self.crashes.append(contestant)
+        if self.crashes.count(contestant) >= CRASHES:
+            self.barred[contestant] = f"left out: it cost the process {CRASHES} times ({problem})"
         if len(self.crashes) > RESTARTS:
-            self.gave_up = f"the process on the GPU was lost {len(self.crashes)} times, at last by: {error}"
+            self.gave_up = f"the process on the GPU was lost {len(self.crashes)} times, at last by: {problem}"
             return
         self.progress.status("starting again")
         try:
             self._start()
-        except (PeerError, RefusedError) as problem:
+        except (PeerError, RefusedError) as error:
             self.__exit__()
-            self.gave_up = f"after {error} the GPU could not be used: {problem}"
+            self.gave_up = f"after {problem} the GPU could not be used: {error}"
 
     def _within(self, section: str) -> None:
         if self.budget.left(section) <= 0:
@@ -165,14 +153,15 @@ class GpuSession:
         """Return what the device can do at best; "failed" says why it cannot be said."""
         self.progress.status("ceilings")
         try:
-            return self.ask("ceilings", "ceilings")
+            return self.ask("ceilings")
         except (PeerError, BrokenError) as error:
             if isinstance(error, BrokenError):
-                self._restart(error)
+                self._restart("ceilings", str(error))
             return {"failed": str(error)}
 
     def measure(self, result: Result) -> None:
         """Check everyone on the case, then time it in turns; `result` has it from the first turn on."""
+        problem = ""
         try:
             self._within("table")
             while not self.gave_up:
@@ -180,89 +169,72 @@ class GpuSession:
                     self._round(result)
                     break
                 except BrokenError as error:
-                    for cell in self._cells(result, error.contestant):
-                        cell.failed = cell.failed or str(error)
-                    self._restart(error)
+                    for cell in result.cells:
+                        if cell.name == error.contestant:
+                            cell.failed = cell.failed or str(error)
+                    self._restart(error.contestant, str(error))
                     if not error.contestant:  # while data were made
                         result.skipped = str(error)
                         break
-            else:
-                result.skipped = "" if any(cell.seconds for cell in result.cells) else self.gave_up
+            problem = self.gave_up
         except OutOfTimeError:
-            result.skipped = "" if any(cell.seconds for cell in result.cells) else NO_TIME
+            problem = NO_TIME
+        if not any(cell.seconds for cell in result.cells):
+            result.skipped = result.skipped or problem
         if result.cells:
             for name in self.contestants:
-                self._leave_out(name, result, self.barred.get(name, NO_TIME))
+                self._cells(result, name, self.barred.get(name, NO_TIME))
             for cell in result.cells:
                 if not (cell.seconds or cell.failed or cell.left):
                     cell.left = self.gave_up or NO_TIME
 
-    @staticmethod
-    def _cells(result: Result, name: str) -> list[Cell]:
+    def _cells(self, result: Result, name: str, left: str = "") -> list[Cell]:
+        """Return the cells of a contestant, new ones if it has none; `left` is the reason why it is left out."""
+        row = CONTESTANTS[name].row
+        if row not in self.absent and not any(cell.name == name for cell in result.cells):
+            result.cells += [Cell("gpu", row, one, name, left=left) for one in result.case.operations]
         return [cell for cell in result.cells if cell.name == name]
 
     def _round(self, result: Result) -> None:
         """Open the case, prepare everyone, and take turns."""
         self.progress.status(f"{result.case}: random data")
         try:
-            result.skipped = self.ask("", "open", case=result.case, seed=self.seed)["skipped"]
+            result.skipped = self.ask("open", case=result.case, seed=self.seed)["skipped"]
         except PeerError as error:
             result.skipped = str(error)
         if result.skipped:
             return
         for name in self.contestants:
             self._within("table")
-            self._prepare(name, result)
+            self._prepare(name, self._cells(result, name, self.barred.get(name, "")), result.case)
         self.progress.status(str(result.case))
         cells = [cell for cell in result.cells if not cell.left]
         interleave(cells, self._take, rounds=self.rounds, done=lambda: self._within("table"))
 
-    def _prepare(self, name: str, result: Result) -> None:
+    def _prepare(self, name: str, cells: Sequence[Cell], case: Case) -> None:
         """Check a contestant, warm it up; its cells say what is wrong with it."""
-        if name in self.barred:
-            self._leave_out(name, result, self.barred[name])
+        failed_before = any(cell.failed for cell in cells) and not any(cell.seconds for cell in cells)
+        if name in self.barred or failed_before:
             return
-        if not self._cells(result, name):
-            result.cells += [Cell("gpu", ROWS[name], one, name) for one in result.case.operations]
-        cells, start = self._cells(result, name), time.perf_counter()
-        if any(cell.failed for cell in cells) and not any(cell.seconds for cell in cells):
-            return
-        try:
-            self.progress.status(f"{result.case}: checking {ROWS[name]}")
-            answer = self.ask(name, "check", contestant=name)
+        start = time.perf_counter()
+        self.progress.status(f"{case}: checking {CONTESTANTS[name].row}")
+        with failing(*cells):
+            answer = self.ask("check", contestant=name)
             for cell in cells:
-                self._prepare_cell(cell, answer)
-        except PeerError as error:
-            for cell in cells:
-                cell.failed = cell.failed or str(error)
+                cell.backend, cell.clock = answer["backend"][cell.operation], answer["clock"]
+                cell.failed = cell.failed or answer["faults"][cell.operation]
+                if not cell.failed:
+                    with failing(cell):
+                        cell.prepare(self.ask)
         if all(cell.failed for cell in cells):
-            self.ask(name, "release", contestant=name)
-        self._spend(name, time.perf_counter() - start)
-
-    def _prepare_cell(self, cell: Cell, answer: Answer) -> None:
-        cell.backend, cell.clock = answer["backend"][cell.operation], answer["clock"]
-        cell.failed = cell.failed or answer["faults"][cell.operation]
-        if not cell.failed:
-            try:
-                found = self.ask(cell.name, "prepare", contestant=cell.name, operation=cell.operation)
-                cell.calls, cell.hold = found["calls"], found["hold"]
-            except PeerError as error:
-                cell.failed = str(error)
-
-    def _leave_out(self, name: str, result: Result, left: str) -> None:
-        """Add cells that say why, but for a contestant that has some, or was never here."""
-        if ROWS[name] not in self.absent and not self._cells(result, name):
-            result.cells += [Cell("gpu", ROWS[name], one, name, left=left) for one in result.case.operations]
-
-    def _spend(self, name: str, seconds: float) -> None:
-        self._spent[name] = self._spent.get(name, 0.0) + seconds
-        peer = next(one for one in GPU_CONTESTANTS if one.name == name).library not in OURS
-        if peer and self._spent[name] > PEER_SHARE * SHARES["table"] * self.budget.total:
-            self.barred[name] = f"left out: preparing it has taken {self._spent[name]:.0f} s"
+            self.ask("release", contestant=name)
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+        if not CONTESTANTS[name].ours and self.spent[name] > PEER_SHARE * SHARES["table"] * self.budget.total:
+            self.barred[name] = f"left out: preparing it has taken {self.spent[name]:.0f} s"
 
     def _take(self, cell: Cell) -> float:
         question: Any = {"contestant": cell.name, "operation": cell.operation, "calls": cell.calls, "hold": cell.hold}
-        answer = self.ask(cell.name, "time_on_device", **question)
+        answer = self.ask("time_on_device", **question)
         if answer["late"]:
             cell.late += 1
             cell.hold *= 1.5
@@ -275,10 +247,13 @@ class GpuSession:
             return
         try:
             self._within("host")
-            self.ask("", "close")
+            self.ask("close")
             for row in GPU_LAYERS:
                 if row != "PyTorch" or ("torch" in self.contestants and "torch" not in self.barred):
-                    self._layer(row, result)
+                    cells = [Cell("gpu", row, one, row, clock="host") for one in result.case.operations]
+                    result.cells += cells
+                    with failing(*cells):
+                        self.ask("layer", contestant=row, case=result.case)
             interleave(list(result.cells), self._take_host, rounds=self.rounds, done=lambda: self._within("host"))
         except OutOfTimeError:
             result.skipped = "" if any(cell.seconds for cell in result.cells) else NO_TIME
@@ -286,18 +261,9 @@ class GpuSession:
             result.skipped = str(error)
         except BrokenError as error:
             result.skipped = f"the process on the GPU was lost: {error}"
-            self._restart(BrokenError(error.contestant or "layer", str(error)))
-
-    def _layer(self, row: str, result: Result) -> None:
-        cells = [Cell("gpu", row, one, row, clock="host") for one in result.case.operations]
-        result.cells += cells
-        try:
-            self.ask(row, "layer", row=row, case=result.case)
-        except PeerError as error:
-            for cell in cells:
-                cell.failed = str(error)
+            self._restart(error.contestant or "layer", str(error))
 
     def _take_host(self, cell: Cell) -> float:
-        answer = self.ask(cell.name, "time_on_host", row=cell.row, operation=cell.operation)
+        answer = self.ask("time_on_host", contestant=cell.name, operation=cell.operation)
         cell.done.append(float(answer["done"]))
         return float(answer["seconds"])

@@ -11,10 +11,10 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 TIME_LIMIT = 120.0  # seconds for one question
 SPAWN = multiprocessing.get_context("spawn")
@@ -34,35 +34,16 @@ def first_line(error: Exception) -> str:
     return text if isinstance(error, PeerError | UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
-class WorkerProtocol(Protocol):
-    """A `Worker`, or what stands for one."""
-
-    limit: float
-    failed: str
-
-    def ask(self, method: str, /, **question: Any) -> Any: ...
-    def answer(self) -> Any: ...
-    def stop(self) -> None: ...
-
-
 class Worker:
     """A process that makes an object and calls its methods; "start" is asked at once, and read by `answer`."""
 
-    def __init__(
-        self,
-        make: Callable[..., Any],
-        arguments: Sequence[Any],
-        environment: Mapping[str, str],
-        limit: float = TIME_LIMIT,
-    ) -> None:
+    def __init__(self, make: Callable[[], Any], environment: Mapping[str, str], limit: float = TIME_LIMIT) -> None:
         self.limit, self.failed = limit, ""
-        descriptor, name = tempfile.mkstemp()
-        os.close(descriptor)
-        self._errors = Path(name)
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            self._errors = Path(file.name)
         self._connection, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(
-            target=serve, args=(theirs, name, dict(environment), make, arguments), daemon=True
-        )
+        arguments = theirs, self._errors, dict(environment), make
+        self._process = SPAWN.Process(target=serve, args=arguments, daemon=True)
         with _ignoring_interrupts():
             self._process.start()
         theirs.close()
@@ -111,7 +92,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Any:
+def _ignoring_interrupts() -> Iterator[None]:
     """Let a process that is started meanwhile inherit that Ctrl-C, which is for its parent, is ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,20 +104,14 @@ def _ignoring_interrupts() -> Any:
         signal.signal(signal.SIGINT, before)
 
 
-def serve(
-    connection: Connection,
-    errors: str,
-    environment: Mapping[str, str],
-    make: Callable[..., Any],
-    arguments: Sequence[Any],
-) -> None:
+def serve(connection: Connection, errors: Path, environment: Mapping[str, str], make: Callable[[], Any]) -> None:
     """Answer each question by the method that it names, until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor = os.open(errors, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):  # what a library prints is no answer
         os.dup2(descriptor, stream)
     os.environ.update(environment)
-    work = make(*arguments)
+    work = make()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             method, question = connection.recv()

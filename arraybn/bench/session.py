@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from .cases import Case
 from .contestants import Library
@@ -10,7 +11,7 @@ from .contestants.registry import WORKING
 from .machine import available_memory
 from .output import Progress
 from .process import TIME_LIMIT, PeerError, Worker
-from .timing import Cell, Result, interleave
+from .timing import Cell, Result, failing, interleave
 from .worker import Work
 
 BUDGET = 1.0  # seconds; a cell that has spent them has turns enough
@@ -39,8 +40,8 @@ class Session:
         self.progress.status("starting")
         try:
             for library in self.libraries:
-                work = library.contestants, library.needs
-                self.workers[library.name] = Worker(Work, work, ENVIRONMENT, self.limit)
+                work = partial(Work, library.contestants, library.needs)
+                self.workers[library.name] = Worker(work, ENVIRONMENT, self.limit)
             for worker in self.workers.values():
                 try:
                     worker.answer()
@@ -91,26 +92,22 @@ class Session:
                 if found:
                     self.faults[one.row, str(case)] = found
 
-    def _prepared(self, library: Library, case: Case) -> Iterator[Cell]:
+    def _prepared(self, library: Library, case: Case) -> list[Cell]:
         """Return the cells of a library; those that cannot be timed say why."""
         self.progress.status(f"{case}: preparing {library.title}")
-        worker, problem = self.workers[library.name], ""
-        try:
-            worker.ask("open", case=case)
-        except PeerError as error:
-            problem = str(error)
-        for one in library.contestants:
-            for operation in ("copy", *case.operations):
-                if operation in one.operations:
-                    cell = Cell(library.name, one.row, operation, one.name)
-                    cell.failed = problem or self.faults.get((one.row, str(case.checked)), "")
-                    if not cell.failed:
-                        try:
-                            found = worker.ask("prepare", contestant=one.name, operation=operation)
-                            cell.calls, cell.warm = found["calls"], found["warm"]
-                        except PeerError as error:
-                            cell.failed = str(error)
-                    yield cell
+        cells = [
+            Cell(library.name, one.row, operation, one.name, failed=self.faults.get((one.row, str(case.checked)), ""))
+            for one in library.contestants
+            for operation in ("copy", *case.operations)
+            if operation in one.operations
+        ]
+        with failing(*cells):
+            self.workers[library.name].ask("open", case=case)
+        for cell in cells:
+            if not cell.failed:
+                with failing(cell):
+                    cell.prepare(self.workers[library.name].ask)
+        return cells
 
 
 def memory_needed(case: Case, libraries: Sequence[Library]) -> int:

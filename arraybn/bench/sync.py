@@ -75,13 +75,17 @@ class SyncBench(Run):
                 self.say(f"\nNOT ALONE: meanwhile other programs kept {cores} busy.")
 
     def as_json(self) -> dict[str, Any]:
+        rows = [
+            [{**row, "fastest": fastest(row), "median": statistics.median(row["seconds"])} for row in job["rows"]]
+            for job in self.jobs
+        ]
         return {
             "arraybn": __version__,
             "python": platform.python_version(),
             "machine": self.machine,
             "others": self.others,
             "interrupted": self.interrupted,
-            "jobs": [{**job, "rows": [_row(row) for row in job["rows"]]} for job in self.jobs],
+            "jobs": [{**job, "rows": rows} for job, rows in zip(self.jobs, rows, strict=True)],
         }
 
     def draw(self, path: Path) -> None:
@@ -92,10 +96,6 @@ class SyncBench(Run):
 
         draw_sync(self.jobs, self.machine, path)
         print(f"\n{path}: times, and bytes received", file=self.stream)
-
-
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "fastest": fastest(row), "median": statistics.median(row["seconds"])}
 
 
 NOTES = f"""Whole layer: of x ({ROWS}, channels) on each rank, float32; with one rank a plain one. Exchange: what is
@@ -122,16 +122,11 @@ def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
 
 def _line(job: jobs.Found, channels: int) -> str:
     rows = {(row["scheme"], row["what"]): row for row in job["rows"] if row["channels"] == channels}
-
-    def micro(scheme: str, operation: str) -> str:
-        row = rows.get((scheme, operation))
-        return "–" if row is None else f"{fastest(row) * 1e6:.0f}"
-
-    def received(scheme: str) -> str:
-        row = rows.get((scheme, FORWARD))
-        return "–" if row is None else f"{row['traffic']['received']:,}"
-
-    text = f"{job['ranks']:>5}{channels:>9}{micro(OURS, LAYER):>11}{micro(OURS, STEP):>11}"
+    micro = {key: f"{fastest(row) * 1e6:.0f}" for key, row in rows.items()}
+    text = f"{job['ranks']:>5}{channels:>9}{micro[OURS, LAYER]:>11}{micro[OURS, STEP]:>11}"
     for scheme in (OURS, GATHER):
-        text += f"{micro(scheme, FORWARD):>14}{micro(scheme, BACKWARD):>10}"
-    return f"{text}{received(OURS):>13}{received(GATHER):>13}"
+        text += f"{micro.get((scheme, FORWARD), '–'):>14}{micro.get((scheme, BACKWARD), '–'):>10}"
+    for scheme in (OURS, GATHER):
+        row = rows.get((scheme, FORWARD))
+        text += f"{'–' if row is None else format(row['traffic']['received'], ','):>13}"
+    return text

@@ -11,11 +11,9 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from ..kernels.threads import set_num_threads
 from ..layers import BatchNorm1d, SyncBatchNorm
 from ..reference import Moments
 from . import jobs
+from .device import HostDevice
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)
 ROWS = 2  # of x on each rank: what is timed is the synchronization, not the sweeps
@@ -35,40 +34,26 @@ LAYER, STEP = "layer", "step"  # layer(x); layer(x) and layer.backward(dy)
 
 Array = np.ndarray[Any, Any]
 Comm = Any  # mpi4py's
-
-
-class Traffic(NamedTuple):
-    """The traffic of one call: collectives, the bytes that a rank puts into them, and those that it gets back."""
-
-    collectives: int
-    sent: int
-    received: int
+Timed = Callable[[], object]
+COLLECTIVES = ("allreduce", "Iallgather", "Iallreduce")
+HOST = HostDevice()
 
 
 class Counted:
-    """A communicator or reducer whose collectives are counted."""
+    """A communicator or reducer whose collectives are counted, with the bytes that a rank sends and receives."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.traffic = inner, Traffic(0, 0, 0)
+        self.inner, self.traffic = inner, {"collectives": 0, "sent": 0, "received": 0}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        found = getattr(self.inner, name)
+        return partial(self._count, found) if name in COLLECTIVES else found
 
-    def _count(self, sent: Array, received: Array) -> None:
-        done = self.traffic
-        self.traffic = Traffic(done.collectives + 1, done.sent + sent.nbytes, done.received + received.nbytes)
-
-    def allreduce(self, frame: Array, deadline: float | None) -> None:
-        self._count(frame, frame)
-        self.inner.allreduce(frame, deadline)
-
-    def Iallgather(self, sent: Array, received: Array) -> Any:  # noqa: N802, mpi4py's name
-        self._count(sent, received)
-        return self.inner.Iallgather(sent, received)
-
-    def Iallreduce(self, in_place: Any, numbers: Array) -> Any:  # noqa: N802, mpi4py's name
-        self._count(numbers, numbers)
-        return self.inner.Iallreduce(in_place, numbers)
+    def _count(self, collective: Callable[..., Any], *arguments: Any) -> Any:
+        sent, *_, received = 2 * [one for one in arguments if isinstance(one, np.ndarray)]  # one is sent and received
+        for name, more in (("collectives", 1), ("sent", sent.nbytes), ("received", received.nbytes)):
+            self.traffic[name] += more
+        return collective(*arguments)
 
 
 class Ours:
@@ -76,6 +61,7 @@ class Ours:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self.counted = sync.exchange_over("comm", comm), "reducer"
 
     def _begin(self, operation: str) -> sync.Call:
         call = sync.begin(sync.exchange_over("comm", self.comm), operation, "bench", {"eps": EPS})
@@ -92,15 +78,13 @@ class Ours:
             a, b = sync.RankPool(call).sums(a, b)
         return a, b
 
-    def traffic(self, work: Callable[[], object]) -> Traffic:
-        return _counted(sync.exchange_over("comm", self.comm), "reducer", work)
-
 
 class AllGather:
     """The exchange of PyTorch's SyncBatchNorm, plainly."""
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm.Dup()
+        self.counted = self, "comm"
 
     def forward(self, moments: Moments) -> tuple[Array, Array]:
         c = len(moments.mean)
@@ -119,40 +103,22 @@ class AllGather:
         _wait(self.comm.Iallreduce(MPI.IN_PLACE, sums))
         return sums[: len(a)], sums[len(a) :]
 
-    def traffic(self, work: Callable[[], object]) -> Traffic:
-        return _counted(self, "comm", work)
-
-
-def _counted(owner: Any, name: str, work: Callable[[], object]) -> Traffic:
-    """Return what `work` sends through an attribute of its owner."""
-    counted = Counted(getattr(owner, name))
-    setattr(owner, name, counted)
-    try:
-        work()
-    finally:
-        setattr(owner, name, counted.inner)
-    return counted.traffic
-
 
 def _wait(request: Any) -> None:
     while not request.Test():
         os.sched_yield()
 
 
-@dataclass
-class TimedCall:
-    """A call and its samples, in seconds."""
-
-    scheme: str
-    operation: str
-    call: Callable[[], object]
-    traffic: Traffic | None = None
-    seconds: list[float] = field(default_factory=list)
-
-    def as_json(self, channels: int) -> dict[str, Any]:
-        traffic = None if self.traffic is None else self.traffic._asdict()
-        names = {"channels": channels, "scheme": self.scheme, "what": self.operation}
-        return {**names, "seconds": self.seconds, "traffic": traffic}
+def traffic(scheme: Ours | AllGather, call: Timed) -> dict[str, int]:
+    """Return the collectives of a call of the scheme, and the bytes that a rank puts into them and gets back."""
+    owner, name = scheme.counted
+    counted = Counted(getattr(owner, name))
+    setattr(owner, name, counted)
+    try:
+        call()
+    finally:
+        setattr(owner, name, counted.inner)
+    return counted.traffic
 
 
 def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> jobs.Found:
@@ -162,41 +128,51 @@ def measure(comm: Comm, turns: int, channels: tuple[int, ...] = CHANNELS) -> job
     set_num_threads(1)  # the ranks share the cores
     rows: list[dict[str, Any]] = []
     for c in channels:
-        calls = [(one, calibrate_calls(comm, one.call)) for one in _timed_calls(comm, c)]
+        timed = [(call, calibrate_calls(comm, call), row) for call, row in _timed_calls(comm, c)]
         for _ in range(turns):
-            for one, count in calls:
-                one.seconds.append(seconds_of(comm, one.call, count))
-        rows += [one.as_json(c) for one, _ in calls]
+            for call, count, row in timed:
+                row["seconds"].append(seconds_of(comm, call, count))
+        rows += [row for _, _, row in timed]
     named = re.match(r"(\D*?)[\s:]*(?:Version[\s:]*)?v?(\d[\w.]*)", MPI.Get_library_version())
     library = " ".join(named.groups()) if named else "unknown MPI"
     return {"ranks": comm.size, "mpi": library, "rows": rows}
 
 
-def _timed_calls(comm: Comm, c: int) -> list[TimedCall]:
-    """Return everything that is timed for c channels. With one rank that is the layer, which then is a plain one."""
-    rng = np.random.default_rng(comm.rank)
-    x, dy = (rng.standard_normal((ROWS, c)).astype(np.float32) for _ in range(2))
-    layer = BatchNorm1d(c) if comm.size == 1 else SyncBatchNorm(c, process_group=comm)
-
+def layer_calls(layer: Any, x: Any, dy: Any) -> dict[str, Timed]:
     def step() -> None:
         layer(x)
         layer.backward(dy)
 
-    works = [TimedCall(OURS, LAYER, lambda: layer(x)), TimedCall(OURS, STEP, step)]
+    return {LAYER: partial(layer, x), STEP: step}
+
+
+def _timed_calls(comm: Comm, c: int) -> list[tuple[Timed, dict[str, Any]]]:
+    """Return the calls for c channels, and their rows. With one rank that is the layer, which then is a plain one."""
+    rng = np.random.default_rng(comm.rank)
+    x, dy = (rng.standard_normal((ROWS, c)).astype(np.float32) for _ in range(2))
+    found: list[tuple[Timed, dict[str, Any]]] = []
+
+    def add(scheme: str, operation: str, call: Timed, sent: dict[str, int] | None = None) -> None:
+        names = {"channels": c, "scheme": scheme, "what": operation}
+        found.append((call, {**names, "seconds": [], "traffic": sent}))
+
+    layer = BatchNorm1d(c) if comm.size == 1 else SyncBatchNorm(c, process_group=comm)
+    for operation, call in layer_calls(layer, x, dy).items():
+        add(OURS, operation, call)
     if comm.size == 1:
-        return works
+        return found
     a, b = x.sum(axis=0, dtype=np.float64), dy.sum(axis=0, dtype=np.float64)
-    mean = a / ROWS
-    moments = Moments(ROWS, mean, ((x - mean) ** 2).sum(axis=0))
+    moments = Moments(ROWS, a / ROWS, ((x - a / ROWS) ** 2).sum(axis=0))
     results = []
     schemes: dict[str, Ours | AllGather] = {OURS: Ours(comm), GATHER: AllGather(comm)}
     for name, scheme in schemes.items():
-        calls = {FORWARD: partial(scheme.forward, moments), BACKWARD: partial(scheme.backward, a, b)}
-        works += [TimedCall(name, operation, call, scheme.traffic(call)) for operation, call in calls.items()]
-        results.append([*calls[FORWARD](), *calls[BACKWARD]()])
+        forward, backward = partial(scheme.forward, moments), partial(scheme.backward, a, b)
+        add(name, FORWARD, forward, traffic(scheme, forward))
+        add(name, BACKWARD, backward, traffic(scheme, backward))
+        results.append([*forward(), *backward()])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # they do the same
-    return works
+    return found
 
 
 def fastest(row: Mapping[str, Any]) -> float:
@@ -204,7 +180,7 @@ def fastest(row: Mapping[str, Any]) -> float:
     return float(min(row["seconds"]))
 
 
-def calibrate_calls(comm: Comm, call: Callable[[], object], device: Any = None, most: float = math.inf) -> int:
+def calibrate_calls(comm: Comm, call: Timed, device: HostDevice = HOST, most: float = math.inf) -> int:
     """Return the calls of a sample, the same on all ranks; the first ones compile what must be compiled."""
     calls = 1
     for _ in range(3):
@@ -213,16 +189,10 @@ def calibrate_calls(comm: Comm, call: Callable[[], object], device: Any = None, 
     return calls
 
 
-def seconds_of(comm: Comm, call: Callable[[], object], calls: int, device: Any = None) -> float:
+def seconds_of(comm: Comm, call: Timed, calls: int, device: HostDevice = HOST) -> float:
     """Return the time of one call until the device is done with it, on the average of `calls`, for the slowest rank."""
-    clock, wait = (time.perf_counter, lambda: None) if device is None else (device.clock, device.synchronize)
-    wait()
-    calls = comm.bcast(calls)
-    start = clock()
-    for _ in range(calls):
-        call()
-    wait()
-    return float(max(comm.allgather((clock() - start) / calls)))
+    _, seconds = device.host_seconds(call, comm.bcast(calls))
+    return float(max(comm.allgather(seconds)))
 
 
 def main(file: str, turns: str) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .cases import Case
+from .device import no_collection
 from .process import PeerError, first_line
 
 FEWEST = 3  # turns of a cell, before its budget ends them
@@ -50,6 +51,11 @@ class Cell:
     def median(self) -> float | None:
         return self.quartiles[1] if self.seconds else None
 
+    def prepare(self, ask: Callable[..., dict[str, Any]]) -> None:
+        """Ask the process of the contestant how a sample is taken."""
+        found = ask("prepare", contestant=self.name, operation=self.operation)
+        self.calls, self.warm, self.hold = found["calls"], found.get("warm", 0), found.get("hold", 0.0)
+
 
 @dataclass
 class Result:
@@ -59,6 +65,11 @@ class Result:
     cells: list[Cell] = field(default_factory=list)
     skipped: str = ""
 
+    @property
+    def has_news(self) -> bool:
+        """True if there is a figure or a reason to print."""
+        return bool(self.skipped) or any(cell.seconds or cell.failed or cell.left for cell in self.cells)
+
     def cell(self, row: str, operation: str) -> Cell | None:
         return next((cell for cell in self.cells if (cell.row, cell.operation) == (row, operation)), None)
 
@@ -66,6 +77,16 @@ class Result:
         """Return the median of that cell, in seconds; None without samples."""
         cell = self.cell(row, operation)
         return None if cell is None else cell.median
+
+
+@contextlib.contextmanager
+def failing(*cells: Cell) -> Iterator[None]:
+    """Let a `PeerError` be the failure of these cells, unless they have failed before."""
+    try:
+        yield
+    except PeerError as error:
+        for cell in cells:
+            cell.failed = cell.failed or str(error)
 
 
 def interleave(
@@ -87,10 +108,8 @@ def interleave(
             used = sum(cell.seconds) * (cell.calls + cell.warm)
             enough = budget is not None and len(cell.seconds) >= FEWEST and used > budget
             if not (cell.failed or enough):
-                try:
+                with failing(cell):
                     cell.seconds.append(take(cell))
-                except PeerError as error:
-                    cell.failed = str(error)
         done()
 
 
@@ -112,18 +131,13 @@ def seconds_of(call: Call, calls: int, warm: int) -> float:
     """Return the time of one call. A result is kept until the clock has stopped, or the next one has come."""
     for _ in range(warm):
         call()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         result = None
         start = time.perf_counter()
         for _ in itertools.repeat(None, calls):
             result = call()
         seconds = (time.perf_counter() - start) / calls
         del result
-    finally:
-        if collecting:
-            gc.enable()
     return seconds
 
 

@@ -41,6 +41,11 @@ class Problem(NamedTuple):
     var: Array
     eps: float = EPS
 
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """All arrays but `out`: x, dy, weight, bias, mean, var."""
+        return (*self[1:3], *self[4:8])
+
 
 def make_problems(device: HostDevice, case: Case, count: int = 1, seed: int = 0) -> list[Problem]:
     """Return problems that differ in x and dy, the same ones for the same seed; each channel has a mean of its own."""
@@ -91,11 +96,6 @@ def narrowed(xp: Any, array: Array, dtype: str) -> Array:
 # ---- The truth -------------------------------------------------------------------------------------------------------
 
 
-def limit(name: str, dtype: str, *, ours: bool) -> float:
-    """Return the ulp that y, dx, dweight or dbias may be off; `dtype` is that of the ulp."""
-    return N2[dtype][name != "y"] if ours else OTHERS[dtype]
-
-
 def truths(xp: Any, problem: Problem) -> Truth:
     """Return what every operation ought to return, as it lies in memory: on NumPy in 80 bits, else in float64."""
     case, wide = problem.case, np.longdouble if xp is np else xp.float64
@@ -133,21 +133,17 @@ def fault(xp: Any, got: list[Array], truth: Expected, case: Case, *, ours: bool,
         if tuple(array.shape) != tuple(exact.shape):
             return f"wrong: {name}{of} has shape {tuple(array.shape)}, not {tuple(exact.shape)}"
         dtype = case.dtype if exact.ndim > 1 or case.dtype not in HALVES else "float32"
-        values, most = widened(xp, array, exact.dtype), limit(name, dtype, ours=ours)
+        values, most = widened(xp, array, exact.dtype), N2[dtype][name != "y"] if ours else OTHERS[dtype]
         # in halves most of the error is the rounding of the result, which may be larger than its terms
         error = worst(xp, values, exact, xp.maximum(units, abs(exact)) if dtype in HALVES else units, dtype)
         if not error <= most:
             return f"wrong: {name}{of} is off by {error:.3g} ulp of {dtype}, {most:g} are allowed"
         if dtype in HALVES:
-            slope, most = float((values * exact).sum() / (exact * exact).sum()) - 1, _slope(case, dtype)
+            slope = float((values * exact).sum() / (exact * exact).sum()) - 1
+            most = SLOPE + 2.0 ** -FORMATS[dtype][0] / math.sqrt(case.elements)  # independent roundings leave a share
             if not abs(slope) <= most:
                 return f"wrong: {name}{of} is {slope:+.3%} too large on the whole, {most:.3%} is allowed"
     return ""
-
-
-def _slope(case: Case, dtype: str) -> float:
-    """Return `SLOPE` and the share of an ulp that independent roundings leave on the average."""
-    return SLOPE + 2.0 ** -FORMATS[dtype][0] / math.sqrt(case.elements)
 
 
 def worst(xp: Any, values: Array, exact: Array, units: Array, dtype: str) -> float:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +32,7 @@ class Work:
     """The contestants of a library, and the arrays of one case."""
 
     device: Any = HostDevice()
+    fault_of = " of {}"  # the operation in the text of a fault, which on the CPU costs all operations
 
     def __init__(self, contestants: Sequence[Contestant], packages: Sequence[str] = ()) -> None:
         self.contestants, self.packages = {one.name: one for one in contestants}, packages
@@ -45,13 +48,12 @@ class Work:
     def open(self, case: Case, seed: int = 0, count: int = 1) -> Answer:
         self.close()
         self.problems = make_problems(self.device, case, count, seed)
-        return {}
+        return {"skipped": ""}
 
-    def close(self) -> Answer:
+    def close(self) -> None:
         """Forget the case, so that never two are in memory."""
         self.problems, self.truth, self.calls = [], {}, {}
         gc.collect()
-        return {}
 
     def built(self, name: str) -> list[Calls]:
         if name not in self.calls:
@@ -76,11 +78,8 @@ class Work:
         self.device.synchronize()
         got = [first.read(array) for array in (result if isinstance(result, tuple | list) else (result,))]
         truth = self.truth[operation][: len(got) if operation == "step" else None]
-        return fault(self.device.xp, got, truth, self.problems[0].case, ours=one.ours, of=self._of(operation))
-
-    def _of(self, operation: str) -> str:
-        """Return the operation, for the text of a fault: on the CPU a fault costs all operations."""
-        return f" of {operation}"
+        of = self.fault_of.format(operation)
+        return fault(self.device.xp, got, truth, self.problems[0].case, ours=one.ours, of=of)
 
     def prepare(self, contestant: str, operation: str) -> Answer:
         """Call it until it is warm; return how a sample is taken."""
@@ -118,17 +117,18 @@ class Rotated:
     """A call on one problem after the other. The last result of each is kept, so that results rotate as well."""
 
     def __init__(self, contestant: str, operation: str, case: Case, calls: Sequence[Call]) -> None:
-        self.contestant, self.operation, self.case, self.calls = contestant, operation, case, calls
-        self.kept: dict[int, Any] = {}
-        self._turn = 0
+        self.contestant, self.operation, self.case = contestant, operation, case
+        self.kept: deque[Any] = deque(maxlen=len(calls))
+        self._calls = itertools.cycle(calls)
 
     def __call__(self) -> None:
-        self._turn = (self._turn + 1) % len(self.calls)
-        self.kept[self._turn] = self.calls[self._turn]()
+        self.kept.append(next(self._calls)())
 
 
 class GpuWork(Work):
     """All contestants on one GPU."""
+
+    fault_of = ""
 
     def __init__(self, make_device: Callable[[], Any] = CudaDevice) -> None:
         super().__init__(GPU_CONTESTANTS)
@@ -154,12 +154,11 @@ class GpuWork(Work):
             absent = f"cannot be used: {error}"
         return {"title": one.row, "version": machine.version(one.package), "absent": absent}
 
-    def alive(self) -> Answer:
+    def alive(self) -> None:
         """Raise if the device no longer works."""
         self.device.synchronize()
         self.device.nothing()
         self.device.synchronize()
-        return {}
 
     def ceilings(self) -> Answer:
         """Return what the device can do at best: copies in memory and in L2, and launches."""
@@ -168,8 +167,8 @@ class GpuWork(Work):
         found: Answer = {"copy": self._copied(large, 4), "l2_copy": self._copied(max(4096, l2 // 4), 32, flush=False)}
         self._times(device.nothing, LAUNCHES, 3)
         queued = statistics.median(self._times(device.nothing, LAUNCHES, COPIES))
-        found["launch"] = {"queued": queued, "host": self._host(device.nothing, LAUNCHES)[0]}
-        found["launch"]["waited"] = statistics.median(self._host(device.nothing, 1)[1] for _ in range(50))
+        found["launch"] = {"queued": queued, "host": device.host_seconds(device.nothing, LAUNCHES)[0]}
+        found["launch"]["waited"] = statistics.median(device.host_seconds(device.nothing, 1)[1] for _ in range(50))
         return found
 
     def _copied(self, nbytes: int, calls: int, flush: bool = True) -> Answer:
@@ -179,19 +178,8 @@ class GpuWork(Work):
         return {"bytes": nbytes, "seconds": seconds, "gb_per_s": 2 * nbytes / statistics.median(seconds) / 1e9}
 
     def _times(self, call: Call, calls: int, samples: int, flush: bool = True) -> list[float]:
-        hold = 2 * self._host(call, calls)[0] * calls + HOLD
+        hold = 2 * self.device.host_seconds(call, calls)[0] * calls + HOLD
         return [self.device.timed(call, calls, hold, flush)[0] for _ in range(samples)]
-
-    def _host(self, call: Call, calls: int) -> tuple[float, float]:
-        """Return the seconds of a call until the host has queued it, and until all are done."""
-        clock = self.device.clock
-        self.device.synchronize()
-        start = clock()
-        for _ in range(calls):
-            call()
-        queued = clock()
-        self.device.synchronize()
-        return (queued - start) / calls, (clock() - start) / calls
 
     def open(self, case: Case, seed: int = 0, count: int = 0) -> Answer:
         """Make the arrays of a case, or say why it is skipped."""
@@ -201,68 +189,57 @@ class GpuWork(Work):
         if needed > free:
             text = f"skipped: needs about {needed / 1e9:.1f} GB of the GPU, {free / 1e9:.1f} GB are free"
             return {"skipped": text}
-        super().open(case, seed, count)
+        found = super().open(case, seed, count)
         self.truth = truths(self.device.xp, self.problems[0])
-        return {"skipped": ""}
+        return found
 
-    def close(self) -> Answer:
+    def close(self) -> None:
         self.rotated, self.layers = None, {}
-        return super().close()
-
-    def _of(self, operation: str) -> str:
-        return ""
+        super().close()
 
     def prepare(self, contestant: str, operation: str) -> Answer:
         """Call it until it is warm; return the calls of a sample, and how long the stream is held for them."""
         if self.calls[contestant][0].wait is not None:
-            self._own(contestant, operation, 2)
-            seconds = self._own(contestant, operation, 3)
+            self.time_on_device(contestant, operation, 2)
+            seconds = self.time_on_device(contestant, operation, 3)["seconds"]
             return {"calls": min(OWN_MOST, math.ceil(OWN_SAMPLE / seconds)), "hold": 0.0}
-        call = self._rotated(contestant, operation)
+        call = self._rotate(contestant, operation)
         for _ in range(2):
-            self._host(call, 2)
-        host = self._host(call, 3)[0]
-        seconds = self.device.timed(call, 3, min(LONGEST_HOLD, 6 * host + HOLD))[0]
+            self.device.host_seconds(call, 2)
+        host, _ = self.device.host_seconds(call, 3)
+        seconds, _ = self.device.timed(call, 3, min(LONGEST_HOLD, 6 * host + HOLD))
         calls = max(1, min(MOST, math.ceil(SAMPLE / max(seconds, 1e-9)), int(LONGEST_HOLD / 2 / max(host, 1e-9))))
         return {"calls": calls, "hold": 2 * host * calls + HOLD}
 
-    def _rotated(self, contestant: str, operation: str) -> Rotated:
+    def _rotate(self, contestant: str, operation: str) -> Rotated:
         """Return the call on one problem after the other; what the last contestant has left is forgotten."""
         calls = [one.operations[operation] for one in self.calls[contestant]]
         self.rotated = Rotated(contestant, operation, self.problems[0].case, calls)
         return self.rotated
 
-    def time_on_device(self, contestant: str, operation: str, calls: int, hold: float) -> Answer:
-        """Return the seconds that one call took on the device, and whether that had to wait for the host."""
-        if self.calls[contestant][0].wait is not None:
-            return {"seconds": self._own(contestant, operation, calls), "late": False}
-        seconds, late = self.device.timed(self._rotated(contestant, operation), calls, hold)
+    def time_on_device(self, contestant: str, operation: str, calls: int, hold: float = 0.0) -> Answer:
+        """Return the seconds that one call took, and whether the device had to wait for the host.
+
+        They are by the host's clock, waiting included, where the library has a stream of its own.
+        """
+        call, wait = self._rotate(contestant, operation), self.calls[contestant][0].wait
+        if wait is not None:
+            _, seconds = self.device.host_seconds(call, calls, lambda: wait(list(call.kept)))
+            return {"seconds": seconds, "late": False}
+        seconds, late = self.device.timed(call, calls, hold)
         return {"seconds": seconds, "late": late}
 
-    def _own(self, contestant: str, operation: str, calls: int) -> float:
-        """Return the seconds of a call, by the host's clock, of a library with a stream of its own."""
-        call, wait = self._rotated(contestant, operation), self.calls[contestant][0].wait
-        assert wait is not None
-        self.device.synchronize()
-        start = self.device.clock()
-        for _ in range(calls):
-            call()
-        wait(list(call.kept.values()))
-        return float((self.device.clock() - start) / calls)
-
-    def release(self, contestant: str) -> Answer:
+    def release(self, contestant: str) -> None:
         """Forget a contestant that is not timed."""
         self.calls.pop(contestant, None)
-        return {}
 
-    def layer(self, row: str, case: Case) -> Answer:
+    def layer(self, contestant: str, case: Case) -> None:
         self.problems = self.problems or make_problems(self.device, case)
-        self.layers[row] = GPU_LAYERS[row](self.device, self.problems[0])
+        self.layers[contestant] = GPU_LAYERS[contestant](self.device, self.problems[0])
         for operation in case.operations:
-            self._host(self.layers[row][operation], 20)
-        return {}
+            self.device.host_seconds(self.layers[contestant][operation], 20)
 
-    def time_on_host(self, row: str, operation: str) -> Answer:
+    def time_on_host(self, contestant: str, operation: str) -> Answer:
         """Return the seconds of a call for the host, back to back, and until the device is done with it."""
-        queued, done = self._host(self.layers[row][operation], HOST_CALLS)
+        queued, done = self.device.host_seconds(self.layers[contestant][operation], HOST_CALLS)
         return {"seconds": queued, "done": done}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from typing import Any
 
-from ..bench import growth
+from ..bench import cpu, gpu, growth, sync
 from ..bench.cases import DTYPES, HALVES, LAYOUTS, OPERATIONS, Case
 from ..bench.contestants.registry import PEERS
-from ..bench.cpu import ROUNDS
 from ..bench.output import RefusedError, check_files
 from ..bench.session import BUDGET
 
@@ -53,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--what", nargs="+", choices=OPERATIONS, help="(forward backward eval; small inputs: layer step)")
     help_ = f"{', '.join(PEER_NAMES)}; or none (all that are installed; --quick: but for the reference)"
     what.add_argument("--peers", nargs="+", type=_peer, metavar="NAME", help=help_)
-    help_ = f"of each contestant ({ROUNDS}; fewer, at least 3, for one that has had {BUDGET:g} s)"
+    help_ = f"of each contestant ({cpu.ROUNDS}; fewer, at least 3, for one that has had {BUDGET:g} s)"
     what.add_argument("--repeats", type=_repeats, metavar="TURNS", help=help_)
     other = parser.add_argument_group("instead of the table")
     options: Any = {"nargs": "?", "type": _elements, "const": growth.LAST, "metavar": "ELEMENTS"}
@@ -102,8 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Return 1 if arraybn is wrong, 2 if what was asked cannot be done, 130 after Ctrl-C."""
     try:
         check_files(arguments.plot, arguments.json)
-        room = "gpu" if arguments.device == "cuda" else arguments.subject or "cpu"
-        return int(importlib.import_module(f"arraybn.bench.{room}").run(arguments))
+        if arguments.device == "cuda":
+            return gpu.GpuBench(arguments).carry_out()
+        return sync.run(arguments) if arguments.subject else cpu.Bench(arguments).carry_out()
     except RefusedError as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2

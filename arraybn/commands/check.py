@@ -52,15 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--quick", action="store_true", help="fewer scenarios")
     table.add_argument("--seed", type=_count, default=0, help="of the random batches (default 0)")
     table.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures there, or to stdout")
-    table.add_argument(
-        "--plot", nargs="?", const="arraybn-check.png", metavar="FILE", help="draw a PNG (default arraybn-check.png)"
-    )
+    help_ = "draw a PNG (default arraybn-check.png)"
+    table.add_argument("--plot", nargs="?", const="arraybn-check.png", metavar="FILE", help=help_)
     yours = parser.add_argument_group("your functions")
     yours.add_argument("--backward", metavar="module:function")
     yours.add_argument("--update", metavar="module:function")
-    yours.add_argument(
-        "--tolerance", type=float, default=4.0, metavar="ULP", help="of y (4); dx may be three times as far off"
-    )
+    help_ = "of y (4); dx may be three times as far off"
+    yours.add_argument("--tolerance", type=float, default=4.0, metavar="ULP", help=help_)
     yours.add_argument("--max-ratio", type=float, default=1e6, metavar="R", help="largest |mean|/std (1e6)")
     yours.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float32", help="of x (float32)")
     yours.add_argument("--xp", default="numpy", metavar="NAMESPACE", help="numpy, torch, jax.numpy or cupy (numpy)")
@@ -123,18 +121,18 @@ def check_target(arguments: argparse.Namespace) -> int:
             raise RefusedError(f"--{option.replace('_', '-')} belongs to the table, which is printed without a target")
     sys.path.insert(0, "")
     names = {"forward": arguments.target, "backward": arguments.backward, "update": arguments.update}
-    functions = {role: None if name is None else load(name) for role, name in names.items()}
-    xp = None if arguments.xp == "numpy" else _namespace(arguments.xp, arguments.dtype)
+    functions: Any = {role: None if name is None else load(name) for role, name in names.items()}
+    xp = None if arguments.xp == "numpy" else _imported(arguments.xp)
+    if arguments.xp == "jax.numpy" and arguments.dtype == "float64":
+        importlib.import_module("jax").config.update("jax_enable_x64", True)
+    options: Any = {name: getattr(arguments, name) for name in ("tolerance", "max_ratio", "dtype", "examples")}
     try:
-        check_batch_norm(
-            **functions,  # type: ignore[arg-type]
-            tolerance=arguments.tolerance,
-            max_ratio=arguments.max_ratio,
-            dtype=arguments.dtype,
-            xp=xp,
-            examples=_examples(arguments.examples),
-            report=_print_property,
-        )
+        importlib.import_module("hypothesis")
+    except ImportError:
+        print('the named batches alone; for random ones and small failures:  pip install "arraybn[test]"')
+        options["examples"] = 0
+    try:
+        check_batch_norm(**functions, **options, xp=xp, report=_print_property)
     except (TypeError, ValueError) as error:  # an option; what the functions raise is reported with the properties
         raise RefusedError(str(error)) from error
     except BatchNormError as error:
@@ -170,26 +168,8 @@ def load(target: str) -> Any:
 def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise RefusedError(f"no module named {error.name!r} in this folder ({Path.cwd()}) or installed") from error
-        raise RefusedError(f"importing {name} raised {type(error).__name__}: {error}") from error
     except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise RefusedError(f"no module named {missing!r} in this folder ({Path.cwd()}) or installed") from error
         raise RefusedError(f"importing {name} raised {type(error).__name__}: {error}") from error
-
-
-def _namespace(name: str, dtype: str) -> Any:
-    xp = _imported(name)
-    if name == "jax.numpy" and dtype == "float64":
-        importlib.import_module("jax").config.update("jax_enable_x64", True)
-    return xp
-
-
-def _examples(count: int) -> int:
-    """Return `count`, or 0 where there is no hypothesis to make random batches."""
-    try:
-        importlib.import_module("hypothesis")
-    except ImportError:
-        print('the named batches alone; for random ones and small failures:  pip install "arraybn[test]"')
-        return 0
-    return count

@@ -57,13 +57,18 @@ class Contestant:
 OURS = ("arraybn", "reference")  # libraries that keep the promises of arraybn
 
 
-def is_missing(needs: tuple[str, ...]) -> bool:
-    """Return whether a package is not installed; none is imported."""
-    return any(importlib.util.find_spec(name) is None for name in needs)
+class Installable:
+    """Something that needs packages, which may not be installed."""
+
+    needs: tuple[str, ...]
+
+    @property
+    def missing(self) -> bool:
+        return any(importlib.util.find_spec(name) is None for name in self.needs)
 
 
 @dataclass(frozen=True)
-class Library:
+class Library(Installable):
     """A process on the CPU: its contestants, the packages that it needs, and how to get them."""
 
     name: str  # as --peers has it
@@ -73,16 +78,12 @@ class Library:
     held: int  # arrays like x that it keeps between its turns
     contestants: tuple[Contestant, ...]
 
-    @property
-    def missing(self) -> bool:
-        return is_missing(self.needs)
-
 
 Results = dict[str, Array]  # some of mean and var (C,), y and dx (N, C, S), in NumPy
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Installable):
     """A batch norm whose accuracy is measured. `build` imports its library, and returns the function to call."""
 
     family: str
@@ -96,21 +97,18 @@ class Measured:
     def library(self) -> str:
         return self.needs[0]
 
-    @property
-    def missing(self) -> bool:
-        return is_missing(self.needs)
-
 
 def image(array: Any) -> Any:
     """Return (N, C, S) as (N, C, H, W)."""
     return array.reshape(*array.shape[:2], math.isqrt(array.shape[2]), -1)
 
 
-def channels_last(array: Any) -> Any:
-    """Return (N, C, S) as (N, H, W, C)."""
-    return np.ascontiguousarray(np.moveaxis(image(array), 1, -1))
+def on_images(step: Callable[..., tuple[Any, Any, Mapping[str, Any]]]) -> Callable[[Batch], Results]:
+    """Return the function of a batch whose `step` takes and returns (N, H, W, C): y, dx, and the statistics."""
 
+    def call(batch: Batch) -> Results:
+        x, dy = (np.ascontiguousarray(np.moveaxis(image(array), 1, -1)) for array in (batch.x, batch.dy))
+        y, dx, statistics = step(x, dy, batch.weight, batch.bias, batch.eps)
+        return {"y": np.moveaxis(np.asarray(y), -1, 1), "dx": np.moveaxis(np.asarray(dx), -1, 1), **statistics}
 
-def channels_first(array: Any) -> Any:
-    """Return (N, H, W, C) as (N, C, H, W)."""
-    return np.moveaxis(np.asarray(array), -1, 1)
+    return call

@@ -13,52 +13,56 @@ from ..truth import Problem
 from . import Calls, Results
 
 
+def _normalize(x: Array, eps: Any, axis: Any, variance: Callable[..., Any] = np.var) -> tuple[Array, ...]:
+    """Return mean, var, rstd and xhat."""
+    mean, var = x.mean(axis, keepdims=True), variance(x, axis=axis, keepdims=True)
+    rstd = 1 / np.sqrt(var + eps)
+    return mean, var, rstd, (x - mean) * rstd
+
+
+def _gradients(dy: Array, xhat: Array, rstd: Array, weight: Array, axis: Any) -> tuple[Array, ...]:
+    dbias, dweight = dy.sum(axis, keepdims=True), (dy * xhat).sum(axis, keepdims=True)
+    n = dy.size // dbias.size
+    dx = weight * rstd * (dy - dbias / n - xhat * (dweight / n))
+    return dx, dweight.ravel(), dbias.ravel()
+
+
 def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the formulas in the dtype of x."""
-    case, x, dy, _, *vectors = problem[:8]
-    axis, n = case.reduced_axes, x.size // case.shape[1]
-    weight, bias, fixed_mean, fixed_var = (vector.reshape(case.vector_shape) for vector in vectors)
-    eps = x.dtype.type(problem.eps)
+    x, dy, *vectors = problem.inputs
+    weight, bias, fixed_mean, fixed_var = (vector.reshape(problem.case.vector_shape) for vector in vectors)
+    axis, eps = problem.case.reduced_axes, x.dtype.type(problem.eps)
 
     def forward() -> Any:
         mean, var = x.mean(axis, keepdims=True), x.var(axis, keepdims=True)
         return weight * (x - mean) / np.sqrt(var + eps) + bias
 
-    rstd = 1 / np.sqrt(x.var(axis, keepdims=True) + eps)
-    xhat = (x - x.mean(axis, keepdims=True)) * rstd  # a forward keeps it for its backward
-
-    def gradients(xhat: Array, rstd: Array) -> Any:
-        dbias, dweight = dy.sum(axis, keepdims=True), (dy * xhat).sum(axis, keepdims=True)
-        dx = weight * rstd * (dy - dbias / n - xhat * (dweight / n))
-        return dx, dweight.ravel(), dbias.ravel()
-
-    def evaluate() -> Any:
-        return weight * (x - fixed_mean) / np.sqrt(fixed_var + eps) + bias
-
     def step() -> Any:
-        mean, var = x.mean(axis, keepdims=True), x.var(axis, keepdims=True)
-        rstd = 1 / np.sqrt(var + eps)
-        xhat = (x - mean) * rstd
+        _, _, rstd, xhat = _normalize(x, eps, axis)
         _ = weight * xhat + bias
-        return gradients(xhat, rstd)
+        return _gradients(dy, xhat, rstd, weight, axis)
 
-    calls = {"forward": forward, "backward": lambda: gradients(xhat, rstd), "eval": evaluate}
+    _, _, rstd, xhat = _normalize(x, eps, axis)  # a forward keeps them for its backward
+    calls = {
+        "forward": forward,
+        "backward": lambda: _gradients(dy, xhat, rstd, weight, axis),
+        "eval": lambda: weight * (x - fixed_mean) / np.sqrt(fixed_var + eps) + bias,
+    }
     return Calls({**calls, "layer": forward, "step": step}, np.asarray)
 
 
-def measured(one_pass: bool) -> Callable[[Batch], Results]:
-    """Return the formulas with the variance of two passes or of one."""
+def one_pass_var(x: Array, **over: Any) -> Any:
+    """E[x²] − E[x]², which cancels."""
+    return (x * x).mean(**over) - x.mean(**over) ** 2
 
-    def variance(x: Array, **over: Any) -> Any:
-        return (x * x).mean(**over) - x.mean(**over) ** 2 if one_pass else x.var(**over)
+
+def measured(variance: Callable[..., Any]) -> Callable[[Batch], Results]:
+    """Return the formulas with a variance of one pass or of two."""
 
     def call(batch: Batch) -> Results:
-        x, dy, weight, bias, eps = batch
-        over: Any = {"axis": (0, 2), "keepdims": True}
-        mean, var = x.mean(**over), variance(x, **over)
-        rstd = 1 / np.sqrt(var + np.float32(eps))
-        xhat = (x - mean) * rstd
-        dx = weight[:, None] * rstd * (dy - dy.mean(**over) - xhat * (dy * xhat).mean(**over))
-        return {"mean": mean.ravel(), "var": var.ravel(), "y": weight[:, None] * xhat + bias[:, None], "dx": dx}
+        weight, bias, axis = batch.weight[:, None], batch.bias[:, None], (0, 2)
+        mean, var, rstd, xhat = _normalize(batch.x, np.float32(batch.eps), axis, variance)
+        dx, *_ = _gradients(batch.dy, xhat, rstd, weight, axis)
+        return {"mean": mean, "var": var, "y": weight * xhat + bias, "dx": dx}
 
     return call

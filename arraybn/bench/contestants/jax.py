@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...testing.scenarios import Batch
 from ..cases import Case
 from ..device import Array, HostDevice
 from ..truth import Problem
-from . import Call, Calls, Results, channels_first, channels_last
+from . import Calls, Results, on_images
 
 
 @functools.cache  # all problems of a case share what is compiled
@@ -47,13 +47,6 @@ def _compiled(case: Case, eps: float) -> SimpleNamespace:
     )
 
 
-def _jax_for(problem: Problem) -> Any:
-    """Return JAX with float64, if the problem has it: without, JAX makes all arrays float32."""
-    jax = importlib.import_module("jax")
-    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
-    return jax
-
-
 def _shared(jax: Any, array: Array) -> Any:
     """Return the same memory as an array of JAX; a copy of bfloat16."""
     if "bfloat16" not in str(array.dtype):
@@ -75,39 +68,34 @@ def _reader(jax: Any, device: HostDevice) -> Callable[[Any], Array]:
 
 def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the compiled formulas, each waited for."""
-    jax = _jax_for(problem)
-    arrays = [jax.numpy.asarray(array) for array in (*problem[1:3], *problem[4:8])]
-    calls = {one: lambda call=call: jax.block_until_ready(call()) for one, call in _calls(problem, arrays).items()}
+    found = device_calls(device, problem, name)
+    wait = importlib.import_module("jax").block_until_ready
+    calls = {one: lambda call=call: wait(call()) for one, call in found.operations.items()}
     return Calls({**calls, "layer": calls["forward"]}, np.asarray)
 
 
 def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the compiled formulas, queued on a stream of JAX's own."""
-    jax = _jax_for(problem)
-    arrays = [_shared(jax, array) for array in (*problem[1:3], *problem[4:8])]
-    calls = _calls(problem, arrays)
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")  # without, JAX makes all arrays float32
+    x, dy, weight, bias, mean, var = (_shared(jax, array) for array in problem.inputs)
+    found = _compiled(problem.case, problem.eps)
+    kept = found.pulled(x, weight, bias)
 
     def poison() -> None:
-        jax.block_until_ready([jax.numpy.full_like(arrays[0], np.nan) for _ in range(3)])
+        jax.block_until_ready([jax.numpy.full_like(x, np.nan) for _ in range(3)])
 
-    return Calls(calls, _reader(jax, device), poison, dict.fromkeys(calls, "XLA"), jax.block_until_ready)
-
-
-def _calls(problem: Problem, arrays: Sequence[Any]) -> dict[str, Call]:
-    found, (x, dy, weight, bias, mean, var) = _compiled(problem.case, problem.eps), arrays
-    kept = found.pulled(x, weight, bias)
-    return {
+    calls = {
         "forward": lambda: found.forward(x, weight, bias)[0],
         "backward": lambda: found.pull(kept, dy),
         "eval": lambda: found.evaluate(x, weight, bias, mean, var),
         "step": lambda: found.step(x, weight, bias, dy)[:3],
     }
+    return Calls(calls, _reader(jax, device), poison, dict.fromkeys(calls, "XLA"), jax.block_until_ready)
 
 
-def why_absent(device: HostDevice) -> str:
-    """Return why JAX cannot use the device, or ''."""
-    is_there = device.platform != "gpu" or importlib.import_module("jax").default_backend() == device.platform
-    return "" if is_there else "this JAX finds no GPU"
+def finds_gpu() -> bool:
+    return bool(importlib.import_module("jax").default_backend() == "gpu")
 
 
 def measured_flax(use_fast_variance: bool) -> Callable[[Batch], Results]:
@@ -142,11 +130,4 @@ def _trained(forward: Callable[..., tuple[Any, Any]]) -> Callable[[Batch], Resul
         y, pull, stats = jax.vjp(lambda x: forward(x, weight, bias, eps), x, has_aux=True)
         return y, pull(dy)[0], stats
 
-    compiled = jax.jit(step, static_argnums=4)
-
-    def call(batch: Batch) -> Results:
-        images = channels_last(batch.x), channels_last(batch.dy)
-        y, dx, stats = compiled(*images, batch.weight, batch.bias, batch.eps)
-        return {"y": channels_first(y), "dx": channels_first(dx), **{k: np.asarray(v) for k, v in stats.items()}}
-
-    return call
+    return on_images(jax.jit(step, static_argnums=4))

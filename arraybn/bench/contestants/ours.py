@@ -26,11 +26,8 @@ def function_calls(device: HostDevice, problem: Problem, name: str, kernels: Any
     case, x, dy, target, weight, bias, mean, var, eps = problem
     out = None if name == "new" else target
     kernels = kernels or device.kernels.get(name)
-    options: Any = {"eps": eps, "channel_axis": case.channel_axis, "kernels": kernels}
-    _, saved = batch_norm(x, weight, bias, out=out, **options)
-
-    def forward() -> Any:
-        return batch_norm(x, weight, bias, out=out, **options)[0]
+    options: Any = {"out": out, "eps": eps, "channel_axis": case.channel_axis, "kernels": kernels}
+    _, saved = batch_norm(x, weight, bias, **options)
 
     def poison() -> None:
         target.view(device.xp.uint8)[...] = 0xFF  # NaN in every type
@@ -38,11 +35,12 @@ def function_calls(device: HostDevice, problem: Problem, name: str, kernels: Any
         kept.clear()  # the pool hands these blocks out next
 
     calls = {
-        "forward": forward,
+        "forward": lambda: batch_norm(x, weight, bias, **options)[0],
         "backward": lambda: batch_norm_backward(dy, saved, out=out),
-        "eval": lambda: batch_norm(x, weight, bias, mean=mean, var=var, out=out, **options)[0],
+        "eval": lambda: batch_norm(x, weight, bias, mean=mean, var=var, **options)[0],
+        "step": lambda: batch_norm_backward(dy, batch_norm(x, weight, bias, **options)[1], out=out),
     }
-    return Calls(calls, lambda result: result, poison)
+    return Calls({**calls, "layer": calls["forward"]}, lambda result: result, poison)
 
 
 def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
@@ -53,14 +51,7 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 
 def reference_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the calls of the generic sweeps, which are the maths as it is read."""
-    found = function_calls(device, problem, "new", "reference")
-    case, x, dy, _, weight, bias, *_, eps = problem
-    options: Any = {"eps": eps, "channel_axis": case.channel_axis, "kernels": "reference"}
-
-    def step() -> Any:
-        return batch_norm_backward(dy, batch_norm(x, weight, bias, **options)[1])
-
-    return Calls({**found.operations, "layer": found.operations["forward"], "step": step}, found.read)
+    return function_calls(device, problem, "new", "reference")
 
 
 def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ...testing.scenarios import Batch
-from ..cases import TWO_READS
 from ..device import Array, HostDevice
 from ..truth import Problem
 from . import Call, Calls, Results, image
 
 
-def tensor_of(torch: Any, array: Array) -> Any:
+def _tensor(torch: Any, array: Array) -> Any:
     """Return the same memory as a tensor."""
     if "bfloat16" in str(array.dtype):
         return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
@@ -24,8 +23,8 @@ def tensor_of(torch: Any, array: Array) -> Any:
 
 def _tensors(torch: Any, problem: Problem) -> list[Any]:
     """Return x and dy as (N, C, *S), then weight, bias, mean and var."""
-    images = [tensor_of(torch, array).movedim(problem.case.channel_axis, 1) for array in problem[1:3]]
-    return [*images, *(tensor_of(torch, vector) for vector in problem[4:8])]
+    x, dy, *vectors = (_tensor(torch, array) for array in problem.inputs)
+    return [*(tensor.movedim(problem.case.channel_axis, 1) for tensor in (x, dy)), *vectors]
 
 
 def _reader(torch: Any, device: HostDevice, problem: Problem) -> Callable[[Any], Array]:
@@ -74,16 +73,12 @@ def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the calls of the function without gradients, and its backward by autograd; "native": without cuDNN."""
     torch, eps, native = importlib.import_module("torch"), problem.eps, name == "native"
     device.share_stream(torch)
-    x, dy, weight, bias, mean, var = tensors = _tensors(torch, problem)
+    x, dy, weight, bias, mean, var = _tensors(torch, problem)
     function, leaves = torch.nn.functional.batch_norm, [t.detach().requires_grad_() for t in (x, weight, bias)]
 
-    def forward() -> Any:
+    def call(*statistics: Any, training: bool) -> Any:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
-            return function(x, None, None, weight, bias, training=True, eps=eps)
-
-    def evaluate() -> Any:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=not native):
-            return function(x, mean, var, weight, bias, training=False, eps=eps)
+            return function(x, *statistics, weight, bias, training=training, eps=eps)
 
     def poison() -> None:
         kept = [torch.full_like(x, float("nan")) for _ in range(3)]
@@ -91,26 +86,27 @@ def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 
     with torch.backends.cudnn.flags(enabled=not native):
         y = function(leaves[0], None, None, *leaves[1:], training=True, eps=eps)
-    calls = {"forward": forward, "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
-    backend = {one: _backend(torch, (x, *tensors[2:]), one != "eval", eps, native) for one in TWO_READS}
-    return Calls({**calls, "eval": evaluate}, _reader(torch, device, problem), poison, backend)
+    calls = {
+        "forward": lambda: call(None, None, training=True),
+        "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        "eval": lambda: call(mean, var, training=False),
+    }
+    chosen = (x, weight, bias, mean, var)
+    backend = {one: "Native" if native else _backend(torch, *chosen, one != "eval", eps) for one in calls}
+    return Calls(calls, _reader(torch, device, problem), poison, backend)
 
 
-def _backend(torch: Any, tensors: Sequence[Any], training: bool, eps: float, native: bool) -> str:
-    """Return the name of the backend that PyTorch chooses for x, weight, bias, mean and var."""
-    if native:
-        return "Native"
+def _backend(torch: Any, *arguments: Any) -> str:
+    """Return the name of the backend that PyTorch chooses for x, weight, bias, mean, var, training and eps."""
     choose = getattr(torch._C, "_select_batch_norm_backend", None)  # nobody has promised it
     if choose is None:
         return "backend unknown"
     with torch.backends.cudnn.flags(enabled=True):
-        return str(choose(*tensors, training, eps).name)
+        return str(choose(*arguments).name)
 
 
-def why_absent(device: HostDevice) -> str:
-    """Return why PyTorch cannot use the device, or ''."""
-    is_there = device.platform != "gpu" or importlib.import_module("torch").cuda.is_available()
-    return "" if is_there else "this PyTorch finds no GPU"
+def finds_gpu() -> bool:
+    return bool(importlib.import_module("torch").cuda.is_available())
 
 
 def measured(memory_format: str) -> Callable[[Batch], Results]:

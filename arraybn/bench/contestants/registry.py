@@ -6,27 +6,23 @@ import importlib.util
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ...kernels import MODULES
 from ..cases import LARGE_OPERATIONS
 from ..device import HostDevice
-from . import OURS, Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch, tensorflow
+from . import Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch, tensorflow
 
 # ---- The CPU: a process for each library -----------------------------------------------------------------------------
 
 COPYTO = "numpy.copyto"
 WORKING = 8  # arrays like x that the greediest has for a while beside what it holds: the reference, in float64
-ARRAYBN = Library(
-    "arraybn",
-    "arraybn",
-    ("numpy",),
-    "numpy",
-    3,
-    (
-        Contestant("copy", COPYTO, "arraybn", ours.copy_calls, operations=("copy",)),
-        Contestant("out", "arraybn, out=", "arraybn", ours.function_calls, operations=LARGE_OPERATIONS),
-        Contestant("new", "arraybn", "arraybn", ours.host_calls),
-    ),
+_OURS = (
+    Contestant("copy", COPYTO, "arraybn", ours.copy_calls, operations=("copy",)),
+    Contestant("out", "arraybn, out=", "arraybn", ours.function_calls, operations=LARGE_OPERATIONS),
+    Contestant("new", "arraybn", "arraybn", ours.host_calls),
 )
+ARRAYBN = Library("arraybn", "arraybn", ("numpy",), "numpy", 3, _OURS)
 
 
 def _peer(name: str, title: str, package: str, held: int, build: Any) -> Library:
@@ -66,7 +62,9 @@ def why_absent(one: Contestant, device: HostDevice) -> str:
     kernels = device.kernels.get(one.name)
     if isinstance(kernels, str) and (kernels not in MODULES or importlib.util.find_spec(MODULES[kernels]) is None):
         return f"this arraybn has no kernels {kernels!r}"
-    return "" if one.library in OURS else {"torch": pytorch, "jax": jax}[one.library].why_absent(device)
+    peers = {"torch": ("PyTorch", pytorch.finds_gpu), "jax": ("JAX", jax.finds_gpu)}
+    title, finds_gpu = peers.get(one.library, ("", None))
+    return "" if finds_gpu is None or device.platform != "gpu" or finds_gpu() else f"this {title} finds no GPU"
 
 
 # ---- Accuracy: a process for each library ----------------------------------------------------------------------------
@@ -109,8 +107,8 @@ def _measured_peers() -> list[Measured]:
     fast, exact = (partial(jax.measured_flax, fast) for fast in (True, False))
     tf = ("tensorflow",)
     return [
-        Measured("NumPy", "x.mean(), x.var()", ("numpy",), "numpy", partial(formulas.measured, one_pass=False)),
-        Measured("NumPy", "E[x²] − E[x]²", ("numpy",), "numpy", partial(formulas.measured, one_pass=True)),
+        Measured("NumPy", "x.mean(), x.var()", ("numpy",), "numpy", partial(formulas.measured, np.var)),
+        Measured("NumPy", "E[x²] − E[x]²", ("numpy",), "numpy", partial(formulas.measured, formulas.one_pass_var)),
         Measured("PyTorch", "batch_norm, channels-first", ("torch",), "torch", first),
         Measured("PyTorch", "batch_norm, channels-last", ("torch",), "torch", last),
         Measured("JAX", "flax BatchNorm", ("jax", "flax"), "flax", fast),

@@ -12,7 +12,23 @@ from ...testing.scenarios import Batch
 from ..device import HostDevice
 from ..process import UnsupportedError
 from ..truth import Problem
-from . import Calls, Results, channels_first, channels_last
+from . import Calls, Results, on_images
+
+
+def _fused(x: Any, dy: Any, weight: Any, bias: Any, **options: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """Return the op, whose statistics may be fixed, and its gradient, which takes what the op has returned."""
+    tf = importlib.import_module("tensorflow")
+    nothing, ops = tf.constant([], tf.float32), tf.raw_ops
+
+    def forward(mean: Any = nothing, variance: Any = nothing, is_training: bool = True) -> Any:
+        statistics = {"mean": mean, "variance": variance, "is_training": is_training}
+        return ops.FusedBatchNormV3(x=x, scale=weight, offset=bias, **statistics, **options)
+
+    def backward(fused: Any) -> Any:
+        kept = {f"reserve_space_{i}": getattr(fused, f"reserve_space_{i}") for i in (1, 2, 3)}
+        return ops.FusedBatchNormGradV3(y_backprop=dy, x=x, scale=weight, is_training=True, **kept, **options)[:3]
+
+    return forward, backward
 
 
 def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
@@ -26,16 +42,7 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     image = (n, *(s[:1] or [1]), -1, c) if last else (n, c, s[0], -1)
     x, dy = (tf.constant(array.reshape(image)) for array in problem[1:3])
     weight, bias, mean, var = map(tf.constant, problem[4:8])
-    nothing, ops = tf.constant([], tf.float32), tf.raw_ops
-    options = {"epsilon": problem.eps, "data_format": "NHWC" if last else "NCHW"}
-    inputs = {"x": x, "scale": weight, "offset": bias, **options}
-
-    def forward() -> Any:
-        return ops.FusedBatchNormV3(mean=nothing, variance=nothing, is_training=True, **inputs)
-
-    def backward(fused: Any) -> Any:
-        kept = {f"reserve_space_{i}": getattr(fused, f"reserve_space_{i}") for i in (1, 2, 3)}
-        return ops.FusedBatchNormGradV3(y_backprop=dy, x=x, scale=weight, is_training=True, **kept, **options)[:3]
+    forward, backward = _fused(x, dy, weight, bias, epsilon=problem.eps, data_format="NHWC" if last else "NCHW")
 
     def read(array: Any) -> Any:
         found = np.asarray(array)
@@ -45,7 +52,7 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     calls = {
         "forward": lambda: forward().y,
         "backward": lambda: tuple(backward(fused)),
-        "eval": lambda: ops.FusedBatchNormV3(mean=mean, variance=var, is_training=False, **inputs).y,
+        "eval": lambda: forward(mean, var, is_training=False).y,
         "step": lambda: tuple(backward(forward())),
     }
     return Calls({**calls, "layer": calls["forward"]}, read)
@@ -55,29 +62,24 @@ def measured_fused() -> Callable[[Batch], Results]:
     """Return the fused op."""
     tf = importlib.import_module("tensorflow")
 
-    def call(batch: Batch) -> Results:
-        x, n = tf.constant(channels_last(batch.x)), batch.x.size // batch.x.shape[1]
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            fused = tf.compat.v1.nn.fused_batch_norm(x, batch.weight, batch.bias, epsilon=batch.eps)
-        dx = tape.gradient(fused[0], x, output_gradients=tf.constant(channels_last(batch.dy)))
-        y, mean, var = (np.asarray(result) for result in fused)  # var unbiased
-        return {"mean": mean, "var": var * (1 - 1 / n), "y": channels_first(y), "dx": channels_first(dx)}
+    def step(x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> Any:
+        forward, backward = _fused(*map(tf.constant, (x, dy, weight, bias)), epsilon=eps)
+        fused, n = forward(), x.size // x.shape[-1]
+        return fused.y, backward(fused)[0], {"mean": fused.batch_mean, "var": fused.batch_variance * (1 - 1 / n)}
 
-    return call
+    return on_images(step)
 
 
 def measured_moments() -> Callable[[Batch], Results]:
     """Return the two functions that many a model is made of."""
     tf = importlib.import_module("tensorflow")
 
-    def call(batch: Batch) -> Results:
-        x = tf.constant(channels_last(batch.x))
+    def step(x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> Any:
+        x = tf.constant(x)
         with tf.GradientTape() as tape:
             tape.watch(x)
             mean, var = tf.nn.moments(x, axes=[0, 1, 2])
-            y = tf.nn.batch_normalization(x, mean, var, batch.bias, batch.weight, batch.eps)
-        dx = tape.gradient(y, x, output_gradients=tf.constant(channels_last(batch.dy)))
-        return {"mean": mean.numpy(), "var": var.numpy(), "y": channels_first(y), "dx": channels_first(dx)}
+            y = tf.nn.batch_normalization(x, mean, var, bias, weight, eps)
+        return y, tape.gradient(y, x, output_gradients=tf.constant(dy)), {"mean": mean, "var": var}
 
-    return call
+    return on_images(step)
