@@ -6,14 +6,29 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+Column = tuple[str, int, Callable[[Any], str]]  # heading, width, text of a row's figures
+
 
 class RefusedError(Exception):
     """The command cannot be carried out; the text says why."""
+
+
+def headings(columns: Sequence[Column]) -> str:
+    return "".join(f"{heading:>{width}}" for heading, width, _ in columns)
+
+
+def entries(columns: Sequence[Column], figures: Any) -> str:
+    return "".join(f"{text(figures):>{width}}" for _, width, text in columns)
+
+
+def paragraphs(*texts: str) -> str:
+    return "\n".join(["", *(textwrap.fill(text, 110) for text in texts)])
 
 
 def check_files(plot: str | None, file: str | None) -> None:
