@@ -116,7 +116,7 @@ class Bench(Run):
         if section.name == "table":
             for result in section.results[self._shown :]:
                 if result.skipped or any(cell.seconds or cell.failed for cell in result.cells):
-                    self.say(report.block(result, report.CpuColumns(self.machine["threads"])))
+                    self.say(report.cpu_block(result, self.machine["threads"]))
             self._shown = len(section.results)
 
     def _head(self) -> str:
@@ -179,7 +179,7 @@ class Bench(Run):
             "copy_limit": None if copy is None else report.figures(self.limit, copy),
         }
         for section in self.sections:
-            found[section.name] = [report.as_json(result) for result in section.results]
+            found[section.name] = [report.as_json(result, report.figures) for result in section.results]
             if section.name == "ladder":
-                found["rungs"] = [rung._asdict() for result in section.results for rung in ladder.rungs(result)]
+                found["rungs"] = [rung for result in section.results for rung in ladder.rungs(result)]
         return {**found, "others": self.others}

@@ -145,7 +145,7 @@ class GpuBench(Run):
 
     def _show(self, result: Result) -> None:
         if result.skipped or any(cell.seconds or cell.failed or cell.left for cell in result.cells):
-            self.say(report.block(result, report.GpuColumns(self.speed)))
+            self.say(report.gpu_block(result, self.speed))
 
     def measure_ranks(self) -> dict[str, Any]:
         """Return what two ranks have found, or under "skipped" why they have not."""
@@ -213,9 +213,9 @@ class GpuBench(Run):
             "seconds": round(self.budget.used, 1),
             "budget": {"seconds": self.budget.total, "shares": SHARES},
             "ceilings": self.ceilings,
-            "table": [report.gpu_json(result, self.speed) for result in self.table],
+            "table": [report.as_json(result, report.gpu_figures, self.speed) for result in self.table],
             "verdict": report.verdict(self.table) if self.table else None,
-            "host": [report.host_json(result) for result in self.host],
+            "host": [report.as_json(result, report.host_figures) for result in self.host],
             "ranks": self.ranks,
             "lost": [] if session is None else session.crashes,
             "not_measured": self.unmeasured(),
