@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -141,14 +142,14 @@ LOST, LOW, TOP = 2.0**24, 0.4, 1e10  # ulp
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the error of y against |mean|/std into a PNG file, which is complete or not there at all."""
-    families = [row.contestant.family for row in rows]
-    drawn = [(row, families[:index].count(families[index])) for index, row in enumerate(rows) if _finite(row)[1]]
+    drawn = [row for row in rows if _finite(row)[1]]
+    drawn.sort(key=lambda row: -max(_finite(row)[1]))  # highest first, as in the picture
 
     def fill(figure: Any) -> None:
         axes = figure.subplots()
         _set_up(axes)
-        for row, index in sorted(drawn, key=lambda one: -max(_finite(one[0])[1])):  # highest first, as in the picture
-            _draw_line(axes, row, MARKS[index % len(MARKS)])
+        for row, mark in zip(drawn, itertools.cycle(MARKS), strict=False):
+            _draw_line(axes, row, mark)
         figure.legend(loc="outside right center", frameon=False)
 
     subtitle = "Largest error of y, in ulp of float32, when the mean of the data lies further and further from zero"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._plotting import BOLD, FAMILIES, GREY, INK, LIGHT, Axes, add_legend, draw_picture, plain_numbers
+from .._plotting import BOLD, FAMILIES, GREY, INK, LIGHT, Array, Axes, add_legend, draw_picture, plain_numbers
 from . import growth, ladder
 from .cases import LARGE_OPERATIONS, OPERATIONS, SMALL_OPERATIONS
 from .contestants.registry import COPYTO
@@ -37,9 +37,8 @@ Panels = dict[tuple[str, str], list[Line]]  # by row and column
 def draw_table(results: Sequence[Result], processor: str, path: Path) -> None:
     """Draw a panel for each operation in each layout; large inputs in units of a copy, small ones in µs."""
 
-    def scale(operation: str, result: Result) -> Callable[[float], float]:
-        unit = 1e-6 if operation in SMALL_OPERATIONS else result.median(COPYTO, "copy") or math.nan
-        return lambda seconds: seconds / unit
+    def scale(operation: str, result: Result, seconds: Array) -> Array:
+        return seconds / (1e-6 if operation in SMALL_OPERATIONS else result.median(COPYTO, "copy") or math.nan)
 
     def finish(axes: Axes, lines: Sequence[Line]) -> None:
         operation, small = lines[0][0], lines[0][0] in SMALL_OPERATIONS
@@ -61,8 +60,8 @@ def draw_gpu(results: Sequence[Result], device: str, speed: float | None, path: 
     if speed is None or not panels:
         return False
 
-    def scale(operation: str, result: Result) -> Callable[[float], float]:
-        return lambda seconds: (floors(result.case, operation, speed)[0] or math.nan) / seconds
+    def scale(operation: str, result: Result, seconds: Array) -> Array:
+        return (floors(result.case, operation, speed)[0] or math.nan) / seconds
 
     def finish(axes: Axes, lines: Sequence[Line]) -> None:
         labels = [f"{operation.replace('eval', 'evaluation')}  {_shape(result)}" for operation, result in lines]
@@ -113,16 +112,16 @@ def _draw_panels(panels: Panels, path: Path, words: tuple[str, str], scale: Any,
 def _draw_marks(axes: Axes, lines: Sequence[Line], scale: Any) -> None:
     """Draw median and quartiles of all contestants, a line for each case."""
     for order, (row, (color, mark, filled)) in enumerate(STYLES.items()):
-        cells = [(y, line, line[1].cell(row, line[0])) for y, line in enumerate(lines)]
-        found = [
-            (y, *map(scale(*line), cell.quartiles)) for y, line, cell in cells if cell is not None and cell.seconds
-        ]
+        found = []
+        for y, (operation, result) in enumerate(lines):
+            cell = result.cell(row, operation)
+            if cell is not None and cell.seconds:
+                found.append((y, *sorted(scale(operation, result, np.asarray(cell.quartiles)))))
         if found:
-            y, first, median, third = np.asarray(found).T
-            ends = np.minimum(first, third), np.maximum(first, third)  # a speed has its third quartile first
-            style: Any = {"markersize": 6.5, "markeredgewidth": 1.4, "mfc": color if filled else "white"}
-            error = abs(np.asarray(ends) - median)
-            axes.errorbar(median, y, xerr=error, fmt=mark, color=color, zorder=20 - order, label=row, **style)
+            y, low, median, high = np.asarray(found).T
+            style: Any = {"color": color, "markerfacecolor": color if filled else "white", "zorder": 20 - order}
+            error = median - low, high - median
+            axes.errorbar(median, y, xerr=error, fmt=mark, markersize=6.5, markeredgewidth=1.4, label=row, **style)
 
 
 def _layout(lines: Sequence[Line]) -> str:

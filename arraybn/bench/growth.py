@@ -18,8 +18,7 @@ ROWS = ("arraybn, out=", "arraybn", "PyTorch")
 
 def cases(last: int) -> list[Case]:
     """Return (N, C, S) from (10, 10, 10) on, one of the three growing by √10 at a time, up to `last` elements."""
-    found = [Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)))
 
 
 def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
@@ -29,8 +28,9 @@ def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
 
 
 def along(axis: str, results: Sequence[Result]) -> list[Result]:
-    by_shape = {result.case.shape: result for result in results}
-    return [by_shape[shape] for shape in shapes(axis, LAST * 100) if shape in by_shape]
+    """Return the results whose other two axes are 10."""
+    others = [index for index, name in enumerate(AXES) if name != axis]
+    return [result for result in results if all(result.case.shape[index] == 10 for index in others)]
 
 
 def rows(results: Sequence[Result]) -> list[str]:

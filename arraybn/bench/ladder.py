@@ -125,22 +125,21 @@ NOTE = (
 
 def rungs(result: Result) -> list[dict[str, Any]]:
     """Return the figures of all steps, forward first: bytes, and seconds."""
-    copies = {alone: result.median(row, "copy") for alone, row in COPIES.items()}
-    failures = {cell.row: cell.failed for cell in result.cells if cell.failed}
-    return [
-        {
-            "row": step.row,
-            "what": operation,
-            "moved": traffic.total * result.case.nbytes,
-            "predicted": None if copy is None else traffic.total / 2 * copy,  # a copy moves x twice
-            "measured": result.median(step.row, operation),
-            "failed": failures.get(step.row, result.skipped),
-            "reason": traffic.reason,
-        }
-        for operation in CASE.operations
-        for step in STEPS
-        for traffic, copy in [(getattr(step, operation), copies[step.alone])]
-    ]
+    return [_rung(result, step, operation) for operation in CASE.operations for step in STEPS]
+
+
+def _rung(result: Result, step: Step, operation: str) -> dict[str, Any]:
+    traffic, copy = getattr(step, operation), result.median(COPIES[step.alone], "copy")
+    failures = [cell.failed for cell in result.cells if cell.row == step.row and cell.failed]
+    return {
+        "row": step.row,
+        "what": operation,
+        "moved": traffic.total * result.case.nbytes,
+        "predicted": None if copy is None else traffic.total / 2 * copy,  # a copy reads x and writes as much
+        "measured": result.median(step.row, operation),
+        "failed": failures[-1] if failures else result.skipped,
+        "reason": traffic.reason,
+    }
 
 
 COLUMNS: tuple[Column, ...] = (

@@ -88,20 +88,13 @@ class Progress:
 class Run(Progress):
     """A run of a bench: `measure` does the work, `report` prints the rest of it; Ctrl-C ends the first alone."""
 
+    measure: Callable[[], None]
+    report: Callable[[], None]
+    as_json: Callable[[], dict[str, Any]]
+    draw: Callable[[Path], None]
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.interrupted = arguments, False
-
-    def measure(self) -> None:
-        raise NotImplementedError
-
-    def report(self) -> None:
-        raise NotImplementedError
-
-    def as_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def draw(self, path: Path) -> None:
-        raise NotImplementedError
 
     def wrong(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ AHEAD = 1.1  # fused is kept where it is so much faster than split
 
 
 def figures(result: Result, cell: Cell) -> dict[str, Any]:
-    """Return the samples of a cell on the CPU and what follows from them; None where it cannot be said."""
+    """Return the samples of a cell on the CPU and the figures that follow; None where one is unknown."""
     found = _samples(result, cell, "library", "row", "calls")
     copy, moved, median = result.median(COPYTO, "copy"), found["bytes"], found["median"]
     return {
@@ -42,7 +43,7 @@ def figures(result: Result, cell: Cell) -> dict[str, Any]:
 
 
 def gpu_figures(result: Result, cell: Cell, speed: float | None) -> dict[str, Any]:
-    """Return the samples of a cell on a GPU and what follows from them; None where it cannot be said."""
+    """Return the samples of a cell on a GPU and the figures that follow; None where one is unknown."""
     found = _samples(result, cell, "row", "backend", "clock", "calls", "late")
     one, two = floors(result.case, cell.operation, speed)
     ours, median = best(result, cell.operation), found["median"]
@@ -75,10 +76,16 @@ def _samples(result: Result, cell: Cell, *names: str) -> dict[str, Any]:
 
 def host_figures(result: Result, cell: Cell) -> dict[str, Any]:
     """Return the samples of a layer's call on the host of a GPU."""
-    done = statistics.median(cell.done) if cell.done else None
-    found = {"row": cell.row, "what": cell.operation, "seconds": cell.seconds, "done": cell.done}
-    problems = {"failed": cell.failed or None, "left": cell.left or None}
-    return {**found, "median": cell.median, "median_done": done, **problems}
+    return {
+        "row": cell.row,
+        "what": cell.operation,
+        "seconds": cell.seconds,
+        "done": cell.done,
+        "median": cell.median,
+        "median_done": statistics.median(cell.done) if cell.done else None,
+        "failed": cell.failed or None,
+        "left": cell.left or None,
+    }
 
 
 def as_json(result: Result, figures: Callable[..., dict[str, Any]], *speed: float | None) -> dict[str, Any]:
@@ -266,7 +273,7 @@ def gpu_head(device: Mapping[str, Any], versions: Mapping[str, str], ceilings: M
 
 
 def gpu_notes(dtypes: Sequence[str]) -> str:
-    """Return what the columns mean, and what was checked before."""
+    """Return the meaning of the columns, and what was checked before."""
     ours = ", ".join(f"{N2[one][0]:g} and {N2[one][1]:g} in {one} ({OTHERS[one]:g})" for one in dtypes)
     sums = f"{N2['float32'][1]:g} ({OTHERS['float32']:g}) ulp of float32"
     return paragraphs(
@@ -316,18 +323,16 @@ def _compared(result: Result, operation: str, speed: float | None) -> str:
 
 def verdict(results: Sequence[Result]) -> dict[str, Any]:
     """Return where fused is worth it, where it is slower than split, and where PyTorch is ahead of both."""
-    found: dict[str, Any] = {"compared": 0, "fused_ahead": [], "fused_behind": [], "peer_ahead": []}
+    found: dict[str, Any] = {"compared": 0, **{key: [] for key in VERDICTS}}
     for result in results:
         for operation in result.case.operations:
-            fused, split = (result.median(row, operation) for row in OUR_GPU_ROWS)
-            ours, peer = best(result, operation), result.median(PEER, operation)
-            name = f"{operation} {result.case}"
-            found["compared"] += ours is not None
-            if fused is not None and split is not None:
-                found["fused_ahead"] += [name] if split >= AHEAD * fused else []
-                found["fused_behind"] += [name] if split < fused else []
-            if ours is not None and peer is not None and peer < ours[0]:
-                found["peer_ahead"].append(name)
+            # NaN where nothing was measured: no comparison with it holds
+            fused, split, peer = (result.median(row, operation) or math.nan for row in (*OUR_GPU_ROWS, PEER))
+            ours, _ = best(result, operation) or (math.nan, "")
+            holds = {"fused_ahead": split >= AHEAD * fused, "fused_behind": split < fused, "peer_ahead": peer < ours}
+            found["compared"] += ours > 0
+            for key in VERDICTS:
+                found[key] += [f"{operation} {result.case}"] if holds[key] else []
     return found
 
 
