@@ -22,10 +22,12 @@ FAMILIES = {  # Okabe and Ito's colours, which colour-blind readers tell apart
     "TensorFlow": "#e69f00",
     "ONNX Runtime": "#cc79a7",
 }
+BOLD: Any = {"loc": "left", "fontsize": 10, "color": INK, "weight": "bold"}
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
+    "axes.axisbelow": True,
     "axes.edgecolor": "#a0a0a0",
     "axes.labelcolor": GREY,
     "axes.labelsize": 9.5,
@@ -44,14 +46,34 @@ def draw_picture(path: Path, size: tuple[float, float], title: str, subtitle: st
     """Draw a figure in the common style, filled by `fill`, into a PNG file."""
     from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context({**rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=size, dpi=160, facecolor="white")
-        height = size[1]
-        figure.text(0.03, 1 - 0.45 / height, title, fontsize=17, weight="bold")
-        figure.text(0.03, 1 - 0.75 / height, subtitle, color=GREY)
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+        figure = Figure(figsize=size, dpi=160, facecolor="white", layout=layout)
+        figure.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=17, weight="bold")  # two lines: one for the subtitle
+        figure.text(0.02, 1 - 0.65 / size[1], subtitle, color=GREY)
         fill(figure)
         save(figure, path)
+
+
+def add_legend(figure: Figure, **options: Any) -> None:
+    """Write below the axes what each of their labels looks like, once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower left", frameon=False, **options)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Write 1, 2, 5, 10 … on a logarithmic axis as they are."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))  # more would overlap
+    axis.set_major_formatter("{x:,.10g}")
+    axis.set_minor_locator(LogLocator(subs=()))
 
 
 def spread_apart(heights: Array, gap: float) -> Array:

@@ -430,7 +430,7 @@ def test_a_result_wrong_by_a_thousandth_is_found_out_and_not_timed(fakes: Any) -
                 re.fullmatch(rf"wrong: y of forward is off by \S+ ulp of {dtype}, 256 are allowed", cell.failed)
                 for cell in wrong
             )
-            assert f"    wrong{'':<23}   wrong: y of forward" in report.block(result, report.CpuColumns(2))
+            assert f"    wrong{'':<23}   wrong: y of forward" in report.cpu_block(result, 2)
 
 
 @pytest.mark.parametrize("what", ALL)
@@ -509,7 +509,7 @@ def test_a_case_that_memory_has_no_room_for_is_skipped_with_a_word(monkeypatch: 
         small = measure(running, Case((20, 4), operations=("forward",)))
     assert result.skipped == "skipped: needs about 0.0 GB of memory, 0.0 GB are available"
     assert (result.cells, len(rounds)) == ([], 4)
-    assert result.skipped in report.block(result, report.CpuColumns(2))
+    assert result.skipped in report.cpu_block(result, 2)
     assert [len(cell.seconds) for cell in small.cells] == [2]
     assert memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * 3 + 8) * 4 * 10**6
 
@@ -530,7 +530,7 @@ def made_up() -> Result:
 
 def test_ratios_and_speeds_follow_from_medians_and_bytes() -> None:
     result = made_up()
-    found = {(one["row"], one["what"]): one for one in report.as_json(result)["rows"]}
+    found = {(one["row"], one["what"]): one for one in report.as_json(result, report.figures)["rows"]}
     bytes_of_x = 32 * 64 * 100 * 4
     forward = found["PyTorch", "forward"]
     assert (forward["ratio"], forward["copy_ratio"]) == (pytest.approx(4), pytest.approx(8))
@@ -541,7 +541,7 @@ def test_ratios_and_speeds_follow_from_medians_and_bytes() -> None:
 
 
 def test_a_block_has_a_heading_for_each_what_and_a_line_for_each_row() -> None:
-    lines = report.block(made_up(), report.CpuColumns(2)).splitlines()
+    lines = report.cpu_block(made_up(), 2).splitlines()
     assert lines[1] == "(32, 64, 10, 10) float32, channels-first, 0.8 MB"
     assert lines[2].startswith("  numpy.copyto of x, 2 threads: 0.100 ms (0.095–0.110), 16.4 GB/s")
     headings = [line.split("  ")[1].strip() for line in lines if "quartiles" in line]

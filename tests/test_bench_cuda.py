@@ -394,7 +394,7 @@ def test_jax_is_timed_by_the_clock_of_the_host() -> None:
     assert [(cell.failed, cell.backend, cell.clock, len(cell.seconds)) for cell in cells] == [
         ("", "XLA", "host", 3)
     ] * 2
-    assert "by the host's clock" in report.block(found.table[0], report.GpuColumns(found.speed))
+    assert "by the host's clock" in report.gpu_block(found.table[0], found.speed)
 
 
 def test_a_wrong_contestant_of_ours_is_not_timed_and_the_status_is_1(
@@ -682,7 +682,7 @@ def made_up() -> list[Result]:
 
 def test_the_picture_has_a_panel_for_each_dtype_and_layout(made_up: list[Result], tmp_path: Path) -> None:
     need("matplotlib")
-    panels = figure.gpu_panels(made_up)
+    panels = figure.make_panels(made_up, cases.LARGE_OPERATIONS, lambda _, result: result.case.dtype)
     assert set(panels) == {(d, layout) for d in cases.GPU_DTYPES for layout in ("first", "last")}
     assert {len(lines) for lines in panels.values()} == {15}
     assert figure.draw_gpu(made_up, "made up", 4e12, tmp_path / "a.png")
@@ -711,10 +711,10 @@ def test_the_summary_says_where_each_is_ahead(made_up: list[Result]) -> None:
 
 
 def test_without_ceilings_nothing_is_said_of_floors(made_up: list[Result]) -> None:
-    row = report.gpu_json(made_up[0], None)["rows"][0]
+    row = report.as_json(made_up[0], report.gpu_figures, None)["rows"][0]
     assert row["floor_one_read"] is row["of_one_read"] is row["of_two_reads"] is None
     assert row["gb_per_s"] > 0
-    assert "floor" not in report.block(made_up[0], report.GpuColumns(None)).splitlines()[3]
+    assert "floor" not in report.gpu_block(made_up[0], None).splitlines()[3]
     assert "ceilings: not measured: it broke" in report.gpu_head(
         {"name": "x", "memory": 1, "l2": 1}, {}, {"failed": "it broke"}, ""
     )

@@ -3,60 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import platform
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._plotting import FAMILIES, GREY, INK, STYLE, Axes, save, spread_apart
+from .._plotting import FAMILIES, GREY, INK, Axes, draw_picture
 from .._version import __version__
+from ..bench import machine
 from ..bench.contestants import Measured
+from ..bench.output import Column, entries, headings
 from ..bench.truth import PROMISED
 from .errors import GROUPS, QUANTITIES, Row
-
-Ends = dict[str, list[tuple[float, str]]]  # family → where its lines end, and their names
-
-WIDTH = 11
-TITLES = {"1e2": "ratio 1e2", "1e4": "ratio 1e4", "1e6": "ratio 1e6"}
-
-
-# ---- The table ----
 
 
 def table(rows: Sequence[Row], count: int, *, by_scenario: bool) -> str:
     """Return the largest errors over all scenarios, or for each quantity those of each group."""
     if not by_scenario:
         lines = [f"Worst error over {count} batches, in ulp of float32", ""]
-        return "\n".join([*lines, *_section(rows, "", {name: _over_all(name) for name in QUANTITIES}, promises=True)])
+        return "\n".join([*lines, *_section(rows, "", [_column(name, name) for name in QUANTITIES], promises=True)])
     lines = ["Worst error in each group of batches, in ulp of float32 (ratio: |mean|/std)"]
     for name in QUANTITIES:
-        columns = {TITLES.get(group, group): _in_group(name, group) for group in GROUPS}
+        columns = [_column(f"ratio {group}" if group[0].isdigit() else group, name, group) for group in GROUPS]
         lines += ["", *_section(rows, name, columns, promises=False)]
     return "\n".join(lines)
 
 
-def _over_all(quantity: str) -> Any:
-    return lambda row: row.worst(quantity)
+def _column(heading: str, quantity: str, group: str | None = None) -> Column:
+    def text(row: Row) -> str:
+        return _figure(row.worst(quantity) if group is None else row.errors.get(quantity, {}).get(group))
+
+    return heading, 11, text
 
 
-def _in_group(quantity: str, group: str) -> Any:
-    return lambda row: row.errors.get(quantity, {}).get(group)
-
-
-def _section(rows: Sequence[Row], title: str, columns: Mapping[str, Any], *, promises: bool) -> list[str]:
+def _section(rows: Sequence[Row], title: str, columns: Sequence[Column], *, promises: bool) -> list[str]:
     """Return a heading, and under each family its rows."""
     width = max(len(row.contestant.name) for row in rows) + 4
-    lines, family = [f"{title:<{width}}" + "".join(f"{name:>{WIDTH}}" for name in columns)], ""
+    lines, family = [f"{title:<{width}}{headings(columns)}"], ""
     for row in rows:
         if row.contestant.family != family:
             family = row.contestant.family
             lines.append(f"{family} {version(row.contestant)}".rstrip())
-        text = "".join(f"{_figure(column(row)):>{WIDTH}}" for column in columns.values())
+        text = entries(columns, row)
         if row.unusable or row.failed:
             text = f"   cannot be used: {row.unusable}" if row.unusable else f"   failed: {row.failed}"
         if promises and row.kept is not None:
@@ -77,11 +69,7 @@ def _figure(error: float | None) -> str:
 
 
 def version(contestant: Measured) -> str:
-    """Return the version of arraybn itself, or of the library."""
-    if contestant.family == "arraybn":
-        return __version__
-    name = metadata.packages_distributions().get(contestant.library, [contestant.library])[0]
-    return metadata.version(name)
+    return __version__ if contestant.family == "arraybn" else machine.version(contestant.library)
 
 
 def notes(
@@ -148,37 +136,30 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# ---- The picture ----
-
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-ALONE = " without float64"
+MARKS = "os^vDPX*<>hp"
 LOST, LOW, TOP = 2.0**24, 0.4, 1e10  # ulp
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the error of y against |mean|/std into a PNG file, which is complete or not there at all."""
-    from matplotlib import rc_context, rcParamsDefault
-    from matplotlib.figure import Figure
+    drawn = [row for row in rows if _finite(row)[1]]
+    drawn.sort(key=lambda row: -max(_finite(row)[1]))  # highest first, as in the picture
 
-    with rc_context({**rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=(11.5, 7), dpi=160, facecolor="white")
+    def fill(figure: Any) -> None:
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.06, right=0.67, top=0.875, bottom=0.085)
-        figure.text(0.06, 0.945, "How many digits does a batch norm have left?", fontsize=18, weight="bold")
-        text = "Largest error of y, in ulp of float32, when the mean of the data lies further and further from zero"
-        figure.text(0.06, 0.908, text, color=GREY)
         _set_up(axes)
-        ends: Ends = {}
-        for index, row in enumerate(rows):
-            if row.curve:
-                _draw_line(axes, row, sum(row.contestant.family == one.contestant.family for one in rows[:index]), ends)
-        _label(axes, ends)
-        save(figure, path)
+        for row, mark in zip(drawn, itertools.cycle(MARKS), strict=False):
+            _draw_line(axes, row, mark)
+        figure.legend(loc="outside right center", frameon=False)
+
+    subtitle = "Largest error of y, in ulp of float32, when the mean of the data lies further and further from zero"
+    draw_picture(path, (11.5, 7.0), "How many digits does a batch norm have left?", subtitle, fill)
 
 
 def _set_up(axes: Axes) -> None:
-    axes.set(xscale="log", yscale="log", xlim=(1, 1e6), ylim=(LOW, TOP))
-    axes.set_xlabel("|mean|/std of the data (std 1, float32)")
+    axes.set(
+        xscale="log", yscale="log", xlim=(1, 1.1e6), ylim=(LOW, TOP), xlabel="|mean|/std of the data (std 1, float32)"
+    )
     axes.axhspan(LOST, TOP, color="#f3f3f3", linewidth=0, zorder=0)
     note: Any = {"color": GREY, "fontsize": 8.5, "va": "bottom"}
     axes.text(1.15, LOST * 1.3, "no digit is right", **note)
@@ -187,52 +168,21 @@ def _set_up(axes: Axes) -> None:
         axes.text(x, LOST / 10**digits * 1.15, f"{digits} digits are right", ha=align, **note)
     axes.text(9, 2e4, "variance as E[x²] − E[x]²:\nthe error grows with the square", ha="center", **note)
     axes.text(3e4, 5e3, "mean rounded to float32:\nthe error grows in proportion", ha="center", **note)
-    axes.minorticks_off()
 
 
-def _draw_line(axes: Axes, row: Row, index: int, ends: Ends) -> None:
-    """Draw a line up to the last number, and its end for the labels."""
-    family, name, ours = row.contestant.family, row.contestant.name, row.contestant.family == "arraybn"
-    finite = [(ratio, error) for ratio, error in row.curve.items() if math.isfinite(error)]
-    ratios, errors = (np.asarray(values) for values in zip(*finite, strict=True))
-    errors = np.clip(errors, LOW, TOP)
-    style = {"color": FAMILIES.get(family, INK), "linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
-    axes.plot(ratios, errors, linestyle="-" if ours else DASHES[index % len(DASHES)], **style)
-    if len(finite) == len(row.curve):
-        short = name.removesuffix(ALONE)
-        ends.setdefault(family if short == name else family + ALONE, []).append((float(errors[-1]), short))
-        return
-    axes.plot(ratios[-1], errors[-1], "X", markersize=9, markeredgecolor="white", **style)
-    offset: Any = {"xytext": (-12, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-    text = f"{family}: {name}\nthen no number at all"
-    axes.annotate(text, (ratios[-1], errors[-1]), color=style["color"], **offset)
+def _finite(row: Row) -> tuple[list[float], list[float]]:
+    """Return the ratios, and the errors at them that are numbers."""
+    ratios = [ratio for ratio, error in row.curve.items() if math.isfinite(error)]
+    return ratios, [row.curve[ratio] for ratio in ratios]
 
 
-def _label(axes: Axes, ends: Ends) -> None:
-    """Write the family and the names of lines that end within a factor of ten, with a thin line to their ends."""
-    labels = []
-    for family, found in ends.items():
-        group: list[tuple[float, str]] = []
-        for end, name in sorted(found):
-            if group and end > 10 * group[0][0]:
-                labels.append(_joined(family, group))
-                group = []
-            group.append((end, name))
-        labels.append(_joined(family, group))
-    labels.sort()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    starts = np.asarray([to_axes.transform((1e6, end))[1] for end, _, _ in labels])
-    for start, height, (_, family, names) in zip(starts, spread_apart(starts, 0.073), labels, strict=True):
-        style: Any = {
-            "transform": axes.transAxes,
-            "color": FAMILIES.get(family.removesuffix(ALONE), INK),
-            "clip_on": False,
-        }
-        axes.plot((1.005, 1.025, 1.035), (start, height, height), linewidth=0.8, **style)
-        axes.text(1.042, height + 0.013, family, va="center", weight="bold", **style)
-        axes.text(1.042, height - 0.003, textwrap.fill(names, 60), va="top", fontsize=8, **style)
-
-
-def _joined(family: str, group: Sequence[tuple[float, str]]) -> tuple[float, str, str]:
-    """Return the height of a label (the geometric mean), and its words."""
-    return math.exp(sum(math.log(end) for end, _ in group) / len(group)), family, "; ".join(name for _, name in group)
+def _draw_line(axes: Axes, row: Row, mark: str) -> None:
+    """Draw a line up to the last number."""
+    family, (ratios, errors) = row.contestant.family, _finite(row)
+    style: Any = {"color": FAMILIES.get(family, INK), "zorder": 3 if family == "arraybn" else 2}
+    label, errors = f"{family}: {row.contestant.name}", np.clip(errors, LOW, TOP).tolist()
+    if len(ratios) < len(row.curve):
+        label += "\n(to the cross, then no number at all)"
+        axes.plot(ratios[-1], errors[-1], "x", markersize=13, markeredgewidth=2, **style)
+    width = 2.2 if family == "arraybn" else 1.6
+    axes.plot(ratios, errors, marker=mark, markersize=6, linewidth=width, clip_on=False, label=label, **style)

@@ -165,7 +165,7 @@ class Bench(Run):
             "copy_limit": None if copy is None else report.figures(self.limit, copy),
         }
         for section in self.sections:
-            found[section.name] = [report.as_json(result) for result in section.results]
+            found[section.name] = [report.as_json(result, report.figures) for result in section.results]
             if section.name == "ladder":
-                found["rungs"] = [rung._asdict() for result in section.results for rung in ladder.rungs(result)]
+                found["rungs"] = [rung for result in section.results for rung in ladder.rungs(result)]
         return {**found, "others": self.others}

@@ -119,7 +119,7 @@ class GpuBench(Run):
                 session.measure(self.table[-1])
             finally:
                 if self.table[-1].has_news:
-                    self.say(report.block(self.table[-1], report.GpuColumns(self.speed)))
+                    self.say(report.gpu_block(self.table[-1], self.speed))
             self.step()
         for case in self.plan.host:
             self.host.append(Result(case))
@@ -190,9 +190,9 @@ class GpuBench(Run):
             "seconds": round(session.budget.used, 1),
             "budget": {"seconds": session.budget.total, "shares": SHARES},
             "ceilings": self.ceilings,
-            "table": [report.gpu_json(result, self.speed) for result in self.table],
+            "table": [report.as_json(result, report.gpu_figures, self.speed) for result in self.table],
             "verdict": report.verdict(self.table) if self.table else None,
-            "host": [report.host_json(result) for result in self.host],
+            "host": [report.as_json(result, report.host_figures) for result in self.host],
             "ranks": self.ranks,
             "lost": session.crashes,
             "not_measured": self.unmeasured(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .cases import Case
 from .contestants.registry import COPYTO
+from .output import Column, entries, headings
 from .timing import Result
 
 FIRST, LAST = 10**3, 10**8  # elements
@@ -17,14 +18,19 @@ ROWS = ("arraybn, out=", "arraybn", "PyTorch")
 
 def cases(last: int) -> list[Case]:
     """Return (N, C, S) from (10, 10, 10) on, one of the three growing by √10 at a time, up to `last` elements."""
-    found = [Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)))
 
 
 def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
     steps = math.floor(2 * math.log10(last / FIRST) + 1e-9)
     sizes = [round(10 * 10 ** (step / 2)) for step in range(steps + 1)]
     return [tuple(size if name == axis else 10 for name in AXES) for size in sizes]
+
+
+def along(axis: str, results: Sequence[Result]) -> list[Result]:
+    """Return the results whose other two axes are 10."""
+    others = [index for index, name in enumerate(AXES) if name != axis]
+    return [result for result in results if all(result.case.shape[index] == 10 for index in others)]
 
 
 def rows(results: Sequence[Result]) -> list[str]:
@@ -36,30 +42,23 @@ def rows(results: Sequence[Result]) -> list[str]:
 def table(results: Sequence[Result]) -> str:
     """Return nanoseconds per element, a block for each axis."""
     names = [(row, operation) for operation in OPERATIONS for row in rows(results)]
-    width = 17
+    columns = [_column(COPYTO, "copy", 15), *(_column(*name, 17) for name in names)]
     lines = []
     for axis in AXES:
-        there = {result.case.shape: result for result in results}
-        wanted = [there[shape] for shape in shapes(axis, LAST * 100) if shape in there]
         lines += ["", f"Growth along {axis}: float32, nanoseconds per element (median)"]
-        lines.append(f"{'(N, C, S)':<22}{'elements':>10}{COPYTO:>15}" + "".join(f"{row:>{width}}" for row, _ in names))
-        lines.append(" " * 47 + "".join(f"{operation:>{width}}" for _, operation in names))
-        for result in wanted:
-            if result.skipped:
-                lines.append(f"{result.case.shape!s:<22}{_elements(result):>10}   {result.skipped}")
-                continue
-            figures = "".join(f"{_ns(result, row, operation):>{width}}" for row, operation in names)
-            lines.append(
-                f"{result.case.shape!s:<22}{_elements(result):>10}{_ns(result, COPYTO, 'copy'):>15}{figures}".rstrip()
-            )
+        lines.append(f"{'(N, C, S)':<22}{'elements':>10}{headings(columns)}")
+        lines.append(" " * 47 + "".join(f"{operation:>17}" for _, operation in names))
+        for result in along(axis, results):
+            elements = f"{result.case.elements:.1e}".replace("e+0", "e")
+            figures = f"   {result.skipped}" if result.skipped else entries(columns, result)
+            lines.append(f"{result.case.shape!s:<22}{elements:>10}{figures}".rstrip())
     failures = {(cell.row, cell.failed) for result in results for cell in result.cells if cell.failed}
     return "\n".join([*lines, *(f"  {row}: {text}" for row, text in sorted(failures))])
 
 
-def _elements(result: Result) -> str:
-    return f"{result.case.elements:.1e}".replace("e+0", "e")
+def _column(row: str, operation: str, width: int) -> Column:
+    def nanoseconds(result: Result) -> str:
+        seconds = result.median(row, operation)
+        return "–" if seconds is None else f"{seconds / result.case.elements * 1e9:.3g}"
 
-
-def _ns(result: Result, row: str, operation: str) -> str:
-    seconds = result.median(row, operation)
-    return "–" if seconds is None else f"{seconds / result.case.elements * 1e9:.3g}"
+    return row, width, nanoseconds

@@ -15,6 +15,7 @@ from ..kernels.threads import get_num_threads, set_num_threads
 from .cases import Case
 from .contestants import Call, Calls, Contestant, Library, formulas, ours
 from .device import HostDevice
+from .output import Column, entries, headings, paragraphs
 from .timing import Result
 from .truth import Problem
 
@@ -122,53 +123,51 @@ NOTE = (
 )
 
 
-class Rung(NamedTuple):
-    """A step in one direction, in figures: bytes, and seconds."""
-
-    row: str
-    what: str
-    moved: float
-    predicted: float | None  # at the speed of the copy by as many threads
-    measured: float | None
-    failed: str
-    reason: str
+def rungs(result: Result) -> list[dict[str, Any]]:
+    """Return the figures of all steps, forward first: bytes, and seconds."""
+    return [_rung(result, step, operation) for operation in CASE.operations for step in STEPS]
 
 
-def rungs(result: Result) -> list[Rung]:
-    """Return all steps, forward first."""
-    copies = {alone: result.median(row, "copy") for alone, row in COPIES.items()}
-    failures = {cell.row: cell.failed for cell in result.cells if cell.failed}
-    found = []
-    for operation in CASE.operations:
-        for step in STEPS:
-            traffic, copy = getattr(step, operation), copies[step.alone]
-            predicted = None if copy is None else traffic.total / 2 * copy
-            times = predicted, result.median(step.row, operation), failures.get(step.row, result.skipped)
-            found.append(Rung(step.row, operation, traffic.total * result.case.nbytes, *times, traffic.reason))
-    return found
+def _rung(result: Result, step: Step, operation: str) -> dict[str, Any]:
+    traffic, copy = getattr(step, operation), result.median(COPIES[step.alone], "copy")
+    failures = [cell.failed for cell in result.cells if cell.row == step.row and cell.failed]
+    return {
+        "row": step.row,
+        "what": operation,
+        "moved": traffic.total * result.case.nbytes,
+        "predicted": None if copy is None else traffic.total / 2 * copy,  # a copy reads x and writes as much
+        "measured": result.median(step.row, operation),
+        "failed": failures[-1] if failures else result.skipped,
+        "reason": traffic.reason,
+    }
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("bytes", 6, lambda rung: f"{rung['moved'] / CASE.nbytes:g}"),
+    ("predicted", 13, lambda rung: _ms(rung["predicted"])),
+    ("measured", 12, lambda rung: _ms(rung["measured"])),
+)
 
 
 def table(results: Sequence[Result]) -> str:
     """Return the bytes that each step moves, the time that they predict, and the time that was measured."""
     lines = []
     for result in results:
-        nbytes = result.case.nbytes
-        lines += [f"\nThe ladder: {result.case}, {nbytes / 1e6:.1f} MB; bytes in units of those of x"]
+        lines += [f"\nThe ladder: {result.case}, {result.case.nbytes / 1e6:.1f} MB; bytes in units of those of x"]
         for row in COPIES.values():
             if (median := result.median(row, "copy")) is not None:
                 lines.append(f"  {row}: {median * 1e3:.2f} ms, {result.case.moved('copy') / median / 1e9:.1f} GB/s")
         for rung in rungs(result):
-            if rung.row == STEPS[0].row:
-                lines += ["", f"{f'  {rung.what}':<38}{'bytes':>6}{'predicted':>13}{'measured':>12}"]
-            figures = f"{rung.moved / nbytes:>6g}{_ms(rung.predicted):>13}{_ms(rung.measured):>12}"
-            lines.append(f"    {rung.row:<34}{figures}   {rung.failed}".rstrip())
+            if rung["row"] == STEPS[0].row:
+                lines += ["", f"{'  ' + rung['what']:<38}{headings(COLUMNS)}"]
+            lines.append(f"    {rung['row']:<34}{entries(COLUMNS, rung)}   {rung['failed']}".rstrip())
     lines += ["", "Bytes, as reads + writes + pages of new arrays that the system sets to zero (r1: x is read once):"]
     for operation in CASE.operations:
         for step in STEPS:
             one = getattr(step, operation)
             text = f"{operation}, {step.row}: {one.reads:g} + {one.writes:g} + {one.cleared:g}: {one.reason}"
             lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
-    return "\n".join([*lines, "", textwrap.fill(NOTE, 110)])
+    return "\n".join([*lines, paragraphs(NOTE)])
 
 
 def _ms(seconds: float | None) -> str:

@@ -6,14 +6,29 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+Column = tuple[str, int, Callable[[Any], str]]  # heading, width, text of a row's figures
+
 
 class RefusedError(Exception):
     """The command cannot be carried out; the text says why."""
+
+
+def headings(columns: Sequence[Column]) -> str:
+    return "".join(f"{heading:>{width}}" for heading, width, _ in columns)
+
+
+def entries(columns: Sequence[Column], figures: Any) -> str:
+    return "".join(f"{text(figures):>{width}}" for _, width, text in columns)
+
+
+def paragraphs(*texts: str) -> str:
+    return "\n".join(["", *(textwrap.fill(text, 110) for text in texts)])
 
 
 def check_files(plot: str | None, file: str | None) -> None:
@@ -73,20 +88,13 @@ class Progress:
 class Run(Progress):
     """A run of a bench: `measure` does the work, `report` prints the rest of it; Ctrl-C ends the first alone."""
 
+    measure: Callable[[], None]
+    report: Callable[[], None]
+    as_json: Callable[[], dict[str, Any]]
+    draw: Callable[[Path], None]
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.interrupted = arguments, False
-
-    def measure(self) -> None:
-        raise NotImplementedError
-
-    def report(self) -> None:
-        raise NotImplementedError
-
-    def as_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def draw(self, path: Path) -> None:
-        raise NotImplementedError
 
     def wrong(self) -> bool:
         return False

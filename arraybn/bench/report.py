@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from .cases import LARGE_OPERATIONS, Case
 from .contestants.registry import COPYTO
 from .gpu_ranks import LOCAL, SYNC
 from .gpu_session import NO_TIME
+from .output import Column, entries, headings, paragraphs
 from .timing import FEWEST, Cell, Result
 from .truth import N2, OTHERS
 
@@ -27,11 +30,8 @@ FEW = 8  # cases that are named
 AHEAD = 1.1  # fused is kept where it is so much faster than split
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-
-
 def figures(result: Result, cell: Cell) -> dict[str, Any]:
-    """Return the samples of a cell on the CPU and what follows from them; None where it cannot be said."""
+    """Return the samples of a cell on the CPU and the figures that follow; None where one is unknown."""
     found = _samples(result, cell, "library", "row", "calls")
     copy, moved, median = result.median(COPYTO, "copy"), found["bytes"], found["median"]
     return {
@@ -43,7 +43,7 @@ def figures(result: Result, cell: Cell) -> dict[str, Any]:
 
 
 def gpu_figures(result: Result, cell: Cell, speed: float | None) -> dict[str, Any]:
-    """Return the samples of a cell on a GPU and what follows from them; None where it cannot be said."""
+    """Return the samples of a cell on a GPU and the figures that follow; None where one is unknown."""
     found = _samples(result, cell, "row", "backend", "clock", "calls", "late")
     one, two = floors(result.case, cell.operation, speed)
     ours, median = best(result, cell.operation), found["median"]
@@ -74,29 +74,23 @@ def _samples(result: Result, cell: Cell, *names: str) -> dict[str, Any]:
     }
 
 
-def host_figures(cell: Cell) -> dict[str, Any]:
+def host_figures(result: Result, cell: Cell) -> dict[str, Any]:
     """Return the samples of a layer's call on the host of a GPU."""
-    done = statistics.median(cell.done) if cell.done else None
-    found = {"row": cell.row, "what": cell.operation, "seconds": cell.seconds, "done": cell.done}
-    problems = {"failed": cell.failed or None, "left": cell.left or None}
-    return {**found, "median": cell.median, "median_done": done, **problems}
+    return {
+        "row": cell.row,
+        "what": cell.operation,
+        "seconds": cell.seconds,
+        "done": cell.done,
+        "median": cell.median,
+        "median_done": statistics.median(cell.done) if cell.done else None,
+        "failed": cell.failed or None,
+        "left": cell.left or None,
+    }
 
 
-def as_json(result: Result) -> dict[str, Any]:
-    return _case_json(result, [figures(result, cell) for cell in result.cells], bytes_of_x=result.case.nbytes)
-
-
-def gpu_json(result: Result, speed: float | None) -> dict[str, Any]:
-    cells = [gpu_figures(result, cell, speed) for cell in result.cells]
-    return _case_json(result, cells, bytes_of_x=result.case.nbytes)
-
-
-def host_json(result: Result) -> dict[str, Any]:
-    return _case_json(result, [host_figures(cell) for cell in result.cells])
-
-
-def _case_json(result: Result, rows: list[dict[str, Any]], **sizes: int) -> dict[str, Any]:
-    return {**result.case.as_json(), **sizes, "skipped": result.skipped or None, "rows": rows}
+def as_json(result: Result, figures: Callable[..., dict[str, Any]], *speed: float | None) -> dict[str, Any]:
+    case, rows = result.case, [figures(result, cell, *speed) for cell in result.cells]
+    return {**case.as_json(), "bytes_of_x": case.nbytes, "skipped": result.skipped or None, "rows": rows}
 
 
 def quotient(above: float | None, below: float | None) -> float | None:
@@ -120,80 +114,65 @@ def best(result: Result, operation: str) -> tuple[float, str] | None:
     return min(((median, row) for median, row in medians if median is not None), default=None)
 
 
-# ---- The blocks ------------------------------------------------------------------------------------------------------
+def cpu_block(result: Result, threads: int) -> str:
+    """Return the table of a case on the CPU, where `numpy.copyto` used `threads` threads."""
+    case, copy = result.case, result.cell(COPYTO, "copy")
+    title = f"{case}, {case.nbytes / 1e6:.1f} MB" if case.nbytes >= 1e5 else str(case)
+    columns = _time_columns("µs", 1e6) if case.is_small else [*_time_columns("ms", 1e3), *OF_COPY]
+    if copy is not None and copy.seconds and not case.is_small:
+        median = copy.quartiles[1]
+        speed = f"{duration(median)} ms ({spread(copy)}), {case.moved('copy') / median / 1e9:.1f} GB/s"
+        title += f"\n  {COPYTO} of x, {_threads(threads)}: {speed}"
+    return _block(result, title, lambda operation: f"  {TITLES[operation]:<30}", columns, figures)
 
 
-class CpuColumns(NamedTuple):
-    """The figures of a block on the CPU, where copies were made by so many threads."""
+def gpu_block(result: Result, speed: float | None) -> str:
+    """Return the table of a case on a GPU, where a copy moves `speed` bytes a second."""
 
-    threads: int
-
-    def title(self, result: Result) -> list[str]:
-        case, copy = result.case, result.cell(COPYTO, "copy")
-        lines = [f"{case}, {case.nbytes / 1e6:.1f} MB" if case.nbytes >= 1e5 else str(case)]
-        if copy is not None and copy.seconds and not case.is_small:
-            speed = case.moved("copy") / copy.quartiles[1] / 1e9
-            time = f"{duration(copy.quartiles[1])} ms ({spread(copy)}), {speed:.1f} GB/s"
-            lines.append(f"  {COPYTO} of x, {_threads(self.threads)}: {time}")
-        return lines
-
-    def heading(self, case: Case, operation: str) -> str:
-        columns = f"{'µs' if case.is_small else 'ms':>10}{'quartiles':>16}{'× arraybn':>11}"
-        more = "" if case.is_small else f"{'GB/s':>8}{'of copy':>9}{'× copyto':>10}"
-        return f"  {TITLES[operation]:<30}{columns}{more}"
-
-    def line(self, result: Result, cell: Cell) -> str:
-        name, small = f"    {cell.row:<28}", result.case.is_small
-        if not cell.seconds:
-            return f"{name}   {cell.failed or '–'}"
-        found, scale = figures(result, cell), 1e6 if small else 1e3
-        text = f"{duration(found['median'], scale):>10}{spread(cell, scale):>16}{_ratio(found['ratio']):>11}"
-        if not small:
-            text += f"{found['gb_per_s']:>8.1f}{_percent(found['copy_fraction']):>9}{_ratio(found['copy_ratio']):>10}"
-        few = f"  {len(cell.seconds)} turns" if len(cell.seconds) < FEWEST else ""
-        return f"{name}{text}{few}" + (f"  then {cell.failed}" if cell.failed else "")
-
-
-class GpuColumns(NamedTuple):
-    """The figures of a block on a GPU, where a copy moves so many bytes a second."""
-
-    speed: float | None
-
-    def title(self, result: Result) -> list[str]:
-        return [f"{result.case}, {result.case.nbytes / 1e6:.1f} MB"]
-
-    def heading(self, case: Case, operation: str) -> str:
-        one, two = floors(case, operation, self.speed)
+    def heading(operation: str) -> str:
+        one, two = floors(result.case, operation, speed)
         text = f"  {TITLES[operation]}"
         if one is not None and two is not None:
             text += f", floor {duration(one, 1e6)} µs" + (f", read twice {duration(two, 1e6)} µs" if two != one else "")
-        columns = f"{'µs':>10}{'quartiles':>16}{'× arraybn':>11}{'GB/s':>8}{'of floor':>10}{'read twice':>12}"
-        return f"{text}\n    {'':<28}{columns}"
+        return f"{text}\n{'':<32}"
 
-    def line(self, result: Result, cell: Cell) -> str:
-        backend = f" ({cell.backend})" if cell.backend and cell.backend not in cell.row else ""
-        name = f"    {cell.row + backend:<28}"
-        if not cell.seconds:
-            return f"{name}   {cell.failed or cell.left or '–'}"
-        found = gpu_figures(result, cell, self.speed)
-        text = f"{duration(found['median'], 1e6):>10}{spread(cell, 1e6):>16}{_ratio(found['ratio']):>11}"
-        text += f"{found['gb_per_s'] or 0:>8.0f}{_percent(found['of_one_read']):>10}"
-        text += f"{_percent(found['of_two_reads']):>12}"
-        marks = ["by the host's clock"] if cell.clock == "host" else []
-        marks += ["waited for the host"] if cell.late > len(cell.seconds) / 2 else []
-        marks += [f"then {cell.failed}"] if cell.failed else []
-        return f"{name}{text}" + "".join(f"  {mark}" for mark in marks)
+    title, columns = f"{result.case}, {result.case.nbytes / 1e6:.1f} MB", [*_time_columns("µs", 1e6), *OF_FLOOR]
+    return _block(result, title, heading, columns, partial(gpu_figures, speed=speed))
 
 
-def block(result: Result, columns: CpuColumns | GpuColumns) -> str:
+def _block(
+    result: Result, title: str, heading: Callable[[str], str], columns: Sequence[Column], figures: Callable[..., Any]
+) -> str:
     """Return one case: for each operation a heading, and under it the rows."""
-    lines = ["", *columns.title(result)]
-    if result.skipped:
-        return "\n".join([*lines[:2], f"  {result.skipped}"])
-    for operation in result.case.operations:
-        shown = [cell for cell in result.cells if cell.operation == operation]
-        lines += ["", columns.heading(result.case, operation), *(columns.line(result, cell) for cell in shown)]
+    lines = ["", title, *([f"  {result.skipped}"] if result.skipped else [])]
+    for operation in () if result.skipped else result.case.operations:
+        lines += ["", heading(operation) + headings(columns)]
+        for cell in result.cells:
+            if cell.operation == operation:
+                backend = f" ({cell.backend})" if cell.backend and cell.backend not in cell.row else ""
+                text = f"   {cell.failed or cell.left or '–'}"
+                if cell.seconds:
+                    text = "  ".join([entries(columns, figures(result, cell)), *_marks(cell)])
+                lines.append(f"    {cell.row + backend:<28}{text}")
     return "\n".join(lines)
+
+
+def _marks(cell: Cell) -> list[str]:
+    marks = {
+        f"{len(cell.seconds)} turns": len(cell.seconds) < FEWEST,
+        "by the host's clock": cell.clock == "host",
+        "waited for the host": cell.late > len(cell.seconds) / 2,
+        f"then {cell.failed}": cell.failed,
+    }
+    return [text for text, holds in marks.items() if holds]
+
+
+def _time_columns(unit: str, scale: float) -> list[Column]:
+    return [
+        (unit, 10, lambda found: duration(found["median"], scale)),
+        ("quartiles", 16, lambda found: f"{duration(found['q1'], scale)}–{duration(found['q3'], scale)}"),
+        ("× arraybn", 11, lambda found: _ratio(found["ratio"])),
+    ]
 
 
 def duration(seconds: float, scale: float = 1e3) -> str:
@@ -215,11 +194,20 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
+OF_COPY: tuple[Column, ...] = (
+    ("GB/s", 8, lambda found: f"{found['gb_per_s']:.1f}"),
+    ("of copy", 9, lambda found: _percent(found["copy_fraction"])),
+    ("× copyto", 10, lambda found: _ratio(found["copy_ratio"])),
+)
+OF_FLOOR: tuple[Column, ...] = (
+    ("GB/s", 8, lambda found: f"{found['gb_per_s']:.0f}"),
+    ("of floor", 10, lambda found: _percent(found["of_one_read"])),
+    ("read twice", 12, lambda found: _percent(found["of_two_reads"])),
+)
+
+
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-# ---- Above and below the table ---------------------------------------------------------------------------------------
 
 
 def head(machine: Mapping[str, Any], versions: Mapping[str, str], limit: Cell | None, nbytes: int, command: str) -> str:
@@ -241,21 +229,22 @@ def _versions(versions: Mapping[str, str]) -> list[str]:
 
 
 def notes(small: bool, dtypes: Sequence[str], checked: int) -> str:
-    """Return what the columns mean, and what was checked before."""
+    """Return the meaning of the columns, and what was checked before."""
     ours = " and ".join(f"{N2[dtype][0]:g} (y) and {N2[dtype][1]:g} (gradients) in {dtype}" for dtype in dtypes)
     batches = "a small batch" if checked == 1 else f"{checked} small batches"
-    texts = [
+    checks = (
         f"Checked first, on {batches}, against 80-bit results: arraybn may be off by {ours}, all others by"
-        f" {OTHERS[dtypes[0]]:g}, in ulp of the largest term. Who is wrong is not timed.",
+        f" {OTHERS[dtypes[0]]:g}, in ulp of the largest term. Who is wrong is not timed."
+    )
+    times = (
         "Medians over turns taken one after another, each library in a process of its own. × arraybn: the time divided"
-        " by that of arraybn into a new array, as the others work; out=: into an array that is there already.",
-    ]
-    if not small:
-        texts.append(
-            "GB/s: the bytes that must be moved (forward: reads x, writes y; backward: reads dy and x, writes dx) by"
-            f" the time. of copy: that, by the GB/s of {COPYTO} of the same x; × copyto: the time by that of this copy."
-        )
-    return "\n".join(["", *(textwrap.fill(text, 110) for text in texts)])
+        " by that of arraybn into a new array, as the others work; out=: into an array that is there already."
+    )
+    speeds = (
+        "GB/s: the bytes that must be moved (forward: reads x, writes y; backward: reads dy and x, writes dx) by"
+        f" the time. of copy: that, by the GB/s of {COPYTO} of the same x; × copyto: the time by that of this copy."
+    )
+    return paragraphs(checks, times) if small else paragraphs(checks, times, speeds)
 
 
 def company(load: float | None, cores: int) -> str:
@@ -263,7 +252,7 @@ def company(load: float | None, cores: int) -> str:
     if load is None or load < 0.1 * cores:
         return ""
     text = f"NOT ALONE: meanwhile other programs kept {load:.1f} of {cores} cores busy, so these figures are"
-    return "\n" + textwrap.fill(f"{text} worse than need be, most of all those of libraries that use every core.", 110)
+    return paragraphs(f"{text} worse than need be, most of all those of libraries that use every core.")
 
 
 def gpu_head(device: Mapping[str, Any], versions: Mapping[str, str], ceilings: Mapping[str, Any], command: str) -> str:
@@ -284,10 +273,10 @@ def gpu_head(device: Mapping[str, Any], versions: Mapping[str, str], ceilings: M
 
 
 def gpu_notes(dtypes: Sequence[str]) -> str:
-    """Return what the columns mean, and what was checked before."""
+    """Return the meaning of the columns, and what was checked before."""
     ours = ", ".join(f"{N2[one][0]:g} and {N2[one][1]:g} in {one} ({OTHERS[one]:g})" for one in dtypes)
     sums = f"{N2['float32'][1]:g} ({OTHERS['float32']:g}) ulp of float32"
-    texts = [
+    return paragraphs(
         "Checked first, on the very shapes, on fresh random data and into NaN, against float64 on the same GPU: y and"
         f" dx of arraybn may be off by {ours}, in ulp of the largest term; in brackets: all others; dweight and dbias"
         f" by {sums}. Who is wrong is not timed.",
@@ -296,22 +285,30 @@ def gpu_notes(dtypes: Sequence[str]) -> str:
         " the bytes that must be moved if each value is read once, by the time. of floor: the time of these bytes at"
         " the speed of the copy above, by the time; read twice: likewise, if sums and map each read everything.",
         "× arraybn: the time by that of the faster of arraybn fused and arraybn split.",
-    ]
-    return "\n".join(["", *(textwrap.fill(text, 110) for text in texts)])
+    )
 
 
-# ---- After the table of a GPU ----------------------------------------------------------------------------------------
+VERDICTS = {
+    "fused_ahead": f"fused at least {AHEAD - 1:.0%} faster than split",
+    "fused_behind": "fused slower than split",
+    "peer_ahead": "PyTorch's choice faster than both",
+}
 
 
 def summary(results: Sequence[Result], speed: float | None) -> str:
     """Return, for each case, how near arraybn comes to the floor, and how far ahead of PyTorch's choice it is."""
     lines = ["", "arraybn at its fastest: of the one-read floor, and how many times as fast as PyTorch's choice"]
     lines.append(f"  {'':<46}{''.join(f'{operation:>26}' for operation in LARGE_OPERATIONS)}")
-    found = {str(result.case): [_compared(result, one, speed) for one in LARGE_OPERATIONS] for result in results}
-    if all(text == "–" for texts in found.values() for text in texts):
-        return ""
-    lines += [f"  {case:<46}{''.join(f'{text:>26}' for text in texts)}".rstrip() for case, texts in found.items()]
-    return "\n".join([*lines, *_verdict(results)])
+    for result in results:
+        texts = [f"{_compared(result, operation, speed):>26}" for operation in LARGE_OPERATIONS]
+        lines.append(f"  {result.case!s:<46}{''.join(texts)}".rstrip())
+    found = verdict(results)
+    lines.append("")
+    for key, title in VERDICTS.items():
+        where = f": {'; '.join(found[key])}" if 0 < len(found[key]) <= FEW else ""  # the JSON has them all
+        text = f"{title}: {len(found[key])} of {found['compared']}{where}"
+        lines += textwrap.wrap(text, 110, subsequent_indent="  ")
+    return "\n".join(lines) if found["compared"] else ""
 
 
 def _compared(result: Result, operation: str, speed: float | None) -> str:
@@ -326,35 +323,17 @@ def _compared(result: Result, operation: str, speed: float | None) -> str:
 
 def verdict(results: Sequence[Result]) -> dict[str, Any]:
     """Return where fused is worth it, where it is slower than split, and where PyTorch is ahead of both."""
-    found: dict[str, Any] = {"compared": 0, "fused_ahead": [], "fused_behind": [], "peer_ahead": []}
+    found: dict[str, Any] = {"compared": 0, **{key: [] for key in VERDICTS}}
     for result in results:
         for operation in result.case.operations:
-            fused, split = (result.median(row, operation) for row in OUR_GPU_ROWS)
-            ours, peer = best(result, operation), result.median(PEER, operation)
-            name = f"{operation} {result.case}"
-            found["compared"] += ours is not None
-            if fused is not None and split is not None:
-                found["fused_ahead"] += [name] if split >= AHEAD * fused else []
-                found["fused_behind"] += [name] if split < fused else []
-            if ours is not None and peer is not None and peer < ours[0]:
-                found["peer_ahead"].append(name)
+            # NaN where nothing was measured: no comparison with it holds
+            fused, split, peer = (result.median(row, operation) or math.nan for row in (*OUR_GPU_ROWS, PEER))
+            ours, _ = best(result, operation) or (math.nan, "")
+            holds = {"fused_ahead": split >= AHEAD * fused, "fused_behind": split < fused, "peer_ahead": peer < ours}
+            found["compared"] += ours > 0
+            for key in VERDICTS:
+                found[key] += [f"{operation} {result.case}"] if holds[key] else []
     return found
-
-
-def _verdict(results: Sequence[Result]) -> list[str]:
-    """Return how often, and where if it is seldom; the JSON has them all."""
-    found = verdict(results)
-    titles = {
-        "fused_ahead": f"fused at least {AHEAD - 1:.0%} faster than split",
-        "fused_behind": "fused slower than split",
-        "peer_ahead": "PyTorch's choice faster than both",
-    }
-    lines = [""]
-    for key, title in titles.items():
-        where = f": {'; '.join(found[key])}" if 0 < len(found[key]) <= FEW else ""
-        text = f"{title}: {len(found[key])} of {found['compared']}{where}"
-        lines += textwrap.wrap(text, 110, subsequent_indent="  ")
-    return lines
 
 
 def host_table(results: Sequence[Result]) -> str:
@@ -381,16 +360,16 @@ def ranks_table(found: Mapping[str, Any]) -> str:
     if found["wrong"]:
         return "\n".join([*lines, f"  WRONG: {found['wrong']}"])
     lines.append(f"    {'':<22}{'local':>14}{'synchronized':>16}{'more':>10}")
-    medians = {
-        (tuple(row["shape"]), row["what"], row["scheme"]): statistics.median(row["seconds"]) for row in found["rows"]
-    }
-    for shape, operation, scheme in medians:
-        if scheme == LOCAL:
-            local, both = (medians[shape, operation, one] for one in (LOCAL, SYNC))
-            times = f"{duration(local, 1e6):>14}{duration(both, 1e6):>16}{duration(both - local, 1e6):>10}"
-            lines.append(f"    {_times(shape) + ' ' + operation:<22}{times}")
-    return "\n".join([*lines, *(f"    {_times(shape)}: {NO_TIME}" for shape in found["left"])])
+    medians: dict[str, dict[str, float]] = {}
+    for row in found["rows"]:
+        times = medians.setdefault(f"{_shape(row['shape'])} {row['what']}", {})
+        times[row["scheme"]] = statistics.median(row["seconds"])
+    for name, times in medians.items():
+        local, both = times[LOCAL], times[SYNC]
+        text = f"{duration(local, 1e6):>14}{duration(both, 1e6):>16}{duration(both - local, 1e6):>10}"
+        lines.append(f"    {name:<22}{text}")
+    return "\n".join([*lines, *(f"    {_shape(shape)}: {NO_TIME}" for shape in found["left"])])
 
 
-def _times(shape: Sequence[int]) -> str:
+def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
