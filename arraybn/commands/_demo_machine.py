@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import tempfile
@@ -16,13 +17,24 @@ from ..modules import Module
 DEVICES = ("cpu", "cuda")
 
 
-def missing_libraries(plot: bool) -> str:
-    """Return the libraries of the demo extra that cannot be imported, and the command that installs them; or ''."""
-    needed = {"scikit-learn": "sklearn.datasets", "tqdm": "tqdm", "matplotlib": "matplotlib.figure"}
-    if not plot:
-        del needed["matplotlib"]
+def problem_with(arguments: argparse.Namespace, *, writes: bool) -> str:
+    """Return the first requirement that is missing, or ''; create the folder if this process `writes` there."""
+    problem = _missing_libraries(not arguments.no_plot)
+    if arguments.device == "cuda":
+        problem = problem or _gpu_problem()
+    return problem or (_folder_problem(arguments.out) if writes else "")
+
+
+def refuse(problem: str) -> int:
+    """Print the problem; return the exit status."""
+    print(f"demo: {problem}", file=sys.stderr)
+    return 1
+
+
+def _missing_libraries(plot: bool) -> str:
+    needed = [("scikit-learn", "sklearn.datasets"), ("tqdm", "tqdm"), ("matplotlib", "matplotlib.figure")]
     problems = []
-    for name, module in needed.items():
+    for name, module in needed if plot else needed[:-1]:
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -30,8 +42,18 @@ def missing_libraries(plot: bool) -> str:
     return f'{", ".join(problems)}: {sys.executable} -m pip install "arraybn[demo]"' if problems else ""
 
 
-def folder_problem(folder: Path) -> str:
-    """Create the folder; return the reason if no file can be written there, else ''."""
+def _gpu_problem() -> str:
+    try:
+        importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        install = f'{sys.executable} -m pip install "arraybn[cuda12]" (for CUDA 13: cuda13)'
+        return f"--device cuda: expected CuPy, which cannot be imported ({error}). Run: {install}"
+    except RuntimeError as error:  # CuPy's own class
+        return f"--device cuda: expected a GPU; CuPy finds none: {error}"
+    return ""
+
+
+def _folder_problem(folder: Path) -> str:
     try:
         if folder.exists() and not folder.is_dir():
             return f"--out {folder}: expected a folder; this is a file"
@@ -42,42 +64,20 @@ def folder_problem(folder: Path) -> str:
         return f"--out {folder}: cannot write there: {error.strerror or error}"
 
 
-def device_problem(device: str) -> str:
-    """Return the reason if this device cannot be used, else ''."""
-    if device == "cpu":
-        return ""
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        install = f'{sys.executable} -m pip install "arraybn[cuda12]" (for CUDA 13: cuda13)'
-        return f"--device cuda: expected CuPy, which cannot be imported ({error}). Run: {install}"
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except RuntimeError as error:  # CuPy's own class
-        return f"--device cuda: expected a GPU; CuPy finds none: {error}"
-    return ""
+def namespace(device: str, comm: Any = None) -> tuple[Namespace, str]:
+    """Return the namespace to train with and ' on NVIDIA H200, CUDA device 0', or NumPy and ''.
 
-
-def namespace(device: str, comm: Any = None) -> Namespace:
-    """Return the namespace of the arrays to train with, and make the GPU of this rank the current one.
-
-    The ranks of a machine take its GPUs in turn; with more ranks than GPUs, several ranks share a GPU.
+    The GPU of this rank becomes the current one. The ranks of a machine take its GPUs in turn; with more ranks than
+    GPUs, several ranks share a GPU.
     """
     if device == "cpu":
-        return np
+        return np, ""
     cupy, local = importlib.import_module("cupy"), 0
     if comm is not None:
         local = comm.Split_type(importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED).rank
-    cupy.cuda.Device(local % cupy.cuda.runtime.getDeviceCount()).use()
-    return cupy
-
-
-def device_text(xp: Namespace) -> str:
-    """Return ' on NVIDIA H200, CUDA device 0', or '' for the host."""
-    if xp is np:
-        return ""
-    index = xp.cuda.runtime.getDevice()
-    return f" on {xp.cuda.runtime.getDeviceProperties(index)['name'].decode()}, CUDA device {index}"
+    index = local % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(index).use()
+    return cupy, f" on {cupy.cuda.runtime.getDeviceProperties(index)['name'].decode()}, CUDA device {index}"
 
 
 def to_network_device(network: Module, array: Array) -> Array:

@@ -16,16 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 from .._version import __version__
 
 HELP = "what is installed here, what of it works, and how to get the rest"
 DESCRIPTION = "Print versions, array namespaces, kernels, MPI and GPUs, and how to install what is missing."
 
-TIME_LIMIT = 10.0  # seconds, for all probes together, which run at the same time
+TIME_LIMIT = 10.0  # seconds, for each probe; all run at the same time
 
 EXTRAS = {  # extra: the distributions that the extra installs
     "cpu": ("numba", "ml_dtypes"),
@@ -103,17 +104,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 0 even if something is missing."""
     if arguments.compile and not _compile():
         return 1
-    namespaces = {name: _start_python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_installed(name)}
-    mpi = _start_python(_MPI_PROBE) if _is_installed("mpi4py") else None
-    gpus, numba = _gpu_probes(), _start_python(_NUMBA_PROBE) if _is_installed("numba") else None
-    deadline = time.monotonic() + TIME_LIMIT
-    answers = {name: probe.answer(deadline) for name, probe in gpus.items()}
+    answers = _ask_all()
     sections = {
         f"arraybn {__version__}": _basics(),
-        "Namespaces": [_namespace(name, namespaces.get(name), deadline) for name in NAMESPACES],
-        "Kernels": [*_kernels(numba, deadline), _cuda_kernels(answers.get("cupy"))],
-        "MPI": _mpi(mpi, deadline),
-        "GPUs": _gpus(answers),
+        "Namespaces": [_namespace(name, answers.get(name)) for name in NAMESPACES],
+        "Kernels": [
+            Row("reference", "", "any array; always there"),
+            _cpu_kernels(answers.get("numba")),
+            _cuda_kernels(answers.get("cupy.cuda")),
+        ],
+        "MPI": _mpi(answers.get("mpi4py")),
+        "GPUs": _gpus({name: answers[name] for name in ("nvidia-smi", "cupy.cuda") if name in answers}),
         "Extras": [_extra(name) for name in EXTRAS],
     }
     print(_report(sections))
@@ -141,55 +142,47 @@ def _compile() -> bool:
 Answer: TypeAlias = tuple[list[str], str]  # the lines that a probe printed, and its problem or ''
 
 
-class Probe:
-    """A started command. Its output goes to files: a pipe would wait for a grandchild that keeps the pipe open."""
+def _ask_all() -> dict[str, Answer]:
+    """Run the probes of all installed modules, and nvidia-smi, at the same time."""
+    codes = {name: (_NAMESPACE_PROBE, name) for name in NAMESPACES}
+    probes = {**codes, "numba": (_NUMBA_PROBE,), "mpi4py": (_MPI_PROBE,), "cupy.cuda": (_CUPY_PROBE,)}
+    commands = {name: [sys.executable, "-c", *probe] for name, probe in probes.items() if _is_installed(name)}
+    if program := shutil.which("nvidia-smi"):
+        commands["nvidia-smi"] = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return dict(zip(commands, pool.map(_ask, commands.values()), strict=True))
 
-    def __init__(self, *command: str, env: dict[str, str] | None = None) -> None:
-        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, `answer` closes them
-        self._files = out, err
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
 
-    def answer(self, deadline: float) -> Answer:
-        """Wait until the deadline; return the printed lines, and the problem or ''."""
-        problem = ""
+def _ask(command: Sequence[str]) -> Answer:
+    """Run a command; return the printed lines, and the problem or ''."""
+    problem = ""
+    # files, because a pipe would wait for a grandchild that keeps the pipe open
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
         try:
-            status = self._process.wait(max(0.1, deadline - time.monotonic()))
+            status = subprocess.run(command, **streams, env=_environment(), timeout=TIME_LIMIT, check=False).returncode
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-            problem = f"no answer within {TIME_LIMIT:g} s"
-        out, err = (self._lines(file) for file in self._files)
-        if status and not problem:
-            ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-            problem = (err or out or [ended])[-1] if status > 0 else ended
-        return out, problem
-
-    @staticmethod
-    def _lines(file: IO[bytes]) -> list[str]:
-        with file:
-            file.seek(0)
-            text = file.read().decode(errors="replace")
-        return [line.strip() for line in text.splitlines() if line.strip()]
+            status, problem = 0, f"no answer within {TIME_LIMIT:g} s"
+        lines, errors = (_lines(file) for file in (out, err))
+    if status < 0:
+        problem = f"ended by signal {-status}"
+    elif status:
+        problem = (errors or lines or [f"exit status {status}"])[-1]
+    return lines, problem
 
 
-def _start_python(code: str, *arguments: str) -> Probe:
-    """Start Python code that can import this arraybn and does not count as a rank of a running MPI job."""
+def _lines(file: IO[bytes]) -> list[str]:
+    file.seek(0)
+    text = file.read().decode(errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _environment() -> dict[str, str]:
+    """Return variables with which Python can import this arraybn and is no rank of a running MPI job."""
     launched = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "HYDI_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     home = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
-    return Probe(sys.executable, "-c", code, *arguments, env=env)
-
-
-def _gpu_probes() -> dict[str, Probe]:
-    """Start the GPU probes."""
-    probes = {}
-    if program := shutil.which("nvidia-smi"):
-        query = "--query-gpu=name,memory.total,driver_version"
-        probes["nvidia-smi"] = Probe(program, query, "--format=csv,noheader")
-    if _is_installed("cupy"):
-        probes["cupy"] = _start_python(_CUPY_PROBE)
-    return probes
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))}
 
 
 # ---- The sections of the report ----
@@ -211,11 +204,11 @@ def _basics() -> list[Row]:
     ]
 
 
-def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
+def _namespace(name: str, answer: Answer | None) -> Row:
     """Return the namespace's version and dtypes, or the reason why it cannot be used."""
-    if probe is None:
+    if answer is None:
         return Row(name, "missing", NAMESPACES[name])
-    lines, problem = probe.answer(deadline)
+    lines, problem = answer
     if problem or not lines:
         return Row(name, _version(name.partition(".")[0]), f"cannot be used: {problem or 'no answer'}")
     version, dtypes = json.loads(lines[-1])
@@ -227,25 +220,31 @@ def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
     return Row(name, version, text)
 
 
-def _kernels(numba: Probe | None, deadline: float) -> list[Row]:
-    rows = [Row("reference", "", "any array; always there")]
-    if numba is None:
-        return [*rows, Row("cpu", "missing", 'pip install "arraybn[cpu]"')]
-    lines, problem = numba.answer(deadline)
+def _cpu_kernels(answer: Answer | None) -> Row:
+    if answer is None:
+        return Row("cpu", "missing", 'pip install "arraybn[cpu]"')
+    lines, problem = answer
     text = f"cannot be used: {problem or 'no answer'}" if problem or not lines else f"NumPy arrays; {lines[-1]}"
-    return [*rows, Row("cpu", f"numba {_version('numba')}", text)]
+    return Row("cpu", f"numba {_version('numba')}", text)
 
 
-def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
-    program = launcher()
+def _cuda_kernels(answer: Answer | None) -> Row:
+    if answer is None:
+        return Row("cuda", "missing", NAMESPACES["cupy"])
+    lines, problem = answer
+    state = "" if problem or not lines else json.loads(lines[-1])[1]
+    return Row("cuda", "", f"CuPy arrays; {state}" if state else f"cannot be used: {problem or 'no GPU'}")
+
+
+def _mpi(answer: Answer | None) -> list[Row]:
     rows = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')]
-    if probe is not None:
-        lines, problem = probe.answer(deadline)
+    if answer is not None:
+        lines, problem = answer
         library = " ".join(lines[0].split()) if lines and lines[0] != "started" else "unknown"
         state = "starts" if "started" in lines else f"does not start: {problem or 'it ended early'}"
         rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
     missing = 'missing: pip install "arraybn[mpi]" or an MPI of the system'
-    return [*rows, Row("launcher", "", program or missing)]
+    return [*rows, Row("launcher", "", launcher() or missing)]
 
 
 def launcher() -> str | None:
@@ -254,20 +253,12 @@ def launcher() -> str | None:
     return shutil.which("mpiexec", path=path) or shutil.which("mpirun", path=path)
 
 
-def _cuda_kernels(answer: Answer | None) -> Row:
-    """Return the state of the CUDA kernels and the number of compiled kernels."""
-    if answer is None:
-        return Row("cuda", "missing", NAMESPACES["cupy"])
-    lines, problem = answer
-    state = "" if problem or not lines else json.loads(lines[-1])[1]
-    return Row("cuda", "", f"CuPy arrays; {state}" if state else f"cannot be used: {problem or 'no GPU'}")
-
-
 def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
     """Return one row for each line that nvidia-smi and CuPy report."""
     rows = []
     for name, (lines, problem) in answers.items():
         texts = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
+        name = name.partition(".")[0]
         rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in texts]
     return rows or [Row("none found", "", "")]
 
