@@ -26,10 +26,9 @@ from ..layers import SyncBatchNorm
 from ..modules import Sequential
 from ..network import SGD, cross_entropy
 from ..sync import average_gradients, broadcast_state
-from . import _demo_machine, info
+from . import info
 from ._demo_figure import DOTTED, SHADES, write_heading
-from ._demo_machine import to_network_device
-from ._demo_training import Digits, accuracy, build_network, load_digits
+from ._demo_training import Digits, accuracy, build_network, load_digits, namespace, to_network_device
 
 LEARNING_RATE = 0.1
 NAMES = ("one process", "synchronized", "local")  # the trainings
@@ -47,33 +46,28 @@ LINES: Any = (
 )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train on all ranks, print tables and draw on rank 0; return 1 if a requirement is missing."""
-    try:
-        comm = _world()
-        problem = _demo_machine.problem_with(arguments, writes=comm.rank == 0)
-        problem = next(filter(None, comm.allgather(problem)), "")
-    except (RuntimeError, ImportError) as error:
-        return _demo_machine.refuse(str(error))
-    if problem:
-        return _demo_machine.refuse(problem) if comm.rank == 0 else 1
-    trainings = _train(comm, arguments)
+def train(arguments: argparse.Namespace, comm: Comm) -> str:
+    """Train on all ranks, print tables and draw on rank 0; return the problem or ''."""
+    trainings = _train_all(arguments, comm)
     sums = comm.gather([training.checksum() for training in trainings[1:]])
     if comm.rank != 0:
-        return 0
-    print(f"\n{_table(trainings)}\n\n{_compare_bits(sums)}")
+        return ""
+    same = [len(set(column)) == 1 for column in zip(*sums, strict=True)]
+    together, local = ("the same bits on all ranks" if equal else "not the same on all ranks" for equal in same)
+    print(f"\n{_table(trainings)}\n")
+    print(f"Parameters and running statistics: synchronized, {together}; local, {local}.")
     if arguments.no_plot:
-        return 0
+        return ""
+    picture = arguments.out / "ranks.png"
     try:
-        picture = arguments.out / "ranks.png"
         _draw(trainings, comm.size, arguments.data_parallel, picture)
-        print(f"{picture}: losses, test accuracies, and how far the parameters are from those of one process")
-        return 0
     except OSError as error:  # a full disk or a deleted folder
-        return _demo_machine.refuse(f"cannot write: {error}")
+        return f"cannot write: {error}"
+    print(f"{picture}: losses, test accuracies, and how far the parameters are from those of one process")
+    return ""
 
 
-def _world() -> Comm:
+def world() -> Comm:
     """Return the communicator of all ranks; raise a RuntimeError or ImportError if there are fewer than two ranks."""
     try:
         importlib.import_module("mpi4py")
@@ -119,11 +113,6 @@ class Training:
             losses.append(loss)
         return float(np.mean(losses))
 
-    def measure(self, digits: Digits, alone: Training) -> None:
-        """Append the accuracy and the difference of the parameters; a SyncBatchNorm does not communicate here."""
-        self.accuracies.append(accuracy(self.network, digits.test_images.astype(np.float64), digits.test_labels))
-        self.apart.append(self.difference(alone))
-
     def difference(self, other: Training, *, running: bool = False) -> float:
         """Return the largest difference of a parameter or, with `running`, of a running statistic."""
         ours, theirs = self.host_state(), other.host_state()
@@ -155,13 +144,13 @@ def _start(comm: Comm, each: int, weights: np.random.Generator, xp: Any) -> list
     ]
 
 
-def _train(comm: Comm, arguments: argparse.Namespace) -> list[Training]:
+def _train_all(arguments: argparse.Namespace, comm: Comm) -> list[Training]:
     """Train all three; only rank 0 measures, and shows a progress bar with the losses of about ten epochs above."""
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
     digits, epochs, each = load_digits(arguments.seed), arguments.epochs or 12, arguments.data_parallel
-    xp, place = _demo_machine.namespace(arguments.device, comm)
+    xp, place = namespace(arguments.device, comm)
     if comm.rank == 0:
         ranks = f"ranks: {comm.size}; images of a rank in a step: {each}"
         print(f"Handwritten digits: {digits.sizes}; {ranks}{place}\n")
@@ -190,9 +179,11 @@ def _train_epoch(comm: Comm, trainings: Sequence[Training], digits: Digits, batc
             training.losses.append(comm.allreduce(training.epoch(digits, mine)) / comm.size)
         elif comm.rank == 0:
             training.losses.append(training.epoch(digits, batches))
-    if comm.rank == 0:
+    if comm.rank == 0:  # in evaluation a SyncBatchNorm does not communicate
         for training in trainings:
-            training.measure(digits, trainings[0])
+            test = digits.test_images.astype(np.float64), digits.test_labels
+            training.accuracies.append(accuracy(training.network, *test))
+            training.apart.append(training.difference(trainings[0]))
 
 
 # ---- The results ----
@@ -212,15 +203,6 @@ def _table(trainings: Sequence[Training]) -> str:
             line += f"  {loss:>10.1e}  {training.apart[-1]:>10.1e}  {running:>18.1e}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _compare_bits(sums: Sequence[Sequence[str]]) -> str:
-    """Return a sentence that says if all ranks have the same bits."""
-    together, local = (
-        "the same bits on all ranks" if len(set(column)) == 1 else "not the same on all ranks"
-        for column in zip(*sums, strict=True)
-    )
-    return f"Parameters and running statistics: synchronized, {together}; local, {local}."
 
 
 def _draw(trainings: Sequence[Training], ranks: int, each: int, path: Path) -> None:

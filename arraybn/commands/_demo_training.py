@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._arrays.copies import as_numpy
+from .._arrays.namespaces import Namespace, array_namespace
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy
 from ..reference import Moments
 from ..statistics import moments
-from ._demo_machine import to_network_device
 
 LEARNING_RATES = (0.01, 0.1, 0.5, 2.0)
 BATCH = 32  # images in a step
@@ -55,11 +56,34 @@ def load_digits(seed: int) -> Digits:
 def build_network(batch_norm: bool, rng: np.random.Generator) -> Sequential:
     """Return the network. `rng` draws the same weights with batch norm and without."""
     convolution = Conv2d(1, 16, 3, padding=1, rng=rng)
-    hidden = Linear(16 * 8 * 8, 64, rng=rng)
-    output = Linear(64, 10, rng=rng)
-    if batch_norm:
-        return Sequential(convolution, BatchNorm2d(16), ReLU(), Flatten(), hidden, BatchNorm1d(64), ReLU(), output)
-    return Sequential(convolution, ReLU(), Flatten(), hidden, ReLU(), output)
+    hidden, output = Linear(16 * 8 * 8, 64, rng=rng), Linear(64, 10, rng=rng)
+    layers = (convolution, BatchNorm2d(16), ReLU(), Flatten(), hidden, BatchNorm1d(64), ReLU(), output)
+    return Sequential(*(layer for layer in layers if batch_norm or not isinstance(layer, BatchNorm1d | BatchNorm2d)))
+
+
+# ---- The host or a GPU ----
+
+
+def namespace(device: str, comm: Any = None) -> tuple[Namespace, str]:
+    """Return the namespace to train with and ' on NVIDIA H200, CUDA device 0', or NumPy and ''.
+
+    The GPU of this rank becomes the current one. The ranks of a machine take its GPUs in turn; with more ranks than
+    GPUs, several ranks share a GPU.
+    """
+    if device == "cpu":
+        return np, ""
+    cupy, local = importlib.import_module("cupy"), 0
+    if comm is not None:
+        local = comm.Split_type(importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED).rank
+    index = local % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(index).use()
+    return cupy, f" on {cupy.cuda.runtime.getDeviceProperties(index)['name'].decode()}, CUDA device {index}"
+
+
+def to_network_device(network: Module, array: Array) -> Array:
+    """Return the host's array in the namespace and on the device of the network."""
+    like = next(iter(network.parameters())).data
+    return array if isinstance(like, np.ndarray) else array_namespace(like).asarray(array)
 
 
 # ---- Evaluation ----
@@ -148,13 +172,6 @@ class Run:
             self.losses.append(float(np.mean(losses)))
             progress()
 
-    def evaluate(self, digits: Digits) -> None:
-        """Measure both accuracies on the test set."""
-        test = digits.test_images, digits.test_labels
-        if self.batch_norm:
-            self.accuracy_batch = accuracy(with_batch_statistics(self.network), *test)
-        self.accuracy_running = accuracy(self.network, *test)
-
 
 def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
     """Train every network at every learning rate on arrays of `xp`, under one progress bar."""
@@ -162,6 +179,7 @@ def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
     from tqdm import tqdm
 
     plan = list(product((True, False), LEARNING_RATES))
+    test = digits.test_images, digits.test_labels
     runs: list[Run] = []
     # One thread: matrices this small gain nothing from more, and the sums do not depend on the number of cores.
     with threadpool_limits(1), tqdm(total=len(plan) * epochs, unit="epoch", leave=False, disable=None) as bar:
@@ -173,13 +191,10 @@ def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
             with np.errstate(over="ignore", invalid="ignore"):  # a run may diverge, which the table shows
                 run.train(digits, epochs, batches, bar.update)
                 run.seconds = time.perf_counter() - start
-                run.evaluate(digits)
+                if batch_norm:
+                    run.accuracy_batch = accuracy(with_batch_statistics(run.network), *test)
+                run.accuracy_running = accuracy(run.network, *test)
             run.network.to(xp=np)
             runs.append(run)
             bar.update(len(runs) * epochs - bar.n)  # count the epochs that a diverged run left out
     return runs
-
-
-def best_of(runs: list[Run]) -> Run:
-    """Return the run with batch norm of the lowest final training loss; the test set does not influence the choice."""
-    return min((run for run in runs if run.batch_norm), key=lambda run: run.final_loss)

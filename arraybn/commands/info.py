@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .._version import __version__
 
@@ -106,7 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     answers = _ask_all()
     sections = {
-        f"arraybn {__version__}": _basics(),
+        f"arraybn {__version__}": [
+            Row("Python", platform.python_version(), sys.executable),
+            Row("NumPy", _version("numpy"), "required"),
+            Row("array-api-compat", _version("array-api-compat"), "required"),
+        ],
         "Namespaces": [_namespace(name, answers.get(name)) for name in NAMESPACES],
         "Kernels": [
             Row("reference", "", "any array; always there"),
@@ -163,18 +167,16 @@ def _ask(command: Sequence[str]) -> Answer:
             status = subprocess.run(command, **streams, env=_environment(), timeout=TIME_LIMIT, check=False).returncode
         except subprocess.TimeoutExpired:
             status, problem = 0, f"no answer within {TIME_LIMIT:g} s"
-        lines, errors = (_lines(file) for file in (out, err))
+        for file in (out, err):
+            file.seek(0)
+        lines, errors = (
+            [line.decode(errors="replace").strip() for line in file if line.strip()] for file in (out, err)
+        )
     if status < 0:
         problem = f"ended by signal {-status}"
     elif status:
         problem = (errors or lines or [f"exit status {status}"])[-1]
     return lines, problem
-
-
-def _lines(file: IO[bytes]) -> list[str]:
-    file.seek(0)
-    text = file.read().decode(errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _environment() -> dict[str, str]:
@@ -194,14 +196,6 @@ class Row(NamedTuple):
     name: str
     version: str
     text: str
-
-
-def _basics() -> list[Row]:
-    return [
-        Row("Python", platform.python_version(), sys.executable),
-        Row("NumPy", _version("numpy"), "required"),
-        Row("array-api-compat", _version("array-api-compat"), "required"),
-    ]
 
 
 def _namespace(name: str, answer: Answer | None) -> Row:
@@ -258,16 +252,14 @@ def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
     rows = []
     for name, (lines, problem) in answers.items():
         texts = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
-        name = name.partition(".")[0]
-        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in texts]
+        rows += [Row(name.partition(".")[0], "", text) for text in ([f"failed: {problem}"] if problem else texts)]
     return rows or [Row("none found", "", "")]
 
 
 def _extra(name: str) -> Row:
     """Return the versions of an extra's distributions, or the command that installs the missing ones."""
     versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
-    if "missing" in versions.values():
-        missing = [distribution for distribution, version in versions.items() if version == "missing"]
+    if missing := [distribution for distribution, version in versions.items() if version == "missing"]:
         return Row(name, "missing", f'{", ".join(missing)}: pip install "arraybn[{name}]"')
     return Row(name, "complete", ", ".join(f"{key} {version}" for key, version in versions.items()))
 
