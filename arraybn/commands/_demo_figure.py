@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .._plotting import GREY, INK, draw_picture
+from .._plotting import GREY, INK, Array, Axes, draw_picture
 from ..reference import Moments
 from ._demo_training import Run, batch_norms
-
-Array = np.ndarray[Any, Any]
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; a curve is darker the higher its rate.
 SHADES = {

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import sync
 from .._arrays.copies import as_numpy
-from .._plotting import INK, draw_picture
+from .._plotting import INK, Array, draw_picture
 from ..kernels.threads import set_num_threads
 from ..layers import SyncBatchNorm
 from ..modules import Sequential
@@ -32,11 +32,8 @@ from ._demo_training import Digits, accuracy, build_network, load_digits, namesp
 
 LEARNING_RATE = 0.1
 NAMES = ("one process", "synchronized", "local")  # the trainings
-COMMAND = "{mpirun} -n 4 {python} -m mpi4py -m arraybn demo --data-parallel"
 
-Array = np.ndarray[Any, Any]
 Comm = Any  # mpi4py's
-Axes = Any  # matplotlib's: the library is imported only when a picture is drawn
 
 # In the picture one process is a broad line, with dashed synchronized training on top.
 LINES: Any = (
@@ -75,7 +72,8 @@ def world() -> Comm:
         install = f'{sys.executable} -m pip install "arraybn[mpi]"'
         raise ImportError(f"--data-parallel needs mpi4py ({error}): {install}") from error
     if sync.exchange_over("comm", None) is None:  # raises SyncError where each of several processes is its own world
-        command = COMMAND.format(mpirun=info.launcher() or "mpirun", python=sys.executable)
+        mpirun = info.launcher() or "mpirun"
+        command = f"{mpirun} -n 4 {sys.executable} -m mpi4py -m arraybn demo --data-parallel"
         raise RuntimeError(f"--data-parallel: expected 2 ranks or more; this is one process. Run:\n  {command}")
     from mpi4py import MPI
 

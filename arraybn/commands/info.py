@@ -44,18 +44,14 @@ NAMESPACES = {  # module: the command that installs a missing module
 }
 
 _NAMESPACE_PROBE = """
-import importlib, json, sys
+import importlib.util, json, sys
 from arraybn._arrays.namespaces import FLOATS, as_namespace, dtype_name, wide_dtype
 xp = as_namespace(importlib.import_module(sys.argv[1]))
 wide = dtype_name(wide_dtype(xp.ones(1)))
 found = [name for name in FLOATS if hasattr(xp, name) and name in (wide, "float16", "bfloat16", "float32")]
-if sys.argv[1] == "numpy":
-    try:
-        import ml_dtypes
-    except ImportError:
-        pass
-    else:
-        found.insert(1, xp.ones(1, dtype=ml_dtypes.bfloat16).dtype.name)
+if sys.argv[1] == "numpy" and importlib.util.find_spec("ml_dtypes"):
+    import ml_dtypes
+    found.insert(1, xp.ones(1, dtype=ml_dtypes.bfloat16).dtype.name)
 version = sys.modules[sys.argv[1].partition(".")[0]].__version__
 print(json.dumps([version, found]))
 """
@@ -93,11 +89,8 @@ print(json.dumps([f"driver {driver}, runtime {library}", state if devices else "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--compile`."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="first compile the CPU kernels for every dtype, so that no later call has to",
-    )
+    text = "first compile the CPU kernels for every dtype, so that no later call has to"
+    parser.add_argument("--compile", action="store_true", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -202,10 +195,9 @@ def _namespace(name: str, answer: Answer | None) -> Row:
     """Return the namespace's version and dtypes, or the reason why it cannot be used."""
     if answer is None:
         return Row(name, "missing", NAMESPACES[name])
-    lines, problem = answer
-    if problem or not lines:
-        return Row(name, _version(name.partition(".")[0]), f"cannot be used: {problem or 'no answer'}")
-    version, dtypes = json.loads(lines[-1])
+    if reason := _reason(answer):
+        return Row(name, _version(name.partition(".")[0]), reason)
+    version, dtypes = json.loads(answer[0][-1])
     text = ", ".join(dtypes)
     if name == "numpy" and "bfloat16" not in dtypes:
         text += '  (bfloat16: pip install "arraybn[cpu]")'
@@ -217,17 +209,20 @@ def _namespace(name: str, answer: Answer | None) -> Row:
 def _cpu_kernels(answer: Answer | None) -> Row:
     if answer is None:
         return Row("cpu", "missing", 'pip install "arraybn[cpu]"')
-    lines, problem = answer
-    text = f"cannot be used: {problem or 'no answer'}" if problem or not lines else f"NumPy arrays; {lines[-1]}"
-    return Row("cpu", f"numba {_version('numba')}", text)
+    return Row("cpu", f"numba {_version('numba')}", _reason(answer) or f"NumPy arrays; {answer[0][-1]}")
 
 
 def _cuda_kernels(answer: Answer | None) -> Row:
     if answer is None:
         return Row("cuda", "missing", NAMESPACES["cupy"])
+    state = "" if _reason(answer) else json.loads(answer[0][-1])[1]
+    return Row("cuda", "", f"CuPy arrays; {state}" if state else _reason(answer) or "cannot be used: no GPU")
+
+
+def _reason(answer: Answer) -> str:
+    """Return the reason why a probed module cannot be used, or ''."""
     lines, problem = answer
-    state = "" if problem or not lines else json.loads(lines[-1])[1]
-    return Row("cuda", "", f"CuPy arrays; {state}" if state else f"cannot be used: {problem or 'no GPU'}")
+    return "" if lines and not problem else f"cannot be used: {problem or 'no answer'}"
 
 
 def _mpi(answer: Answer | None) -> list[Row]:
