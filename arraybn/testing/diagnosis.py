@@ -53,7 +53,7 @@ def _known_fault(prop: Property, subject: Subject) -> str:
         return suspects.match(subject.y(batch), suspects.forwards(x, w, b, eps))
     if prop.needs == "backward":
         results: tuple[Any, ...] = subject.gradients(batch)
-        tables = suspects.gradients(dy, x, w, eps)
+        tables = {"dx": suspects.input_gradients(dy, x, w, eps), **suspects.parameter_gradients(dy, x, w, eps)}
     else:
         mean, var = (array.astype("f8") for array in running(batch))
         results, tables = subject.running_statistics(batch), suspects.updates((mean, var), x, MOMENTUM, eps)

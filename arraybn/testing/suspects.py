@@ -48,56 +48,59 @@ def forwards(x: Array, w: Array, b: Array, eps: float) -> Faulty:
     }
 
 
-def gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, Faulty]:
-    """Return faulty dx (N, C, S), dweight and dbias (C,) by cause; dy and x (N, C, S), w (1, C, 1)."""
-    n = x.shape[0] * x.shape[2]
-    centred, var = x - x.mean((0, 2), keepdims=True), x.var((0, 2), keepdims=True)
-
-    def sums(total: Array) -> tuple[Array, Array, Array, Array]:
-        """Return rstd, dbias, dweight (1, C, 1) and xhat, with `total` in place of var + eps."""
-        r = 1 / np.sqrt(total)
-        return r, dy.sum((0, 2), keepdims=True), (dy * centred * r).sum((0, 2), keepdims=True), centred * r
-
-    def dx(total: Array) -> Array:
-        """(E6) with `total` in place of var + eps."""
-        r, dbias, dweight, xhat = sums(total)
-        result: Array = w * r * (dy - dbias / n - xhat * dweight / n)
-        return result
-
-    r, dbias, dweight, xhat = sums(var + eps)
+def input_gradients(dy: Array, x: Array, w: Array, eps: float) -> Faulty:
+    """Return faulty dx by cause; dy and x (N, C, S), w (1, C, 1)."""
+    n, var = x.shape[0] * x.shape[2], x.var((0, 2), keepdims=True)
+    r, xhat = 1 / np.sqrt(var + eps), _over((0, 2), x, eps)
+    dbias, dweight = dy.sum((0, 2), keepdims=True), (dy * xhat).sum((0, 2), keepdims=True)
     means, through_var = dbias / n, xhat * dweight / n
+    dx = w * r * (dy - means - through_var)
     return {
-        "dx": {
-            "the term dbias/n of (E6) is missing: the mean depends on x": w * r * (dy - through_var),
-            "the term xhat·dweight/n of (E6) is missing: the variance depends on x": w * r * (dy - means),
-            "both sums of (E6) are missing: that is (E7), for fixed statistics": w * r * dy,
-            "weight is left out of dx (E6)": r * (dy - means - through_var),
-            "rstd is left out of dx (E6)": w * (dy - means - through_var),
-            "the sums of (E6) are not divided by n": w * r * (dy - n * (means + through_var)),
-            "n of (E6) is N, without the positions S": w * r * (dy - (dbias + xhat * dweight) / x.shape[0]),
-            "n − 1 stands for n beside xhat·dweight in (E6)": w * r * (dy - means - xhat * dweight / (n - 1)),
-            "n − 1 stands for n in (E6)": w * r * (dy - (dbias + xhat * dweight) / (n - 1)),
-            "eps is left out of the backward, or is not the forward's (E6)": dx(var),
-            "the variance is unbiased in the backward (E6)": dx(var * n / (n - 1) + eps),
-            "weight enters dx twice (E6)": w * dx(var + eps),
-            "the sign of dbias/n in (E6) is wrong": w * r * (dy + means - through_var),
-            "the sign of xhat·dweight/n in (E6) is wrong": w * r * (dy - means + through_var),
-            "the sign of the sums in (E6) is wrong": w * r * (dy + means + through_var),
-            "dx has the wrong sign (E6)": -dx(var + eps),
-        },
+        "the term dbias/n of (E6) is missing: the mean depends on x": w * r * (dy - through_var),
+        "the term xhat·dweight/n of (E6) is missing: the variance depends on x": w * r * (dy - means),
+        "both sums of (E6) are missing: that is (E7), for fixed statistics": w * r * dy,
+        "weight is left out of dx (E6)": r * (dy - means - through_var),
+        "rstd is left out of dx (E6)": w * (dy - means - through_var),
+        "the sums of (E6) are not divided by n": w * r * (dy - dbias - xhat * dweight),
+        "n of (E6) is N, without the positions S": w * r * (dy - (dbias + xhat * dweight) / x.shape[0]),
+        "n − 1 stands for n beside xhat·dweight in (E6)": w * r * (dy - means - xhat * dweight / (n - 1)),
+        "n − 1 stands for n in (E6)": w * r * (dy - (dbias + xhat * dweight) / (n - 1)),
+        "eps is left out of the backward, or is not the forward's (E6)": _dx_with(dy, x, w, var),
+        "the variance is unbiased in the backward (E6)": _dx_with(dy, x, w, var * n / (n - 1) + eps),
+        "weight enters dx twice (E6)": w * dx,
+        "the sign of dbias/n in (E6) is wrong": w * r * (dy + means - through_var),
+        "the sign of xhat·dweight/n in (E6) is wrong": w * r * (dy - means + through_var),
+        "the sign of the sums in (E6) is wrong": w * r * (dy + means + through_var),
+        "dx has the wrong sign (E6)": -dx,
+    }
+
+
+def _dx_with(dy: Array, x: Array, w: Array, total: Array) -> Array:
+    """(E6) with `total` in place of var + eps, and dbias/n and dweight/n as means."""
+    xhat = (x - x.mean((0, 2), keepdims=True)) / np.sqrt(total)
+    mean_dbias, mean_dweight = dy.mean((0, 2), keepdims=True), (dy * xhat).mean((0, 2), keepdims=True)
+    result: Array = w / np.sqrt(total) * (dy - mean_dbias - xhat * mean_dweight)
+    return result
+
+
+def parameter_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, Faulty]:
+    """Return faulty dweight and dbias (C,) by cause."""
+    n, centred = x.shape[0] * x.shape[2], x - x.mean((0, 2), keepdims=True)
+    dweight, dbias = (dy * _over((0, 2), x, eps)).sum((0, 2)), dy.sum((0, 2))
+    return {
         "dweight": {
             "dweight is the sum of dy·x; it is that of dy·xhat (E5)": (dy * x).sum((0, 2)),
             "rstd is left out of dweight: it is the sum of dy·xhat (E5)": (dy * centred).sum((0, 2)),
-            "dweight is a mean; it is a sum (E5)": dweight.ravel() / n,
-            "dweight is divided by N; it is a sum (E5)": dweight.ravel() / x.shape[0],
-            "dweight has a factor weight too many (E5)": (dweight * w).ravel(),
-            "dweight and dbias are exchanged": dbias.ravel(),
+            "dweight is a mean; it is a sum (E5)": dweight / n,
+            "dweight is divided by N; it is a sum (E5)": dweight / x.shape[0],
+            "dweight has a factor weight too many (E5)": dweight * w.ravel(),
+            "dweight and dbias are exchanged": dbias,
         },
         "dbias": {
-            "dbias is a mean; it is a sum (E5)": dbias.ravel() / n,
-            "dbias is divided by N; it is a sum (E5)": dbias.ravel() / x.shape[0],
-            "dbias has a factor weight too many (E5)": (dbias * w).ravel(),
-            "dweight and dbias are exchanged": dweight.ravel(),
+            "dbias is a mean; it is a sum (E5)": dbias / n,
+            "dbias is divided by N; it is a sum (E5)": dbias / x.shape[0],
+            "dbias has a factor weight too many (E5)": dbias * w.ravel(),
+            "dweight and dbias are exchanged": dweight,
         },
     }
 
