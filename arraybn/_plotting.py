@@ -76,14 +76,6 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_locator(LogLocator(subs=()))
 
 
-def spread_apart(heights: Array, gap: float) -> Array:
-    """Push ascending heights away from their neighbours until there is the gap between them."""
-    for _ in range(100):
-        overlap = np.maximum(gap - np.diff(heights), 0) / 2
-        heights = heights + np.append(0, overlap) - np.append(overlap, 0)
-    return heights
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG file that is complete or not there at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

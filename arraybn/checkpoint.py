@@ -123,9 +123,11 @@ def load(path: str | os.PathLike[str]) -> StateDict:
         raise ValueError(f"{path}: expected a file; got a folder or a device")
     with _Reader(path) as file:
         try:
-            sealed = _is_sealed(file, path.suffix)
+            _, written, checksum = _checksum(file, path.suffix)
+            if written != checksum:
+                raise ValueError("its bytes are not those that were written (SHA-256). Copy it again, or save it again")
             state, versions = (_read_npz if path.suffix == ".npz" else _read_safetensors)(path, file)
-            if versions and not sealed:
+            if versions and not written:
                 raise ValueError("its checksum is missing. Copy it again, or save it again")
             state._metadata = _checked_versions(json.loads(versions or "{}"))
             return state
@@ -136,9 +138,8 @@ def load(path: str | os.PathLike[str]) -> StateDict:
         except Exception as error:  # the parsers of the two formats raise many types for a damaged file
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek before the file's start
                 raise
-            raise ValueError(
-                f"{path}: expected a whole state dict in the {path.suffix} format; got {_kind(file)}: {error}"
-            ) from error
+            expected = f"expected a whole state dict in the {path.suffix} format"
+            raise ValueError(f"{path}: {expected}; got {_kind(file)}: {error}") from error
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -197,10 +198,11 @@ def _safetensors() -> Any:
     """Return the library, in a version that can read without mapping the file into memory."""
     try:
         importlib.import_module("safetensors.numpy")
-        importlib.import_module("safetensors").TensorSpec  # noqa: B018
+        library = importlib.import_module("safetensors")
+        library.TensorSpec  # noqa: B018
+        return library
     except (ImportError, AttributeError) as error:
         raise ImportError('.safetensors files need safetensors >= 0.8: pip install "arraybn[demo]"') from error
-    return importlib.import_module("safetensors")
 
 
 def _replace(path: Path, write: Callable[..., None], *content: Any) -> None:
@@ -212,10 +214,9 @@ def _replace(path: Path, write: Callable[..., None], *content: Any) -> None:
         mode = (target if target.exists() else temporary).stat().st_mode & 0o777  # umask sets that of a new file
         write(temporary, *content)
         with _Reader(temporary, "r+b") as file:
-            hole, _ = _checksum(file, path.suffix)
-            digest = _digest(file, hole)
-            file.seek(hole)
-            file.write(digest)
+            place, _, checksum = _checksum(file, path.suffix)
+            file.seek(place)
+            file.write(checksum)
             os.fsync(file.fileno())
         os.chmod(temporary, mode)  # safetensors creates files with 0o600
         os.replace(temporary, target)
@@ -255,43 +256,31 @@ class _Reader(io.FileIO):
             raise ValueError(f"it has {size} bytes of names and shapes in one piece, where at most {_LIMIT} are read")
         return super().read(-1 if size is None else size) or b""
 
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return os.fstat(self.fileno()).st_size
 
-
-def _digest(file: _Reader, hole: int) -> bytes:
-    """Return the SHA-256, in hexadecimal, of all bytes but the 64 at `hole`."""
-    digest = hashlib.sha256()
-    for start, stop in ((0, hole), (hole + 64, file.size)):
-        file.seek(start)
-        while piece := file.read(min(2**18, stop - file.tell())):
-            digest.update(piece)
-    return digest.hexdigest().encode()
-
-
-def _checksum(file: _Reader, suffix: str) -> tuple[int, bytes]:
-    """Return the position of the checksum and the checksum; (0, b"") for a file without one."""
-    start = 8 if suffix == ".safetensors" else file.seek(max(0, file.size - 79))
+def _checksum(file: _Reader, suffix: str) -> tuple[int, bytes, bytes]:
+    """Return the place of the checksum, the checksum there, and the SHA-256 of all other bytes, b"" without one."""
+    start = 8 if suffix == ".safetensors" else file.seek(max(0, _size(file) - 79))
     found = re.search(_SEAL[suffix], _header(file) if suffix == ".safetensors" else file.read())
-    return (start + found.start(1), found[1]) if found else (0, b"")
+    if found is None:
+        return 0, b"", b""
+    place, digest = start + found.start(1), hashlib.sha256()
+    for begin, end in ((0, place), (place + 64, _size(file))):
+        file.seek(begin)
+        while piece := file.read(min(2**18, end - file.tell())):
+            digest.update(piece)
+    return place, found[1], digest.hexdigest().encode()
 
 
-def _is_sealed(file: _Reader, suffix: str) -> bool:
-    """Return True if the file has a checksum; raise if the checksum is wrong."""
-    hole, digest = _checksum(file, suffix)
-    if digest and _digest(file, hole) != digest:
-        raise ValueError("its bytes are not those that were written (SHA-256). Copy it again, or save it again")
-    return bool(digest)
+def _size(file: _Reader) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _header(file: _Reader) -> bytes:
     """Return the JSON text at the start of a .safetensors file."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    if length > file.size - 8:
-        raise ValueError(f"it has {file.size} bytes and says that its header has {length}")
+    if length > _size(file) - 8:
+        raise ValueError(f"it has {_size(file)} bytes and says that its header has {length}")
     return file.read(length)
 
 
@@ -321,9 +310,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"{info.filename[:80]} is compressed. Write it with numpy.savez, not savez_compressed")
         if info.header_offset < end:
             raise ValueError(f"{info.filename[:80]} overlaps another member")
-        end = (
-            info.header_offset + 30 + len(info.filename) + info.file_size
-        )  # the member starts with 30 bytes and its name
+        end = info.header_offset + 30 + len(info.filename) + info.file_size  # 30 bytes and the name begin a member
     if end > archive.start_dir:
         raise ValueError(f"its members claim {end} bytes, of which it has {archive.start_dir}")
     if len({info.filename for info in members}) != len(members):
@@ -340,7 +327,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
         held = info.file_size - member.tell()
         if dtype.kind not in "biufcU" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
             raise ValueError(f"{info.filename} declares {dtype} {shape}, where numbers in {held} bytes are expected")
-    with archive.open(info) as member:
+        member.seek(0)
         return np.lib.format.read_array(member, allow_pickle=False)
 
 
@@ -376,6 +363,5 @@ def _kind(file: _Reader) -> str:
     head = file.read(100)
     if b"/data.pkl" in head:
         return "a PyTorch archive with a pickle, which could run code"
-    return next(
-        (kind for magic, kind in _KINDS.items() if head.startswith(magic)), "a file that is not, or no longer, one"
-    )
+    kinds = [kind for magic, kind in _KINDS.items() if head.startswith(magic)]
+    return kinds[0] if kinds else "a file that is not, or no longer, one"

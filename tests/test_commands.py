@@ -401,13 +401,14 @@ def test_true_statistics_are_those_of_the_inputs_in_one_batch() -> None:
     rng = np.random.default_rng(0)
     network, images = demo.build_network(True, rng), rng.random((40, 1, 8, 8), dtype=np.float32)
     true = demo.true_statistics(network.eval(), images)
-    for layer in demo.batch_norms(network):
+    layers = demo.batch_norms(network)
+    for layer in layers:
         layer.momentum = 1.0  # so that the running statistics are those of the batch
     network.train()(images)
-    assert [statistics.true.n for statistics in true] == [40 * 64, 40]
-    for statistics in true:
-        np.testing.assert_allclose(statistics.layer.running_mean, statistics.true.mean, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(statistics.layer.running_var, statistics.true.var(1), rtol=1e-6)
+    assert [exact.n for exact in true] == [40 * 64, 40]
+    for layer, exact in zip(layers, true, strict=True):
+        np.testing.assert_allclose(layer.running_mean, exact.mean, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(layer.running_var, exact.var(1), rtol=1e-6)
 
 
 def test_the_split_is_stratified_seeded_and_loses_nothing(demo_libraries: None) -> None:

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -502,17 +501,18 @@ def re_line(text: str, *pieces: str) -> bool:
     return any(all(piece in line for piece in pieces) for line in text.splitlines())
 
 
-def probed(**variables: str) -> Any:
+def probed(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Any:
     """Return the answer to info's question to CuPy, and the rows that info makes of the answer."""
-    path = os.pathsep.join([str(ROOT), str(FAKE_CUPY)])
-    env = {**os.environ, "PYTHONPATH": path, **variables}
-    probe = info.Probe(sys.executable, "-c", info._CUPY_PROBE, env=env)
-    answer = probe.answer(time.monotonic() + 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(info, "TIME_LIMIT", 60)
+        for name, value in {"PYTHONPATH": str(FAKE_CUPY), **variables}.items():
+            patch.setenv(name, value)
+        answer = info._ask([sys.executable, "-c", info._CUPY_PROBE])
     return [row.text for row in info._gpus({"cupy": answer})], info._cuda_kernels(answer).text
 
 
-def test_info_tells_of_gpus_and_kernels(tmp_path: Path) -> None:
-    gpus, kernels = probed(CUPY_CACHE_DIR=str(tmp_path))
+def test_info_tells_of_gpus_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, kernels = probed(monkeypatch, CUPY_CACHE_DIR=str(tmp_path))
     assert kernels == f"CuPy arrays; compiled when first used, kept in {tmp_path}"
     assert gpus == [
         "Fake GPU 0, 16384 MiB, compute capability 9.0",
@@ -521,8 +521,10 @@ def test_info_tells_of_gpus_and_kernels(tmp_path: Path) -> None:
     ]
     for name, content in {"a": b"..moments_planes_float32_4..", "b": b"cupy_add", "c": b"dots_lines_"}.items():
         (tmp_path / f"{name}.cubin").write_bytes(content)
-    assert probed(CUPY_CACHE_DIR=str(tmp_path))[1] == f"CuPy arrays; 2 kernels compiled, kept in {tmp_path}"
-    (gpu,), kernels = probed(ARRAYBN_FAKE_GPUS="0")
+    assert (
+        probed(monkeypatch, CUPY_CACHE_DIR=str(tmp_path))[1] == f"CuPy arrays; 2 kernels compiled, kept in {tmp_path}"
+    )
+    (gpu,), kernels = probed(monkeypatch, ARRAYBN_FAKE_GPUS="0")
     assert re.match(r"failed: .*cudaErrorInsufficientDriver", gpu)
     assert re.match(r"cannot be used: .*cudaErrorInsufficientDriver", kernels)
     assert info._cuda_kernels(None).version == "missing"

@@ -99,8 +99,7 @@ class Bench(Run):
                             session.measure(section.results[-1])
                         finally:
                             if section.name == "table" and section.results[-1].has_news:
-                                columns = report.CpuColumns(self.machine["threads"])
-                                self.say(report.block(section.results[-1], columns))
+                                self.say(report.cpu_block(section.results[-1], self.machine["threads"]))
 
     def _measure_limit(self) -> None:
         """Time the copy of an array that is not in any cache, if memory has room for it."""

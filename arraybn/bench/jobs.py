@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..sync.process import LAUNCHERS
 from .output import RefusedError
 
 TIME_LIMIT = 600.0  # seconds for each job
@@ -26,8 +27,6 @@ def launcher() -> str | None:
 
 def under_mpirun() -> bool:
     """Return whether a launcher says that it has started this process."""
-    from ..sync.process import LAUNCHERS
-
     return any(os.environ.get(name, "").isdigit() for name in LAUNCHERS)
 
 

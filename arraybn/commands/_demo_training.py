@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._arrays.copies import as_numpy
+from .._arrays.namespaces import Namespace, array_namespace
 from ..layers import BatchNorm1d, BatchNorm2d
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy
 from ..reference import Moments
 from ..statistics import moments
-from ._demo_machine import to_network_device
 
 LEARNING_RATES = (0.01, 0.1, 0.5, 2.0)
 BATCH = 32  # images in a step
@@ -28,14 +30,17 @@ Array = np.ndarray[Any, Any]
 # ---- Data and network ----
 
 
-@dataclass(frozen=True)
-class Digits:
+class Digits(NamedTuple):
     """Images (N, 1, 8, 8), float32 in 0 … 1, and labels (N,), 0 … 9."""
 
     train_images: Array
-    train_labels: Array
     test_images: Array
+    train_labels: Array
     test_labels: Array
+
+    @property
+    def sizes(self) -> str:
+        return f"{len(self.train_labels)} to train on, {len(self.test_labels)} to test on"
 
 
 def load_digits(seed: int) -> Digits:
@@ -44,95 +49,44 @@ def load_digits(seed: int) -> Digits:
 
     images, labels = datasets.load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-    parts = model_selection.train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
-    train_images, test_images, train_labels, test_labels = parts
-    return Digits(train_images, train_labels, test_images, test_labels)
+    split = model_selection.train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
+    return Digits(*split)
 
 
 def build_network(batch_norm: bool, rng: np.random.Generator) -> Sequential:
     """Return the network. `rng` draws the same weights with batch norm and without."""
     convolution = Conv2d(1, 16, 3, padding=1, rng=rng)
-    hidden = Linear(16 * 8 * 8, 64, rng=rng)
-    output = Linear(64, 10, rng=rng)
-    if batch_norm:
-        return Sequential(convolution, BatchNorm2d(16), ReLU(), Flatten(), hidden, BatchNorm1d(64), ReLU(), output)
-    return Sequential(convolution, ReLU(), Flatten(), hidden, ReLU(), output)
+    hidden, output = Linear(16 * 8 * 8, 64, rng=rng), Linear(64, 10, rng=rng)
+    layers = (convolution, BatchNorm2d(16), ReLU(), Flatten(), hidden, BatchNorm1d(64), ReLU(), output)
+    return Sequential(*(layer for layer in layers if batch_norm or not isinstance(layer, BatchNorm1d | BatchNorm2d)))
 
 
-# ---- Training and evaluation ----
+# ---- The host or a GPU ----
 
 
-@dataclass
-class History:
-    """Losses and activations at each step of a training."""
+def namespace(device: str, comm: Any = None) -> tuple[Namespace, str]:
+    """Return the namespace to train with and ' on NVIDIA H200, CUDA device 0', or NumPy and ''.
 
-    steps: int  # steps in an epoch
-    losses: list[float] = field(default_factory=list)  # of the batch, at each step
-    spreads: list[Array] = field(default_factory=list)  # PERCENTILES of the input of the hidden ReLU
-
-    @property
-    def diverged(self) -> bool:
-        """True once the loss is infinite or NaN."""
-        return not np.isfinite(self.losses[-1])
-
-    @property
-    def epoch_losses(self) -> Array:
-        """Mean loss of each complete epoch."""
-        complete = len(self.losses) // self.steps * self.steps
-        means: Array = np.reshape(self.losses[:complete], (-1, self.steps)).mean(axis=1)
-        return means
-
-
-def train(
-    network: Sequential,
-    images: Array,
-    labels: Array,
-    *,
-    lr: float,
-    epochs: int,
-    rng: np.random.Generator,
-    progress: Callable[[], object],
-) -> History:
-    """Train the network by plain gradient descent; stop early once the loss is no longer finite.
-
-    Parameters
-    ----------
-    network : Sequential
-        Changed in place; its last two layers are the hidden ReLU and the output.
-    images : array (N, 1, 8, 8)
-    labels : array (N,)
-    lr : float
-        The learning rate.
-    epochs : int
-        Number of passes over the images.
-    rng : numpy.random.Generator
-        Shuffles the images before each epoch.
-    progress : callable
-        Called without arguments after each epoch.
-
-    Returns
-    -------
-    History
+    The GPU of this rank becomes the current one. The ranks of a machine take its GPUs in turn; with more ranks than
+    GPUs, several ranks share a GPU.
     """
-    history = History(steps=-(-len(images) // BATCH))
-    optimizer = SGD(network.parameters(), lr)
-    until_hidden, after_hidden = network[:-2], network[-2:]  # cut before the hidden ReLU, to record its input
-    network.train()
-    for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for start in range(0, len(images), BATCH):
-            batch = order[start : start + BATCH]
-            hidden = until_hidden(to_network_device(network, images[batch]))
-            loss, dlogits = cross_entropy(after_hidden(hidden), to_network_device(network, labels[batch]))
-            optimizer.zero_grad()
-            network.backward(dlogits)
-            optimizer.step()
-            history.losses.append(loss)
-            history.spreads.append(np.percentile(as_numpy("hidden", hidden), PERCENTILES))
-            if history.diverged:
-                return history
-        progress()
-    return history
+    if device == "cpu":
+        return np, ""
+    cupy, local = importlib.import_module("cupy"), 0
+    if comm is not None:
+        local = comm.Split_type(importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED).rank
+    index = local % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(index).use()
+    return cupy, f" on {cupy.cuda.runtime.getDeviceProperties(index)['name'].decode()}, CUDA device {index}"
+
+
+def to_network_device(network: Module, array: Array) -> Array:
+    """Return the host's array in the namespace and on the device of the network."""
+    like = next(iter(network.parameters())).data
+    return array if isinstance(like, np.ndarray) else array_namespace(like).asarray(array)
+
+
+# ---- Evaluation ----
 
 
 def accuracy(network: Module, images: Array, labels: Array) -> float:
@@ -154,86 +108,93 @@ def batch_norms(network: Sequential) -> list[BatchNorm1d | BatchNorm2d]:
     return [layer for layer in network if isinstance(layer, BatchNorm1d | BatchNorm2d)]
 
 
-class Statistics(NamedTuple):
-    """A batch norm with its running statistics, and the true moments of its input."""
-
-    layer: BatchNorm1d | BatchNorm2d
-    true: Moments
-
-
-def true_statistics(network: Sequential, images: Array) -> list[Statistics]:
-    """Return each batch norm with the moments of its input over all images as one batch."""
-    statistics, x = [], images
-    for layer, exact in zip(network, with_batch_statistics(network), strict=True):
+def true_statistics(network: Sequential, images: Array) -> list[Moments]:
+    """Return the moments of the input of each batch norm, over all images as one batch."""
+    found, x = [], images
+    for layer in with_batch_statistics(network):
         if isinstance(layer, BatchNorm1d | BatchNorm2d):
-            statistics.append(Statistics(layer, moments(x)))
-        x = exact(x)
-    return statistics
+            found.append(moments(x))
+        x = layer(x)
+    return found
 
 
-# ---- The runs ----
+# ---- Training ----
 
 
-def network_name(batch_norm: bool) -> str:
-    return "with batch norm" if batch_norm else "without batch norm"
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One training and its results."""
+    """A training, its measurements at each step or epoch, and its results."""
 
     batch_norm: bool
     lr: float
     network: Sequential
-    history: History
-    accuracy_batch: float | None  # on the test set with batch statistics; None without batch norm
-    accuracy_running: float  # with running statistics
-    seconds: float
+    losses: list[float] = field(default_factory=list)  # before the first step, then the mean of each epoch
+    spreads: list[Array] = field(default_factory=list)  # PERCENTILES of the input of the hidden ReLU, at each step
+    diverged: bool = False
+    accuracy_batch: float | None = None  # on the test set with batch statistics; None without batch norm
+    accuracy_running: float = 0.0  # with running statistics
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return "with batch norm" if self.batch_norm else "without batch norm"
 
     @property
     def final_loss(self) -> float:
         """Mean loss of the last epoch; infinite if diverged."""
-        return float("inf") if self.history.diverged else float(self.history.epoch_losses[-1])
+        return float("inf") if self.diverged else self.losses[-1]
 
     @property
     def outcome(self) -> str:
         """Accuracy with running statistics, as text."""
-        return "diverged" if self.history.diverged else f"{self.accuracy_running:.1%}"
+        return "diverged" if self.diverged else f"{self.accuracy_running:.1%}"
+
+    def train(self, digits: Digits, epochs: int, rng: np.random.Generator, progress: Callable[[], object]) -> None:
+        """Train by plain gradient descent; stop early once the loss is infinite or NaN."""
+        network, optimizer = self.network.train(), SGD(self.network.parameters(), self.lr)
+        until_hidden, after_hidden = network[:-2], network[-2:]  # cut before the hidden ReLU, to record its input
+        count = len(digits.train_images)
+        for _ in range(epochs):
+            losses = []
+            for batch in np.split(rng.permutation(count), range(BATCH, count, BATCH)):
+                hidden = until_hidden(to_network_device(network, digits.train_images[batch]))
+                labels = to_network_device(network, digits.train_labels[batch])
+                loss, dlogits = cross_entropy(after_hidden(hidden), labels)
+                optimizer.zero_grad()
+                network.backward(dlogits)
+                optimizer.step()
+                losses.append(loss)
+                self.losses = self.losses or [loss]
+                self.spreads.append(np.percentile(as_numpy("hidden", hidden), PERCENTILES))
+                self.diverged = not np.isfinite(loss)
+                if self.diverged:
+                    return
+            self.losses.append(float(np.mean(losses)))
+            progress()
 
 
-def train_one(
-    digits: Digits, xp: Any, *, batch_norm: bool, lr: float, epochs: int, seed: int, progress: Callable[[], object]
-) -> Run:
-    """Train one network on arrays of `xp`. A seed gives the same weights and batches with batch norm and without."""
-    weights, batches = np.random.default_rng(seed).spawn(2)
-    network = build_network(batch_norm, weights).to(xp=xp)
-    training, test = (digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)
-    start = time.perf_counter()
-    with np.errstate(over="ignore", invalid="ignore"):  # a run may diverge, which the table shows
-        history = train(network, *training, lr=lr, epochs=epochs, rng=batches, progress=progress)
-        seconds = time.perf_counter() - start
-        accuracy_batch = accuracy(with_batch_statistics(network), *test) if batch_norm else None
-        accuracy_running = accuracy(network, *test)
-    return Run(batch_norm, lr, network.to(xp=np), history, accuracy_batch, accuracy_running, seconds)
-
-
-def train_all(digits: Digits, epochs: int, seed: int, xp: Any = np) -> list[Run]:
-    """Train every network at every learning rate, under one progress bar."""
+def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
+    """Train every network at every learning rate on arrays of `xp`, under one progress bar."""
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
-    plan = [(batch_norm, lr) for batch_norm in (True, False) for lr in LEARNING_RATES]
+    plan = list(product((True, False), LEARNING_RATES))
+    test = digits.test_images, digits.test_labels
     runs: list[Run] = []
     # One thread: matrices this small gain nothing from more, and the sums do not depend on the number of cores.
     with threadpool_limits(1), tqdm(total=len(plan) * epochs, unit="epoch", leave=False, disable=None) as bar:
         for batch_norm, lr in plan:
-            bar.set_description(f"{network_name(batch_norm)}, learning rate {lr:g}")
-            run = train_one(digits, xp, batch_norm=batch_norm, lr=lr, epochs=epochs, seed=seed, progress=bar.update)
+            weights, batches = np.random.default_rng(seed).spawn(2)  # the same with batch norm and without
+            run = Run(batch_norm, lr, build_network(batch_norm, weights).to(xp=xp))
+            bar.set_description(f"{run.name}, learning rate {lr:g}")
+            start = time.perf_counter()
+            with np.errstate(over="ignore", invalid="ignore"):  # a run may diverge, which the table shows
+                run.train(digits, epochs, batches, bar.update)
+                run.seconds = time.perf_counter() - start
+                if batch_norm:
+                    run.accuracy_batch = accuracy(with_batch_statistics(run.network), *test)
+                run.accuracy_running = accuracy(run.network, *test)
+            run.network.to(xp=np)
             runs.append(run)
             bar.update(len(runs) * epochs - bar.n)  # count the epochs that a diverged run left out
     return runs
-
-
-def best_of(runs: list[Run]) -> Run:
-    """Return the run with batch norm of the lowest final training loss; the test set does not influence the choice."""
-    return min((run for run in runs if run.batch_norm), key=lambda run: run.final_loss)

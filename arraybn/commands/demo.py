@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,8 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint
-from . import _demo_machine
-from ._demo_training import (
-    LEARNING_RATES,
-    Digits,
-    Run,
-    best_of,
-    build_network,
-    load_digits,
-    network_name,
-    train_all,
-    true_statistics,
-)
+from . import _demo_figure, _demo_ranks
+from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
 DESCRIPTION = (
@@ -31,105 +23,22 @@ DESCRIPTION = (
     " training loss as best.npz."
 )
 
-Array = np.ndarray[Any, Any]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
     seeds, epochs = partial(_integer, low=0, high=2**32 - 1), partial(_integer, low=1, high=10_000)
     images = partial(_integer, low=2, high=100)  # one image gives a local BatchNorm1d no variance
-    parser.add_argument("--seed", type=seeds, default=0, help="of the split, the weights and the batches (default 0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("arraybn-demo"), help="folder for the files (default arraybn-demo)"
+    add, folder = parser.add_argument, Path("arraybn-demo")
+    add("--seed", type=seeds, default=0, help="of the split, the weights and the batches (default 0)")
+    add("--out", type=Path, default=folder, help="folder for the files (default arraybn-demo)")
+    add("--epochs", type=epochs, help="passes over the training set (30; --data-parallel: 12)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, with CuPy (default cpu)")
+    add("--no-plot", action="store_true", help="draw no picture; needs no matplotlib")
+    text = (
+        "under mpirun: train on all ranks, each with so many images in a step (2), with synchronized and with"
+        " local batch norm, beside one process with all of them; draws ranks.png"
     )
-    parser.add_argument("--epochs", type=epochs, help="passes over the training set (30; --data-parallel: 12)")
-    parser.add_argument(
-        "--device", choices=_demo_machine.DEVICES, default="cpu", help="cuda: on a GPU, with CuPy (default cpu)"
-    )
-    parser.add_argument("--no-plot", action="store_true", help="draw no picture; needs no matplotlib")
-    parser.add_argument(
-        "--data-parallel",
-        nargs="?",
-        type=images,
-        const=2,
-        metavar="IMAGES",
-        help="under mpirun: train on all ranks, each with so many images in a step (2), with synchronized and with"
-        " local batch norm, beside one process with all of them; draws ranks.png",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Train, print the table and save; return 1 if a requirement is missing or the saved network loads differently."""
-    if arguments.data_parallel is not None:
-        from . import _demo_ranks
-
-        return _demo_ranks.run(arguments)
-    plot: bool = not arguments.no_plot
-    arguments.epochs = arguments.epochs or 30
-    problem = _demo_machine.missing_libraries(plot) or _demo_machine.device_problem(arguments.device)
-    problem = problem or _demo_machine.folder_problem(arguments.out)
-    if problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    digits = load_digits(arguments.seed)
-    sizes = f"{len(digits.train_labels)} to train on, {len(digits.test_labels)} to test on"
-    xp = _demo_machine.namespace(arguments.device)
-    print(f"Handwritten digits: {sizes}; epochs: {arguments.epochs}{_demo_machine.device_text(xp)}\n", flush=True)
-    runs = train_all(digits, arguments.epochs, arguments.seed, xp)
-    print(_table(runs), end="\n\n")
-    try:
-        return _save(runs, digits, arguments.out, plot)
-    except OSError as error:  # a full disk or a deleted folder
-        print(f"demo: cannot write: {error}", file=sys.stderr)
-        return 1
-
-
-def _save(runs: list[Run], digits: Digits, out: Path, plot: bool) -> int:
-    """Write the files and print their contents; return 1 if the saved network differs when loaded."""
-    best, saved, picture = best_of(runs), out / "best.npz", out / "demo.png"
-    checkpoint.save(best.network, saved)
-    if not _same_when_loaded(best, saved, digits.test_images):
-        print(f"demo: loaded from {saved}, the network gives other logits than the one saved", file=sys.stderr)
-        return 1
-    bits = f"loaded into a fresh network it gives the same bits, all {len(digits.test_labels)} × 10 test logits"
-    print(f"{saved}: the network with batch norm of the lowest training loss (learning rate {best.lr:g});")
-    print(f"  the test set had no say in the choice; {bits}")
-    if plot:
-        from . import _demo_figure
-
-        _demo_figure.draw(runs, best, true_statistics(best.network, digits.train_images), picture)
-        print(f"{picture}: losses, what enters the hidden ReLU, running statistics against true ones")
-    print(f"\n{_advice(runs)}")
-    return 0
-
-
-def _same_when_loaded(best: Run, path: Path, images: Array) -> bool:
-    """Return True if a new network with other weights gives the same bits after loading the file."""
-    fresh = build_network(best.batch_norm, np.random.default_rng())
-    fresh.load_state_dict(checkpoint.load(path))
-    return bool(fresh.eval()(images).tobytes() == best.network.eval()(images).tobytes())
-
-
-def _table(runs: list[Run]) -> str:
-    lines = [
-        "                                               test accuracy with",
-        "network             learning rate  final loss  batch stats  running stats  seconds",
-    ]
-    for run in runs:
-        loss = "diverged" if run.history.diverged else f"{run.final_loss:.4f}"
-        batch = "–" if run.accuracy_batch is None or run.history.diverged else f"{run.accuracy_batch:.1%}"
-        running = "–" if run.history.diverged else f"{run.accuracy_running:.1%}"
-        columns = f"{loss:>10}  {batch:>11}  {running:>13}  {run.seconds:>7.1f}"
-        lines.append(f"{network_name(run.batch_norm):<18}  {run.lr:>13g}  {columns}")
-    return "\n".join(lines)
-
-
-def _advice(runs: list[Run]) -> str:
-    lr = max(LEARNING_RATES)
-    outcome = {run.batch_norm: run.outcome for run in runs if run.lr == lr}
-    return (
-        f"Look first at learning rate {lr:g}, test accuracy: with batch norm {outcome[True]}, without {outcome[False]}."
-    )
+    add("--data-parallel", nargs="?", type=images, const=2, metavar="IMAGES", help=text)
 
 
 def _integer(text: str, low: int, high: int) -> int:
@@ -141,3 +50,116 @@ def _integer(text: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}; got {text!r}")
     return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print tables, save and draw; return 1 if a requirement is missing or a result cannot be kept."""
+    comm = None
+    try:
+        if arguments.data_parallel is not None:
+            comm = _demo_ranks.world()
+        problem = _missing(arguments, comm)
+    except (RuntimeError, ImportError) as error:  # no ranks
+        problem = str(error)
+    problem = problem or (_train(arguments) if comm is None else _demo_ranks.train(arguments, comm))
+    if problem and (comm is None or comm.rank == 0):
+        print(f"demo: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+# ---- The requirements ----
+
+
+def _missing(arguments: argparse.Namespace, comm: Any) -> str:
+    """Return the first requirement that is missing on any rank, or ''; create the folder."""
+    problem = _missing_libraries(not arguments.no_plot)
+    if arguments.device == "cuda":
+        problem = problem or _gpu_problem()
+    if comm is None or comm.rank == 0:
+        problem = problem or _folder_problem(arguments.out)
+    return problem if comm is None else next(filter(None, comm.allgather(problem)), "")
+
+
+def _missing_libraries(plot: bool) -> str:
+    needed = [("scikit-learn", "sklearn.datasets"), ("tqdm", "tqdm"), ("matplotlib", "matplotlib.figure")]
+    problems = []
+    for name, module in needed if plot else needed[:-1]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            problems.append(f"{name} ({error})")
+    return f'{", ".join(problems)}: {sys.executable} -m pip install "arraybn[demo]"' if problems else ""
+
+
+def _gpu_problem() -> str:
+    try:
+        importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        install = f'{sys.executable} -m pip install "arraybn[cuda12]" (for CUDA 13: cuda13)'
+        return f"--device cuda: expected CuPy, which cannot be imported ({error}). Run: {install}"
+    except RuntimeError as error:  # CuPy's own class
+        return f"--device cuda: expected a GPU; CuPy finds none: {error}"
+    return ""
+
+
+def _folder_problem(folder: Path) -> str:
+    try:
+        if folder.exists() and not folder.is_dir():
+            return f"--out {folder}: expected a folder; this is a file"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"--out {folder}: cannot write there: {error.strerror or error}"
+
+
+# ---- The training ----
+
+
+def _train(arguments: argparse.Namespace) -> str:
+    """Train with and without batch norm, print the table and save; return the problem or ''."""
+    epochs, digits = arguments.epochs or 30, load_digits(arguments.seed)
+    xp, place = namespace(arguments.device)
+    print(f"Handwritten digits: {digits.sizes}; epochs: {epochs}{place}\n", flush=True)
+    runs = train_all(digits, epochs, arguments.seed, xp)
+    print(_table(runs), end="\n\n")
+    try:
+        return _save(runs, digits, arguments.out, not arguments.no_plot)
+    except OSError as error:  # a full disk or a deleted folder
+        return f"cannot write: {error}"
+
+
+def _table(runs: list[Run]) -> str:
+    lines = [
+        "                                               test accuracy with",
+        "network             learning rate  final loss  batch stats  running stats  seconds",
+    ]
+    for run in runs:
+        columns = "diverged", "–", "–"
+        if not run.diverged:
+            batch = "–" if run.accuracy_batch is None else f"{run.accuracy_batch:.1%}"
+            columns = f"{run.final_loss:.4f}", batch, f"{run.accuracy_running:.1%}"
+        loss, batch, running = columns
+        lines.append(f"{run.name:<18}  {run.lr:>13g}  {loss:>10}  {batch:>11}  {running:>13}  {run.seconds:>7.1f}")
+    return "\n".join(lines)
+
+
+def _save(runs: list[Run], digits: Digits, out: Path, plot: bool) -> str:
+    """Write the files and print their contents; return a problem if the saved network loads differently."""
+    saved, picture = out / "best.npz", out / "demo.png"
+    best = min((run for run in runs if run.batch_norm), key=lambda run: run.final_loss)
+    checkpoint.save(best.network, saved)
+    fresh = build_network(best.batch_norm, np.random.default_rng())
+    fresh.load_state_dict(checkpoint.load(saved))
+    if fresh.eval()(digits.test_images).tobytes() != best.network.eval()(digits.test_images).tobytes():
+        return f"loaded from {saved}, the network gives other logits than the one saved"
+    bits = f"loaded into a fresh network it gives the same bits, all {len(digits.test_labels)} × 10 test logits"
+    print(f"{saved}: the network with batch norm of the lowest training loss (learning rate {best.lr:g});")
+    print(f"  the test set had no say in the choice; {bits}")
+    if plot:
+        _demo_figure.draw(runs, best, true_statistics(best.network, digits.train_images), picture)
+        print(f"{picture}: losses, what enters the hidden ReLU, running statistics against true ones")
+    lr = max(run.lr for run in runs)
+    with_it, without = (run.outcome for run in runs if run.lr == lr)
+    print(f"\nLook first at learning rate {lr:g}, test accuracy: with batch norm {with_it}, without {without}.")
+    return ""

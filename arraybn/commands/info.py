@@ -16,16 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .._version import __version__
+from ..bench.jobs import launcher
 
 HELP = "what is installed here, what of it works, and how to get the rest"
 DESCRIPTION = "Print versions, array namespaces, kernels, MPI and GPUs, and how to install what is missing."
 
-TIME_LIMIT = 10.0  # seconds, for all probes together, which run at the same time
+TIME_LIMIT = 10.0  # seconds, for each probe; all run at the same time
 
 EXTRAS = {  # extra: the distributions that the extra installs
     "cpu": ("numba", "ml_dtypes"),
@@ -43,18 +45,14 @@ NAMESPACES = {  # module: the command that installs a missing module
 }
 
 _NAMESPACE_PROBE = """
-import importlib, json, sys
+import importlib.util, json, sys
 from arraybn._arrays.namespaces import FLOATS, as_namespace, dtype_name, wide_dtype
 xp = as_namespace(importlib.import_module(sys.argv[1]))
 wide = dtype_name(wide_dtype(xp.ones(1)))
 found = [name for name in FLOATS if hasattr(xp, name) and name in (wide, "float16", "bfloat16", "float32")]
-if sys.argv[1] == "numpy":
-    try:
-        import ml_dtypes
-    except ImportError:
-        pass
-    else:
-        found.insert(1, xp.ones(1, dtype=ml_dtypes.bfloat16).dtype.name)
+if sys.argv[1] == "numpy" and importlib.util.find_spec("ml_dtypes"):
+    import ml_dtypes
+    found.insert(1, xp.ones(1, dtype=ml_dtypes.bfloat16).dtype.name)
 version = sys.modules[sys.argv[1].partition(".")[0]].__version__
 print(json.dumps([version, found]))
 """
@@ -92,28 +90,29 @@ print(json.dumps([f"driver {driver}, runtime {library}", state if devices else "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--compile`."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="first compile the CPU kernels for every dtype, so that no later call has to",
-    )
+    text = "first compile the CPU kernels for every dtype, so that no later call has to"
+    parser.add_argument("--compile", action="store_true", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 0 even if something is missing."""
     if arguments.compile and not _compile():
         return 1
-    namespaces = {name: _start_python(_NAMESPACE_PROBE, name) for name in NAMESPACES if _is_installed(name)}
-    mpi = _start_python(_MPI_PROBE) if _is_installed("mpi4py") else None
-    gpus, numba = _gpu_probes(), _start_python(_NUMBA_PROBE) if _is_installed("numba") else None
-    deadline = time.monotonic() + TIME_LIMIT
-    answers = {name: probe.answer(deadline) for name, probe in gpus.items()}
+    answers = _ask_all()
     sections = {
-        f"arraybn {__version__}": _basics(),
-        "Namespaces": [_namespace(name, namespaces.get(name), deadline) for name in NAMESPACES],
-        "Kernels": [*_kernels(numba, deadline), _cuda_kernels(answers.get("cupy"))],
-        "MPI": _mpi(mpi, deadline),
-        "GPUs": _gpus(answers),
+        f"arraybn {__version__}": [
+            Row("Python", platform.python_version(), sys.executable),
+            Row("NumPy", _version("numpy"), "required"),
+            Row("array-api-compat", _version("array-api-compat"), "required"),
+        ],
+        "Namespaces": [_namespace(name, answers.get(name)) for name in NAMESPACES],
+        "Kernels": [
+            Row("reference", "", "any array; always there"),
+            _cpu_kernels(answers.get("numba")),
+            _cuda_kernels(answers.get("cupy.cuda")),
+        ],
+        "MPI": _mpi(answers.get("mpi4py")),
+        "GPUs": _gpus({name: answers[name] for name in ("nvidia-smi", "cupy.cuda") if name in answers}),
         "Extras": [_extra(name) for name in EXTRAS],
     }
     print(_report(sections))
@@ -141,55 +140,45 @@ def _compile() -> bool:
 Answer: TypeAlias = tuple[list[str], str]  # the lines that a probe printed, and its problem or ''
 
 
-class Probe:
-    """A started command. Its output goes to files: a pipe would wait for a grandchild that keeps the pipe open."""
+def _ask_all() -> dict[str, Answer]:
+    """Run the probes of all installed modules, and nvidia-smi, at the same time."""
+    codes = {name: (_NAMESPACE_PROBE, name) for name in NAMESPACES}
+    probes = {**codes, "numba": (_NUMBA_PROBE,), "mpi4py": (_MPI_PROBE,), "cupy.cuda": (_CUPY_PROBE,)}
+    commands = {name: [sys.executable, "-c", *probe] for name, probe in probes.items() if _is_installed(name)}
+    if program := shutil.which("nvidia-smi"):
+        commands["nvidia-smi"] = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return dict(zip(commands, pool.map(_ask, commands.values()), strict=True))
 
-    def __init__(self, *command: str, env: dict[str, str] | None = None) -> None:
-        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, `answer` closes them
-        self._files = out, err
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
 
-    def answer(self, deadline: float) -> Answer:
-        """Wait until the deadline; return the printed lines, and the problem or ''."""
-        problem = ""
+def _ask(command: Sequence[str]) -> Answer:
+    """Run a command; return the printed lines, and the problem or ''."""
+    problem = ""
+    # files, because a pipe would wait for a grandchild that keeps the pipe open
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
         try:
-            status = self._process.wait(max(0.1, deadline - time.monotonic()))
+            status = subprocess.run(command, **streams, env=_environment(), timeout=TIME_LIMIT, check=False).returncode
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-            problem = f"no answer within {TIME_LIMIT:g} s"
-        out, err = (self._lines(file) for file in self._files)
-        if status and not problem:
-            ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-            problem = (err or out or [ended])[-1] if status > 0 else ended
-        return out, problem
-
-    @staticmethod
-    def _lines(file: IO[bytes]) -> list[str]:
-        with file:
+            status, problem = 0, f"no answer within {TIME_LIMIT:g} s"
+        for file in (out, err):
             file.seek(0)
-            text = file.read().decode(errors="replace")
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        lines, errors = (
+            [line.decode(errors="replace").strip() for line in file if line.strip()] for file in (out, err)
+        )
+    if status < 0:
+        problem = f"ended by signal {-status}"
+    elif status:
+        problem = (errors or lines or [f"exit status {status}"])[-1]
+    return lines, problem
 
 
-def _start_python(code: str, *arguments: str) -> Probe:
-    """Start Python code that can import this arraybn and does not count as a rank of a running MPI job."""
+def _environment() -> dict[str, str]:
+    """Return variables with which Python can import this arraybn and is no rank of a running MPI job."""
     launched = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "HYDI_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     home = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
-    return Probe(sys.executable, "-c", code, *arguments, env=env)
-
-
-def _gpu_probes() -> dict[str, Probe]:
-    """Start the GPU probes."""
-    probes = {}
-    if program := shutil.which("nvidia-smi"):
-        query = "--query-gpu=name,memory.total,driver_version"
-        probes["nvidia-smi"] = Probe(program, query, "--format=csv,noheader")
-    if _is_installed("cupy"):
-        probes["cupy"] = _start_python(_CUPY_PROBE)
-    return probes
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))}
 
 
 # ---- The sections of the report ----
@@ -203,22 +192,13 @@ class Row(NamedTuple):
     text: str
 
 
-def _basics() -> list[Row]:
-    return [
-        Row("Python", platform.python_version(), sys.executable),
-        Row("NumPy", _version("numpy"), "required"),
-        Row("array-api-compat", _version("array-api-compat"), "required"),
-    ]
-
-
-def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
+def _namespace(name: str, answer: Answer | None) -> Row:
     """Return the namespace's version and dtypes, or the reason why it cannot be used."""
-    if probe is None:
+    if answer is None:
         return Row(name, "missing", NAMESPACES[name])
-    lines, problem = probe.answer(deadline)
-    if problem or not lines:
-        return Row(name, _version(name.partition(".")[0]), f"cannot be used: {problem or 'no answer'}")
-    version, dtypes = json.loads(lines[-1])
+    if reason := _reason(answer):
+        return Row(name, _version(name.partition(".")[0]), reason)
+    version, dtypes = json.loads(answer[0][-1])
     text = ", ".join(dtypes)
     if name == "numpy" and "bfloat16" not in dtypes:
         text += '  (bfloat16: pip install "arraybn[cpu]")'
@@ -227,40 +207,34 @@ def _namespace(name: str, probe: Probe | None, deadline: float) -> Row:
     return Row(name, version, text)
 
 
-def _kernels(numba: Probe | None, deadline: float) -> list[Row]:
-    rows = [Row("reference", "", "any array; always there")]
-    if numba is None:
-        return [*rows, Row("cpu", "missing", 'pip install "arraybn[cpu]"')]
-    lines, problem = numba.answer(deadline)
-    text = f"cannot be used: {problem or 'no answer'}" if problem or not lines else f"NumPy arrays; {lines[-1]}"
-    return [*rows, Row("cpu", f"numba {_version('numba')}", text)]
+def _cpu_kernels(answer: Answer | None) -> Row:
+    if answer is None:
+        return Row("cpu", "missing", 'pip install "arraybn[cpu]"')
+    return Row("cpu", f"numba {_version('numba')}", _reason(answer) or f"NumPy arrays; {answer[0][-1]}")
 
 
-def _mpi(probe: Probe | None, deadline: float) -> list[Row]:
-    program = launcher()
+def _cuda_kernels(answer: Answer | None) -> Row:
+    if answer is None:
+        return Row("cuda", "missing", NAMESPACES["cupy"])
+    state = "" if _reason(answer) else json.loads(answer[0][-1])[1]
+    return Row("cuda", "", f"CuPy arrays; {state}" if state else _reason(answer) or "cannot be used: no GPU")
+
+
+def _reason(answer: Answer) -> str:
+    """Return the reason why a probed module cannot be used, or ''."""
+    lines, problem = answer
+    return "" if lines and not problem else f"cannot be used: {problem or 'no answer'}"
+
+
+def _mpi(answer: Answer | None) -> list[Row]:
     rows = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')]
-    if probe is not None:
-        lines, problem = probe.answer(deadline)
+    if answer is not None:
+        lines, problem = answer
         library = " ".join(lines[0].split()) if lines and lines[0] != "started" else "unknown"
         state = "starts" if "started" in lines else f"does not start: {problem or 'it ended early'}"
         rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
     missing = 'missing: pip install "arraybn[mpi]" or an MPI of the system'
-    return [*rows, Row("launcher", "", program or missing)]
-
-
-def launcher() -> str | None:
-    """Return the program that starts ranks, first from the folder of this Python, where the mpi extra installs it."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return shutil.which("mpiexec", path=path) or shutil.which("mpirun", path=path)
-
-
-def _cuda_kernels(answer: Answer | None) -> Row:
-    """Return the state of the CUDA kernels and the number of compiled kernels."""
-    if answer is None:
-        return Row("cuda", "missing", NAMESPACES["cupy"])
-    lines, problem = answer
-    state = "" if problem or not lines else json.loads(lines[-1])[1]
-    return Row("cuda", "", f"CuPy arrays; {state}" if state else f"cannot be used: {problem or 'no GPU'}")
+    return [*rows, Row("launcher", "", launcher() or missing)]
 
 
 def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
@@ -268,15 +242,14 @@ def _gpus(answers: Mapping[str, Answer]) -> list[Row]:
     rows = []
     for name, (lines, problem) in answers.items():
         texts = [json.loads(line)[0] if line.startswith("[") else line for line in lines]
-        rows += [Row(name, "", f"failed: {problem}")] if problem else [Row(name, "", line) for line in texts]
+        rows += [Row(name.partition(".")[0], "", text) for text in ([f"failed: {problem}"] if problem else texts)]
     return rows or [Row("none found", "", "")]
 
 
 def _extra(name: str) -> Row:
     """Return the versions of an extra's distributions, or the command that installs the missing ones."""
     versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
-    if "missing" in versions.values():
-        missing = [distribution for distribution, version in versions.items() if version == "missing"]
+    if missing := [distribution for distribution, version in versions.items() if version == "missing"]:
         return Row(name, "missing", f'{", ".join(missing)}: pip install "arraybn[{name}]"')
     return Row(name, "complete", ", ".join(f"{key} {version}" for key, version in versions.items()))
 

@@ -6,6 +6,7 @@ import importlib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import numpy as np
 from .._arrays.namespaces import Namespace, as_namespace
 from .._checks import as_integer, as_number
 from .diagnosis import cause_of
-from .oracle import LONG
+from .oracle import check_longdouble
 from .properties import MOMENTUM, PROPERTIES, Property, Subject, running
 from .scenarios import Batch
+
+FEW = (1, 2, 3, 5, 8)  # samples, positions or digits of a smaller batch
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,18 @@ class Failure:
     cause: str
 
     def __str__(self) -> str:
-        lines = [f"{self.property}: off by {self.error:.4g} ulp, {self.limit:g} are allowed"]
-        if self.detail:
-            lines = [f"{self.property}: {self.detail}"]
-        x = np.array2string(self.batch.x, threshold=16, separator=", ").replace("\n", "\n         ")
-        lines.append(f"  on x = {x}")
-        lines.append(f"     of shape {self.batch.x.shape}, with eps = {self.batch.eps:g},")
-        weight, bias = (np.array2string(array, threshold=16) for array in (self.batch.weight, self.batch.bias))
-        lines.append(f"     weight = {weight}, bias = {bias}")
+        text, batch = partial(np.array2string, threshold=16), self.batch
+        x = text(batch.x, separator=", ").replace("\n", "\n         ")
+        lines = [
+            f"{self.property}: " + (self.detail or f"off by {self.error:.4g} ulp, {self.limit:g} are allowed"),
+            f"  on x = {x}",
+            f"     of shape {batch.x.shape}, with eps = {batch.eps:g},",
+            f"     weight = {text(batch.weight)}, bias = {text(batch.bias)}",
+        ]
         if self.property.startswith("d"):
-            lines.append(f"     dy = {np.array2string(self.batch.dy.ravel(), threshold=16)}, flattened")
+            lines.append(f"     dy = {text(batch.dy.ravel())}, flattened")
         if self.property.startswith("running"):
-            mean, var = (np.array2string(array, threshold=16) for array in running(self.batch))
+            mean, var = map(text, running(batch))
             lines.append(f"     running_mean = {mean}, running_var = {var}, momentum = {MOMENTUM}")
         if self.cause:
             lines += textwrap.wrap(f"usual cause: {self.cause}", 110, initial_indent="  ", subsequent_indent="    ")
@@ -67,14 +70,11 @@ class BatchNormError(AssertionError):
     """The error of `check_batch_norm`; `failures` are the properties that do not hold."""
 
     def __init__(self, failures: list[Failure], checked: int) -> None:
-        details = [failure.detail for failure in failures]
-        texts = [
-            f"{failure.property}: the same" if failure.detail and failure.detail in details[:index] else str(failure)
-            for index, failure in enumerate(failures)
-        ]
-        super().__init__(
-            f"{len(failures)} of {checked} properties of a batch norm do not hold\n\n" + "\n\n".join(texts)
-        )
+        texts, told = [f"{len(failures)} of {checked} properties of a batch norm do not hold"], set[str]()
+        for failure in failures:
+            texts.append(f"{failure.property}: the same" if failure.detail and failure.detail in told else str(failure))
+            told.add(failure.detail)
+        super().__init__("\n\n".join(texts))
         self.failures = failures
 
 
@@ -156,19 +156,17 @@ def check_batch_norm(
     as_integer("examples", examples, 0)
     if xp is not None:
         as_namespace(xp)
-    if np.finfo(LONG).nmant < 63:
-        raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
+    check_longdouble()
     if examples:
         importlib.import_module(".strategies", __package__)  # raises ImportError without hypothesis
     subject = Subject(forward, backward, update, dtype=np.dtype(dtype), xp=xp, tolerance=tolerance, max_ratio=max_ratio)
     properties = [prop for prop in PROPERTIES if getattr(subject, prop.needs) is not None]
     failures = []
     for prop in properties:
-        failure = _first_failure(prop, subject, examples)
+        if failure := _first_failure(prop, subject, examples):
+            failures.append(failure)
         if report is not None:
             report(prop.name, failure)
-        if failure is not None:
-            failures.append(failure)
     if failures:
         raise BatchNormError(failures, len(properties))
 
@@ -176,24 +174,19 @@ def check_batch_norm(
 def _first_failure(prop: Property, subject: Subject, examples: int) -> Failure | None:
     """Return the first failure, on the smallest part of its batch; None if the property holds on all batches."""
     limit = prop.limit(subject)
+
+    def fails_alike(part: Batch) -> bool:
+        """Return True if the property fails again, with a number as before, or with a text as before."""
+        part_error, part_detail = prop.error(subject, part)
+        return not part_error <= limit and bool(part_detail) == bool(detail)
+
     for batch in _batches(prop, subject, examples):
         error, detail = prop.error(subject, batch)
         if not error <= limit:
-            smallest = _smallest(batch, _fails_alike(prop, subject, bool(detail))) if prop.shrinks else batch
+            smallest = _smallest(batch, fails_alike) if prop.shrinks else batch
             error, detail = prop.error(subject, smallest)
-            cause = "" if detail else cause_of(prop, subject)
-            return Failure(prop.name, smallest, error, limit, detail, cause)
+            return Failure(prop.name, smallest, error, limit, detail, "" if detail else cause_of(prop, subject))
     return None
-
-
-def _fails_alike(prop: Property, subject: Subject, detailed: bool) -> Callable[[Batch], bool]:
-    """Return a function that is True for batches on which the property fails again, with a number or a text."""
-
-    def fails(part: Batch) -> bool:
-        error, detail = prop.error(subject, part)
-        return not error <= prop.limit(subject) and bool(detail) == detailed
-
-    return fails
 
 
 def _batches(prop: Property, subject: Subject, examples: int) -> Iterator[Batch]:
@@ -226,29 +219,26 @@ def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
     return batch
 
 
-def _fewer_samples(batch: Batch) -> Iterator[Batch]:
-    return (batch._replace(x=batch.x[:n], dy=batch.dy[:n]) for n in (1, 2, 3, 5, 8) if n < len(batch.x))
+def _fewer_samples(batch: Batch) -> list[Batch]:
+    return [batch._replace(x=batch.x[:n], dy=batch.dy[:n]) for n in FEW if n < len(batch.x)]
 
 
-def _fewer_positions(batch: Batch) -> Iterator[Batch]:
-    sizes = (s for s in (1, 2, 3, 5, 8) if s < batch.x.shape[2])
-    return (batch._replace(x=batch.x[..., :s], dy=batch.dy[..., :s]) for s in sizes)
+def _fewer_positions(batch: Batch) -> list[Batch]:
+    return [batch._replace(x=batch.x[..., :s], dy=batch.dy[..., :s]) for s in FEW if s < batch.x.shape[2]]
 
 
-def _fewer_channels(batch: Batch) -> Iterator[Batch]:
+def _fewer_channels(batch: Batch) -> list[Batch]:
     c = batch.x.shape[1]
-    for some in [slice(i, i + 1) for i in range(c)] + [slice(i, i + 2) for i in range(c - 1)]:
-        yield Batch(batch.x[:, some], batch.dy[:, some], batch.weight[some], batch.bias[some], batch.eps)
+    some = [slice(i, i + count) for count in (1, 2) for i in range(c + 1 - count)]
+    return [Batch(batch.x[:, at], batch.dy[:, at], batch.weight[at], batch.bias[at], batch.eps) for at in some]
 
 
-def _fewer_digits(batch: Batch) -> Iterator[Batch]:
-    for digits in (1, 2, 3, 5, 8):
-        x, dy, weight, bias = (_rounded(array, digits) for array in batch[:4])
-        yield Batch(x, dy, weight, bias, batch.eps)
+def _fewer_digits(batch: Batch) -> list[Batch]:
+    arrays = ("x", "dy", "weight", "bias")
+    return [batch._replace(**{name: _rounded(getattr(batch, name), digits) for name in arrays}) for digits in FEW]
 
 
 def _rounded(array: Any, digits: int) -> Any:
     """Return the values rounded to `digits` significant decimal digits, in the array's dtype."""
-    return np.asarray([float(f"{value:.{digits - 1}e}") for value in array.ravel().tolist()], array.dtype).reshape(
-        array.shape
-    )
+    values = [float(f"{value:.{digits - 1}e}") for value in array.ravel().tolist()]
+    return np.asarray(values, array.dtype).reshape(array.shape)

@@ -18,6 +18,8 @@ from .._arrays.namespaces import dtype_name
 Array = np.ndarray[Any, Any]
 LONG = np.longdouble
 MANTISSA_BITS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
+_ARRAYS, _VECTORS = ("xhat", "y", "y_scale", "dx", "dx_scale"), ("mean", "var", "dweight", "dbias")  # of `Exact`
+_RATIONALS = ("exact_mean", "exact_m2")
 SMALLEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}
 
 
@@ -80,23 +82,23 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     array([[-1.],
            [ 1.]])
     """
+    check_longdouble()
+    x, dy = (np.moveaxis(np.asarray(array), channel_axis, 1) for array in (x, dy))
+    shape, channels = x.shape, range(x.shape[1])
+    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps) for c in channels]
+    results: dict[str, Any] = {name: [row[name] for row in rows] for name in (*_ARRAYS, *_VECTORS, *_RATIONALS)}
+    for name in _ARRAYS:
+        values = np.stack(results[name]).reshape(len(rows), shape[0], *shape[2:])
+        results[name] = np.moveaxis(np.moveaxis(values, 0, 1), 1, channel_axis)
+    for name in _VECTORS:
+        results[name] = np.asarray(results[name], LONG)
+    return Exact(**results)
+
+
+def check_longdouble() -> None:
+    """Raise a RuntimeError if numpy.longdouble is too short for the oracle."""
     if np.finfo(LONG).nmant < 63:
         raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
-    x, dy = (np.moveaxis(np.asarray(array), channel_axis, 1) for array in (x, dy))
-    shape, channels = x.shape, x.shape[1]
-    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps) for c in range(channels)]
-
-    def full(name: str) -> Array:
-        values = np.stack([row[name] for row in rows]).reshape(channels, shape[0], *shape[2:])
-        return np.moveaxis(np.moveaxis(values, 0, 1), 1, channel_axis)
-
-    def per_channel(name: str) -> Array:
-        return np.asarray([row[name] for row in rows], LONG)
-
-    arrays = {name: full(name) for name in ("xhat", "y", "y_scale", "dx", "dx_scale")}
-    vectors = {name: per_channel(name) for name in ("mean", "var", "dweight", "dbias")}
-    rational = {name: [row[name] for row in rows] for name in ("exact_mean", "exact_m2")}
-    return Exact(**arrays, **vectors, **rational)  # type: ignore[arg-type]
 
 
 def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[str, Any]:
@@ -104,9 +106,8 @@ def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[st
     n = x.size
     if n == 0 or not np.isfinite(x.astype(LONG)).all():
         nothing, value = np.full(n, np.nan, LONG), LONG(0 if n == 0 else np.nan)
-        arrays = dict.fromkeys(("xhat", "y", "y_scale", "dx", "dx_scale"), nothing)
-        vectors = dict.fromkeys(("mean", "var", "dweight", "dbias"), value)
-        return {**arrays, **vectors, "exact_mean": Fraction(0), "exact_m2": Fraction(0)}
+        empty: dict[str, Any] = dict.fromkeys(_ARRAYS, nothing)
+        return empty | dict.fromkeys(_VECTORS, value) | dict.fromkeys(_RATIONALS, Fraction(0))
     mean, m2 = exact_moments(x)
     var = m2 / n + Fraction(eps)
     rstd = 1 / np.sqrt(as_long(var)) if var else LONG(0)

@@ -42,8 +42,7 @@ class Subject:
 
     def y(self, batch: Batch) -> Array:
         """Return y of forward, as a NumPy array."""
-        y: Array = np.array(as_numpy("y", self.raw_y(batch)))  # a copy: the next call may write into the same memory
-        return y
+        return _copied("y", self.raw_y(batch))
 
     def raw_y(self, batch: Batch) -> Any:
         """Return y of forward, in the namespace of the functions."""
@@ -55,15 +54,18 @@ class Subject:
         assert self.backward is not None
         arrays = map(self.to_namespace, (batch.dy, batch.x, batch.weight, batch.bias))
         dx, dweight, dbias = self.backward(*arrays, batch.eps)
-        named = {"dx": dx, "dweight": dweight, "dbias": dbias}
-        dx, dweight, dbias = (np.array(as_numpy(name, array)) for name, array in named.items())
-        return dx, dweight, dbias
+        return _copied("dx", dx), _copied("dweight", dweight), _copied("dbias", dbias)
 
     def running_statistics(self, batch: Batch) -> tuple[Array, Array]:
         """Return running_mean and running_var after an update of `running(batch)` with the batch."""
         assert self.update is not None
         mean, var = self.update(*map(self.to_namespace, (*running(batch), batch.x)), MOMENTUM)
-        return as_numpy("running_mean", mean), as_numpy("running_var", var)
+        return _copied("running_mean", mean), _copied("running_var", var)
+
+
+def _copied(name: str, array: Any) -> Array:
+    """Return a NumPy array that the next call cannot write into."""
+    return np.array(as_numpy(name, array))
 
 
 def running(batch: Batch) -> tuple[Array, Array]:
@@ -133,13 +135,10 @@ def _one_batch(subject: Subject) -> list[Batch]:
     return [scenarios.make("small", "shifted" if subject.max_ratio >= 30 else "standard")]
 
 
-def _with_value(value: float) -> Callable[[Subject], list[Batch]]:
-    def batches(subject: Subject) -> list[Batch]:
-        batch = scenarios.make("small")
-        batch.x[1, 1, 2] = value
-        return [batch]
-
-    return batches
+def _with_value(subject: Subject, value: float) -> list[Batch]:
+    batch = scenarios.make("small")
+    batch.x[1, 1, 2] = value
+    return [batch]
 
 
 # ---- Measurements ---------------------------------------------------------------------------------------------------
@@ -162,33 +161,42 @@ def _y(subject: Subject, batch: Batch) -> Measured:
     return _compared("y", subject.y(batch), truth.y, truth.y_scale, subject.dtype)
 
 
+def _gradient(subject: Subject, batch: Batch, name: str) -> Measured:
+    truth, got = _truth(batch), dict(zip(("dx", "dweight", "dbias"), subject.gradients(batch), strict=True))
+    largest = {
+        "dx": truth.dx_scale,
+        "dweight": np.abs(batch.dy * truth.xhat).sum(axis=(0, 2)),
+        "dbias": np.abs(batch.dy.astype(LONG)).sum(axis=(0, 2)),
+    }
+    return _compared(name, got[name], getattr(truth, name), largest[name], subject.dtype)
+
+
 def _y_type(subject: Subject, batch: Batch) -> Measured:
     if subject.xp is not None:
         given, result = subject.to_namespace(batch.x), subject.raw_y(batch)
         names = [namespace_name(array_namespace(array)) for array in (given, result) if is_array_api_obj(array)]
         if len(names) == 2 and names[0] != names[1]:
             return np.inf, f"y is a {names[1]} array; expected a {names[0]} array"
-    y = subject.y(batch)
-    if y.shape != batch.x.shape or y.dtype != batch.x.dtype:
-        return np.inf, f"y is {y.dtype.name} {y.shape}; expected {batch.x.dtype.name} {batch.x.shape}"
-    return 0.0, ""
+    return _compared_type("y", subject.y(batch), batch.x)
 
 
 def _dx_type(subject: Subject, batch: Batch) -> Measured:
-    dx = subject.gradients(batch)[0]
-    if dx.shape != batch.x.shape or dx.dtype != batch.x.dtype:
-        return np.inf, f"dx is {dx.dtype.name} {dx.shape}; expected {batch.x.dtype.name} {batch.x.shape}"
+    return _compared_type("dx", subject.gradients(batch)[0], batch.x)
+
+
+def _compared_type(name: str, got: Array, x: Array) -> Measured:
+    if got.shape != x.shape or got.dtype != x.dtype:
+        return np.inf, f"{name} is {got.dtype.name} {got.shape}; expected {x.dtype.name} {x.shape}"
     return 0.0, ""
 
 
 def _repeated_call(subject: Subject, batch: Batch) -> Measured:
     raw = subject.raw_y(batch)
-    first = np.array(as_numpy("y", raw))
+    first = _copied("y", raw)
     subject.y(batch._replace(x=3 * batch.x + 1))
     if as_numpy("y", raw).tobytes() != first.tobytes():
         return np.inf, "y was written into by the next call: both share their memory"
-    again = subject.y(batch)
-    return worst(again, first, first, subject.dtype), ""
+    return worst(subject.y(batch), first, first, subject.dtype), ""
 
 
 def _reversed_samples(subject: Subject, batch: Batch) -> Measured:
@@ -205,10 +213,9 @@ def _separate_channels(subject: Subject, batch: Batch) -> Measured:
 
 def _non_finite(subject: Subject, batch: Batch) -> Measured:
     truth, y = _truth(batch), subject.y(batch)
-    inside, outside = y[:, 1], y[:, [0, 2]]
-    if not np.isnan(inside).all():
-        return np.inf, f"y has {int((~np.isnan(inside)).sum())} numbers in the channel that has lost its mean"
-    return _compared("y", outside, truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
+    if numbers := np.count_nonzero(~np.isnan(y[:, 1])):
+        return np.inf, f"y has {numbers} numbers in the channel that has lost its mean"
+    return _compared("y", y[:, [0, 2]], truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
 
 
 def _inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
@@ -226,22 +233,6 @@ def _inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
     return 0.0, ""
 
 
-def _dx(subject: Subject, batch: Batch) -> Measured:
-    truth = _truth(batch)
-    return _compared("dx", subject.gradients(batch)[0], truth.dx, truth.dx_scale, subject.dtype)
-
-
-def _dweight(subject: Subject, batch: Batch) -> Measured:
-    truth = _truth(batch)
-    terms = np.abs(batch.dy * truth.xhat).sum(axis=(0, 2))
-    return _compared("dweight", subject.gradients(batch)[1], truth.dweight, terms, subject.dtype)
-
-
-def _dbias(subject: Subject, batch: Batch) -> Measured:
-    terms = np.abs(batch.dy.astype(LONG)).sum(axis=(0, 2))
-    return _compared("dbias", subject.gradients(batch)[2], _truth(batch).dbias, terms, subject.dtype)
-
-
 def _running(subject: Subject, batch: Batch, index: int) -> Measured:
     """Measure running_mean (index 0) or running_var (1), in ulp of float32 at the larger of old and new."""
     truth, old = _truth(batch), running(batch)[index].astype(LONG)
@@ -252,7 +243,9 @@ def _running(subject: Subject, batch: Batch, index: int) -> Measured:
     return _compared(name, subject.running_statistics(batch)[index], want, scale, np.dtype("f4"))
 
 
+_dx, _dweight, _dbias = (partial(_gradient, name=name) for name in ("dx", "dweight", "dbias"))
 _running_mean, _running_var = partial(_running, index=0), partial(_running, index=1)
+_with_nan, _with_infinity = partial(_with_value, value=np.nan), partial(_with_value, value=np.inf)
 _keeps_inputs = {name: partial(_inputs_stay, function=name) for name in ("forward", "backward", "update")}
 
 NEAR, FAR = ("normal", "sorted"), ("far", "outlier", "nearly constant")
@@ -266,8 +259,8 @@ PROPERTIES = [
     Property("a constant channel gives bias", "forward", _y, _constant),
     Property("the order of the samples does not matter", "forward", _reversed_samples, _one_batch, NEAR, factor=2),
     Property("channels do not see each other", "forward", _separate_channels, _one_batch, factor=0, shrinks=False),
-    Property("a NaN stays in its channel", "forward", _non_finite, _with_value(np.nan), shrinks=False),
-    Property("an infinity stays in its channel", "forward", _non_finite, _with_value(np.inf), shrinks=False),
+    Property("a NaN stays in its channel", "forward", _non_finite, _with_nan, shrinks=False),
+    Property("an infinity stays in its channel", "forward", _non_finite, _with_infinity, shrinks=False),
     Property("a call leaves nothing behind for the next", "forward", _repeated_call, _one_batch, factor=0),
     Property("forward leaves its arguments as they are", "forward", _keeps_inputs["forward"], _one_batch),
     Property("dx is of the dtype and shape of x", "backward", _dx_type, _one_batch),
