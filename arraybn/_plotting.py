@@ -49,10 +49,11 @@ def draw_picture(path: Path, size: tuple[float, float], title: str, subtitle: st
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context({**rcParamsDefault, **STYLE}):
-        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+        inch = 1 / size[1]
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 1 - 0.85 * inch))
         figure = Figure(figsize=size, dpi=160, facecolor="white", layout=layout)
-        figure.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=17, weight="bold")  # two lines: one for the subtitle
-        figure.text(0.02, 1 - 0.65 / size[1], subtitle, color=GREY)
+        figure.text(0.02, 1 - 0.2 * inch, title, va="top", fontsize=17, weight="bold")
+        figure.text(0.02, 1 - 0.58 * inch, subtitle, va="top", color=GREY)
         fill(figure)
         save(figure, path)
 
