@@ -255,6 +255,11 @@ def mean_squared_error(predictions: Array, targets: Array) -> tuple[float, Array
     loss : float
     dpredictions : array, like predictions
 
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no array of a real floating dtype, the shapes differ, or there is no value.
+
     Examples
     --------
     >>> import numpy, arraybn
