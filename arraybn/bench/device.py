@@ -1,4 +1,4 @@
-"""Where a bench works: NumPy arrays on the host, or a GPU, of which only `CudaDevice` touches stream and clock.
+"""The device of a bench: NumPy arrays on the host, or a GPU, where `CudaDevice` alone touches stream and clock.
 
 A test has another device with the methods of `CudaDevice`, on NumPy arrays and a clock of its own.
 """
