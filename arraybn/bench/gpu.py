@@ -27,7 +27,7 @@ from .process import Worker
 from .timing import Result
 
 ROUNDS, QUICK_ROUNDS = 25, 9
-RANKS, RANK_TURNS, LEAST = 2, 9, 15.0  # ranks need so many seconds to start at all
+RANKS, RANK_TURNS, LEAST = 2, 9, 15.0  # LEAST: seconds that the ranks need to start
 CUDA = "arraybn.bench.device:CudaDevice"
 
 

@@ -23,7 +23,7 @@ from .worker import Answer, GpuWork
 
 TIME_LIMIT, START_LIMIT = 60.0, 150.0  # seconds for one question
 CRASHES, RESTARTS = 2, 6  # of a contestant, and in all, until no more is tried
-PEER_SHARE = 0.25  # of the time of the table, which preparing one of the others may take
+PEER_SHARE = 0.25  # fraction of the time of the table that preparing one peer may take
 NO_TIME = "no time left"
 CONTESTANTS = {one.name: one for one in GPU_CONTESTANTS}
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}  # the memory is for everyone

@@ -31,7 +31,7 @@ def under_mpirun() -> bool:
 
 
 def start(launcher: str, ranks: int, module: str, *words: str, limit: float | None = None) -> Found:
-    """Return what so many ranks have found; an error with the last words of those that have not."""
+    """Return what `ranks` ranks have measured; an error carries the last words of a job that failed."""
     limit = TIME_LIMIT if limit is None else limit
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     env = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", **os.environ, "PYTHONPATH": path}

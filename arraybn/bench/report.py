@@ -234,7 +234,7 @@ def notes(small: bool, dtypes: Sequence[str], checked: int) -> str:
     batches = "a small batch" if checked == 1 else f"{checked} small batches"
     checks = (
         f"Checked first, on {batches}, against 80-bit results: arraybn may be off by {ours}, all others by"
-        f" {OTHERS[dtypes[0]]:g}, in ulp of the largest term. Who is wrong is not timed."
+        f" {OTHERS[dtypes[0]]:g}, in ulp of the largest term. Wrong results are not timed."
     )
     times = (
         "Medians over turns taken one after another, each library in a process of its own. × arraybn: the time divided"
@@ -279,7 +279,7 @@ def gpu_notes(dtypes: Sequence[str]) -> str:
     return paragraphs(
         "Checked first, on the very shapes, on fresh random data and into NaN, against float64 on the same GPU: y and"
         f" dx of arraybn may be off by {ours}, in ulp of the largest term; in brackets: all others; dweight and dbias"
-        f" by {sums}. Who is wrong is not timed.",
+        f" by {sums}. Wrong results are not timed.",
         "Medians of device time over turns taken one after another, on sets of buffers that L2 cannot hold, the calls"
         " of a sample queued before the first begins. By the host's clock: the library has a stream of its own. GB/s:"
         " the bytes that must be moved if each value is read once, by the time. of floor: the time of these bytes at"

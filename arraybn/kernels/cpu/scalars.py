@@ -19,24 +19,24 @@ sqrt = np.sqrt
 
 @njit
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """As in the array API, for numbers."""
+    """Do for numbers what the array API does for arrays."""
     return x if condition else y
 
 
 @njit
 def zeros_like(x: Any) -> float:
-    """As in the array API, for numbers."""
+    """Do for numbers what the array API does for arrays."""
     return 0.0
 
 
 @njit
 def ones_like(x: Any) -> float:
-    """As in the array API, for numbers."""
+    """Do for numbers what the array API does for arrays."""
     return 1.0
 
 
 def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
-    """As in the array API."""
+    """Convert as the array API does."""
     return x.astype(dtype)
 
 
