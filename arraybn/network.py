@@ -17,7 +17,7 @@ from ._checks import as_flag, as_floating, as_integer, as_number, check_home, ch
 from .layers import SyncBatchNorm, _BatchNorm, fold
 from .modules import Module, Parameter, Sequential
 
-M = TypeVar("M", bound=Module)
+_Model = TypeVar("_Model", bound=Module)
 
 
 class Linear(Module):
@@ -232,7 +232,7 @@ class Identity(Module):
         return dy
 
 
-def fold_batch_norms(model: M) -> M:
+def fold_batch_norms(model: _Model) -> _Model:
     """Return a copy of the model in which batch norms are part of the `Linear` or `Conv2d` beside them (E3).
 
     Parameters
