@@ -1,0 +1,151 @@
+"""Sums that do not round (E10), and batch norm with them: a function of its data alone.
+
+A sum of floating-point numbers depends on the order of the additions; a sum of integers does not. Every float16,
+bfloat16 and float32 value is an integer times 2⁻¹⁶⁰, and every product of two of them an integer times 2⁻³²⁰. A sum is
+kept as *limbs*: the limb k of a sum counts 2^(32·k) of the smallest unit, as an int64. A value adds less than 2³² to a
+limb, so 2³¹ values fit before a limb overflows; the limbs of threads and ranks are added limb by limb, in any order.
+
+The record of a batch is an array of limbs (rows, C) in host memory. Statistics are computed from a record with exact
+integers and rounded once. The maps are sequences of float64 operations, each of which rounds alike everywhere.
+
+Source: D. R. Lutz, N. Burgess, A. Neal, on high-precision anchored accumulators, 2017; U. Kulisch, Computer arithmetic
+and validity, 2013, section 8.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ._arrays.copies import as_numpy
+from ._arrays.namespaces import Array, array_namespace, wide_dtype
+
+BITS = 32  # of a limb
+VALUE_LIMBS, VALUE_UNIT = 9, -160  # the limbs of Σx, and the exponent of the smallest unit: 2⁻¹⁴⁹ is the last subnormal
+PRODUCT_LIMBS, PRODUCT_UNIT = 18, -320  # of Σx² and Σu·x
+KINDS = 3  # rows that count the NaNs, the +inf and the −inf of a sum
+
+# The rows of a record: the limbs of a sum of values, those of a sum of products, and the kinds of either.
+VALUES = slice(0, VALUE_LIMBS)
+PRODUCTS = slice(VALUE_LIMBS, VALUE_LIMBS + PRODUCT_LIMBS)
+VALUE_KINDS = slice(PRODUCTS.stop, PRODUCTS.stop + KINDS)
+PRODUCT_KINDS = slice(VALUE_KINDS.stop, VALUE_KINDS.stop + KINDS)
+ROWS = PRODUCT_KINDS.stop
+
+
+class ExactSweeps(Protocol):
+    """The four sweeps without a rounding that depends on the order: sums as records, and maps of fixed operations."""
+
+    def squares(self, x: Array) -> Array:
+        """(E10) Return the record of Σx and Σx²."""
+
+    def products(self, u: Array, x: Array, mean: Array) -> Array:
+        """(E10) Return the record of Σu and Σu·x; what is not finite is counted as a part of Σu·(x−mean)."""
+
+    def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+        """(E3, E7) Return a·(x−mean) + c."""
+
+    def affine2(self, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+        """(E6) Return a·u + (b·(x−mean) + c)."""
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def squares(x: Array) -> Array:
+    """(E10) The record (rows, C) of Σx and Σx², of x (N, C, S)."""
+    wide = _as_float64(x)
+    finite, kinds = _finite(wide)
+    return _record(finite, finite * finite, kinds, 0 * kinds)
+
+
+def products(u: Array, x: Array, mean: Array) -> Array:
+    """(E10) The record (rows, C) of Σu and Σu·x, of u and x (N, C, S); mean (C,) is that of x."""
+    xp, u, x = array_namespace(x), _as_float64(u), _as_float64(x)
+    (finite_u, kinds_u), (finite_x, _) = _finite(u), _finite(x)
+    both = xp.isfinite(u) & xp.isfinite(x)
+    deviation = xp.where(both & xp.isfinite(mean)[:, None], xp.zeros_like(x), u * (x - mean[:, None]))
+    product = xp.where(both, finite_u * finite_x, xp.zeros_like(x))
+    return _record(finite_u, product, kinds_u, _finite(deviation)[1])
+
+
+def _as_float64(x: Array) -> Array:
+    return array_namespace(x).astype(x, wide_dtype(x), copy=False)
+
+
+def _finite(x: Array) -> tuple[Array, Array]:
+    """Return x with 0 in the place of NaN and inf, and how many NaN, +inf and −inf each channel has (3, C)."""
+    xp = array_namespace(x)
+    kinds = [xp.isnan(x), x == float("inf"), x == -float("inf")]
+    counts = [xp.sum(xp.astype(kind, xp.int64), axis=(0, 2)) for kind in kinds]
+    return xp.where(xp.isfinite(x), x, xp.zeros_like(x)), as_numpy("counts", xp.stack(counts))
+
+
+def _record(values: Array, products: Array, value_kinds: Array, product_kinds: Array) -> Array:
+    sums = [_limbs(values, VALUE_LIMBS, VALUE_UNIT), _limbs(products, PRODUCT_LIMBS, PRODUCT_UNIT)]
+    return np.concatenate([*sums, value_kinds, product_kinds])
+
+
+def _limbs(t: Array, limbs: int, unit: int) -> Array:
+    """Return the limbs (limbs, C) of Σt, of finite float64 t (N, C, S): the digits of every value, the highest first."""
+    xp, digits = array_namespace(t), []
+    for k in reversed(range(limbs)):
+        exponent = unit + BITS * k
+        digit = xp.trunc(t * 2.0**-exponent)
+        t = t - digit * 2.0**exponent  # exact: what is taken away are the leading bits of t
+        digits.append(xp.sum(xp.astype(digit, xp.int64), axis=(0, 2)))
+    return as_numpy("limbs", xp.stack(digits[::-1]))
+
+
+# ---- From a record to statistics: exact integers, rounded once -------------------------------------------------------
+
+
+def mean_and_m2(record: Array, n: int) -> Array:
+    """(E1) mean and m2 (2, C) of n values, correctly rounded float64, from the record of Σx and Σx²."""
+    result = np.zeros((2, record.shape[1]))
+    for c, (total, square) in enumerate(_totals(record)) if n else ():
+        result[0, c] = _rounded(total, n, VALUE_UNIT)
+        result[1, c] = _rounded(n * square - total * total, n, PRODUCT_UNIT)
+    return _with_kinds(result, record[VALUE_KINDS], squared=True)
+
+
+def sums(record: Array, mean: Array) -> Array:
+    """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded float64, from the record of Σu and Σu·x and mean (C,)."""
+    result = np.zeros((2, record.shape[1]))
+    for c, (total, product) in enumerate(_totals(record)):
+        result[0, c] = _rounded(total, 1, VALUE_UNIT)
+        if np.isfinite(mean[c]):
+            top, bottom = float(mean[c]).as_integer_ratio()
+            shift = VALUE_UNIT - PRODUCT_UNIT
+            result[1, c] = _rounded(product * bottom - (top * total << shift), bottom, PRODUCT_UNIT)
+    result[0] = _with_kinds(result[:1], record[VALUE_KINDS])[0]
+    result[1] = _with_kinds(result[1:], record[PRODUCT_KINDS])[0]
+    return result
+
+
+def _totals(record: Array) -> list[tuple[int, int]]:
+    """Return the two sums of each channel, as integers."""
+    totals = []
+    for rows in (record[VALUES], record[PRODUCTS]):
+        whole = [0] * record.shape[1]
+        for row in rows[::-1].tolist():
+            whole = [(number << BITS) + limb for number, limb in zip(whole, row, strict=True)]
+        totals.append(whole)
+    return list(zip(*totals, strict=True))
+
+
+def _rounded(top: int, bottom: int, exponent: int) -> float:
+    """Return top/bottom·2^exponent, correctly rounded, as Python's division of integers is."""
+    return top / (bottom << -exponent)
+
+
+def _with_kinds(rows: Array, kinds: Array, *, squared: bool = False) -> Array:
+    """Return `rows` (…, C) with NaN or inf where a NaN or an inf went into the sum; a spread is NaN then."""
+    nan, high, low = kinds > 0
+    special = np.where(nan | (high & low), np.nan, np.where(high, np.inf, -np.inf))
+    some = nan | high | low
+    rows[0] = np.where(some, special, rows[0])
+    if squared:
+        rows[1] = np.where(some, np.nan, rows[1])
+    return rows
