@@ -3,7 +3,7 @@
 from . import interchange, network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
-from .functional import batch_norm, batch_norm_backward
+from .functional import batch_norm, batch_norm_backward, batch_norm_sums
 from .kernels.threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .modules import Module, Parameter, Sequential
@@ -25,6 +25,7 @@ __all__ = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_sums",
     "broadcast_state",
     "get_num_threads",
     "interchange",

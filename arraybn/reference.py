@@ -44,25 +44,29 @@ class Sweeps(Protocol):
         """(E6) Return a·u + b·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
 
 
-class Pool(Protocol):
-    """The ranks that hold the parts of a batch. Their vectors (C,) meet on the host, in float64."""
+class Totals(Protocol):
+    """The sums over a batch that is in parts. Where ranks hold the parts, their vectors (C,) meet on the host."""
 
-    kept: tuple[Array, Array | None]  # rstd and mean_low on the host, from a forward to its backward
+    kept: tuple[Array, Array | None]  # rstd and mean_low of the forward, where the sums are
+
+    def sums(self, *parts: Array) -> Sequence[Array]:
+        """Return the sum of each vector over all parts, perhaps on the host."""
+
+    def home(self, *vectors: Array) -> Sequence[Array]:
+        """Return vectors from there on the device and in the dtype of the part's statistics."""
+
+
+class Pool(Totals, Protocol):
+    """The ranks that hold the parts of a batch. Their vectors (C,) meet on the host, in float64."""
 
     def moments(self, part: Moments) -> Moments:
         """(E2) Return the moments of all parts together, on the host."""
-
-    def sums(self, *parts: Array) -> Sequence[Array]:
-        """Return the sum of each vector over all parts, on the host."""
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean, in the dtype of the part's statistics, and the rounding error or None."""
 
     def keep(self, rstd: Array, mean_low: Array | None) -> None:
         """Keep the host's statistics for the backward."""
-
-    def home(self, *vectors: Array) -> Sequence[Array]:
-        """Return the host's vectors on the device and in the dtype of the part's statistics."""
 
 
 # ---- Batch norm ------------------------------------------------------------------------------------------------------
@@ -80,11 +84,36 @@ def forward(
     """(E1–E3) The moments of the batch, rstd (C,), and y = weight·xhat + bias (N, C, S)."""
     batch = batch_moments(sweeps, x)  # (E1)
     if pool is None:
-        r = batch_rstd(batch.m2, batch.n, eps)  # (E3)
-    else:
-        batch, r = _pooled(batch, eps, pool)  # (E2, E3)
-    a, c = normalize(r, weight, bias, batch.mean_low)
-    return batch, r, sweeps.affine(x, batch.mean, a, c, out)  # (E3)
+        return batch, *forward_of_part(sweeps, x, batch, weight, bias, eps, out)
+    batch, r = _pooled(batch, eps, pool)  # (E2, E3)
+    return batch, r, _normalized(sweeps, x, batch, r, weight, bias, out)
+
+
+def forward_of_part(
+    sweeps: Sweeps,
+    x: Array,
+    batch: Moments,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """(E3) rstd (C,), and y of x (N, C, S), a part of the batch or the whole, from the moments of the batch."""
+    r = batch_rstd(batch.m2, batch.n, eps)
+    return r, _normalized(sweeps, x, batch, r, weight, bias, out)
+
+
+def _normalized(
+    sweeps: Sweeps,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+) -> Array:
+    """(E3) y = weight·xhat + bias."""
+    return sweeps.affine(x, batch.mean, *normalize(rstd, weight, bias, batch.mean_low), out)
 
 
 def backward(
@@ -94,7 +123,7 @@ def backward(
     batch: Moments,
     rstd: Array,
     weight: Array | None,
-    pool: Pool | None = None,
+    pool: Totals | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx (N, C, S), and dweight and dbias (C,), which are sums over this part of the batch alone."""
@@ -145,7 +174,7 @@ def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
     return Moments(batch.n, mean, m2, mean_low=low), r
 
 
-def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Pool) -> Sequence[Array]:
+def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Totals) -> Sequence[Array]:
     """(E6) a, b and c of dx: for weight 1 on the host, then, as all three are linear in it, times the weight."""
     (sum_dy, sum_dy_x), (r, low) = pool.sums(*sums), pool.kept
     totals = parameter_gradients(sum_dy, sum_dy_x, r, low)

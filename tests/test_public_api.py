@@ -40,6 +40,7 @@ PUBLIC = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_sums",
     "broadcast_state",
     "get_num_threads",
     "interchange",
@@ -54,9 +55,10 @@ PUBLIC = [
 ]
 
 SIGNATURES = {
-    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, eps=1e-05, channel_axis=1,"
-    " comm=None, out=None, kernels=None)",
-    "batch_norm_backward": "(dy, saved, *, out=None)",
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, eps=1e-05,"
+    " channel_axis=1, comm=None, out=None, kernels=None)",
+    "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
+    "batch_norm_sums": "(dy, saved)",
     "moments": "(x, *, channel_axis=1, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",

@@ -21,7 +21,7 @@ import numpy as np
 from .. import reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
-from ..reference import Moments, Pool, Sweeps
+from ..reference import Moments, Pool, Sweeps, Totals
 
 Module: TypeAlias = Any  # a module, or any object, with the four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2")
@@ -47,6 +47,7 @@ class Backend:
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
     forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    forward_of_part: Callable[..., tuple[Array, Array]]  # (x, batch, weight, bias, eps, out) -> rstd, y
     backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
     evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
     evaluation_backward: Callable[..., tuple[Array, Array, Array]]
@@ -71,6 +72,7 @@ def as_backend(module: Module, name: str) -> Backend:
         name,
         **vars(sweeps),
         forward=_forward(sweeps, _offered(module, "forward")),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
         backward=_backward(sweeps, _offered(module, "backward")),
         evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
         evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
@@ -109,7 +111,7 @@ def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, A
         return composed
 
     def backward(
-        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Pool | None, out: Array | None
+        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Totals | None, out: Array | None
     ) -> tuple[Array, Array, Array]:
         if pool is not None:
             return composed(dy, x, batch, rstd, weight, pool, out)
