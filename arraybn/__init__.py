@@ -3,6 +3,7 @@
 from . import interchange, network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
+from .derivatives import batch_norm_double_backward, batch_norm_jvp
 from .functional import batch_norm, batch_norm_backward, batch_norm_sums
 from .kernels.threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
@@ -25,6 +26,8 @@ __all__ = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
     "batch_norm_sums",
     "broadcast_state",
     "get_num_threads",

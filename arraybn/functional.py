@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from . import sync
+from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
@@ -21,7 +21,7 @@ from .reference import Moments, Totals
 from .statistics import Sums, as_moments_of_whole, check_sums
 from .sync import Call, Comm, RankPool
 
-_ALONE = nullcontext()
+ALONE = nullcontext()
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -64,8 +64,8 @@ class Saved:
         dtype = "" if self._x is None else f" dtype={dtype_name(self._x.dtype)},"
         return f"Saved(shape={self._layout.shape},{dtype} n={n}, backend={self._backend.name!r})"
 
-    def _backward_call(self) -> Call | None:
-        return None if self._pool is None else self._pool.call.backward()
+    def _backward_call(self, operation: str = sync.BACKWARD) -> Call | None:
+        return None if self._pool is None else self._pool.call.backward(operation)
 
 
 def batch_norm(
@@ -156,7 +156,7 @@ def batch_norm(
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
         settings = {"eps": sync.settings_text(eps)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
-    with call or _ALONE, on_device_of(x):
+    with call or ALONE, on_device_of(x):
         return forward_in(
             call,
             x,
@@ -291,8 +291,8 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbias
     (True, array([1.]))
     """
-    call = _check_saved(saved)._backward_call()
-    with call or _ALONE, on_device_of(dy):
+    call = check_saved(saved)._backward_call()
+    with call or ALONE, on_device_of(dy):
         return backward_in(call, dy, saved, out, sums)
 
 
@@ -300,8 +300,8 @@ def backward_in(
     call: Call | None, dy: Array, saved: Saved, out: Array | None = None, sums: Sums | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
-    (dy, x), result = _prepared(saved, call, out, dy=dy)
-    totals = _totals(saved, call, sums)
+    (dy, x), result = prepared(saved, call, out, dy=dy)
+    totals = totals_of(saved, call, sums)
     weight = saved._weight
     if saved._moments is None:
         dx, dweight, dbias = saved._backend.evaluation_backward(dy, x, saved._mean, saved._rstd, weight, result.place)
@@ -312,27 +312,30 @@ def backward_in(
     return dx, None if weight is None else dweight, dbias if saved._has_bias else None
 
 
-def batch_norm_sums(dy: Array, saved: Saved) -> Sums:
+def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None) -> Sums:
     """Return the sums over a part of a batch that the backward of each part needs from all parts (E5).
 
     Parameters
     ----------
     dy : array (N, C, *S)
-        As in `batch_norm_backward`.
+        As in `batch_norm_backward`; x_dot for the sums that `batch_norm_jvp` needs.
     saved : Saved
         From a forward with `moments`.
+    v, v_weight : array (N, C, *S) and array (C,), optional
+        With v, the sums are those that `batch_norm_double_backward` needs.
 
     Returns
     -------
     Sums
-        Σdy and Σdy·(x − mean) of each channel. The sums of disjoint parts add: ``a + b``, ``sum([a, b])``.
+        Σdy and Σdy·(x − mean) of each channel, and five more with v. The sums of disjoint parts add: ``a + b``,
+        ``sum([a, b])``.
 
     Raises
     ------
     TypeError
-        dy is no array of the namespace of x, or saved does not come from `batch_norm`.
+        dy or v is no array of the namespace of x, or saved does not come from `batch_norm`.
     ValueError
-        dy has another shape or device than x, or the forward had no `moments`.
+        A shape or device is not that of x, v_weight is given without v, or the forward had no `moments`.
     RuntimeError
         x is gone, as in `batch_norm_backward`.
 
@@ -349,25 +352,33 @@ def batch_norm_sums(dy: Array, saved: Saved) -> Sums:
     >>> bool(abs(numpy.concatenate(dx) - alone).max() < 1e-15)
     True
     """
-    if not _check_saved(saved)._is_part:
+    if not check_saved(saved)._is_part:
         raise ValueError(f"saved: expected the forward of a part, with moments=; got one without{_PARTS}")
+    if v is None and v_weight is not None:
+        raise ValueError("v: expected an array, because v_weight is given; got None")
+    backend, mean = saved._backend, saved._mean
     with on_device_of(dy):
-        (dy, x), _ = _prepared(saved, None, None, dy=dy)
-        sums = saved._backend.dots(dy, x, saved._mean)
+        if v is None:
+            (dy, x), _ = prepared(saved, None, None, dy=dy)
+            sums = backend.dots(dy, x, mean)
+        else:
+            (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
+            (v_weight,) = widened_vectors(saved, v_weight=v_weight)
+            sums = reference.second_sums(backend, v, dy, x, mean, v_weight)
         return Sums(saved._layout.n, array_namespace(x).stack(sums))
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------
 
 
-def _check_saved(saved: object) -> Saved:
+def check_saved(saved: object) -> Saved:
     """Return `saved`, or raise."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
     return saved
 
 
-def _prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array) -> tuple[Sequence[Array], _Result]:
+def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array) -> tuple[Sequence[Array], Result]:
     """Return the given arrays and x as (N, C, S), in a dtype that holds the values of all, and the result's place."""
     if saved._overwritten is not None:
         raise RuntimeError(
@@ -383,7 +394,7 @@ def _prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array
         wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
         arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
     views = [layout.view(array) for array in arrays]
-    return views, _Result(saved, call, out, views[-1])
+    return views, Result(saved, call, out, views[-1])
 
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
@@ -395,7 +406,14 @@ def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
     return array
 
 
-class _Result:
+def widened_vectors(saved: Saved, **vectors: Array | None) -> Sequence[Array | None]:
+    """Return copies of the vectors (C,) in the dtype of statistics, after a check against x; None stays None."""
+    x, channels = saved._x, saved._layout.ncs[1]
+    checked = [as_channel_vector(name, vector, x, channels) for name, vector in vectors.items()]
+    return saved._backend.widened(*checked)
+
+
+class Result:
     """The way of a result like x into the caller's layout and `out`; a sweep may write the result into `place`."""
 
     __slots__ = ("out", "place", "saved", "target")
@@ -418,23 +436,23 @@ class _Result:
         return result
 
 
-def _totals(saved: Saved, call: Call | None, sums: Sums | None) -> Totals | None:
-    """Return the sums over all parts: over ranks in a call, or those that are given; None where x is the whole."""
+def totals_of(saved: Saved, call: Call | None, sums: Sums | None, rows: int = 2) -> Totals | None:
+    """Return the `rows` sums over all parts: over ranks in a call, or those given; None where x is the whole."""
     if sums is None and saved._is_part:
         raise ValueError(f"sums: expected those of all parts, because the forward had moments=; got None{_PARTS}")
     if sums is not None:
         if not saved._is_part:
             raise ValueError(f"sums: expected None, because the forward had no moments=; got some{_PARTS}")
-        return _GivenTotals(sums, saved)
+        return _GivenTotals(sums, saved, rows)
     return None if call is None else RankPool(call, saved._pool)
 
 
 class _GivenTotals(Totals):
     """The sums over all parts that the caller has added up."""
 
-    def __init__(self, sums: Sums, saved: Saved) -> None:
+    def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None
-        self._sums = check_sums("sums", sums, saved._moments)
+        self._sums = check_sums("sums", sums, saved._moments, rows)
         self.kept = saved._rstd, saved._moments.mean_low
 
     def sums(self, *parts: Array) -> Sequence[Array]:

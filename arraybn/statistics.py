@@ -197,8 +197,9 @@ class Sums:
     ----------
     n : int
         How many values each channel was summed over.
-    values : array (2, C)
-        Σdy and Σdy·(x − mean), float64 where the namespace has it.
+    values : array (2, C) or (7, C)
+        Σdy and Σdy·(x − mean), float64 where the namespace has it; with v, then the same two of v and of v_weight·dy,
+        and Σv·dy.
 
     Examples
     --------
@@ -226,14 +227,15 @@ class Sums:
         return self if other == 0 else NotImplemented
 
 
-def check_sums(name: str, sums: object, whole: Moments) -> Array:
-    """Return the values of the sums of all parts of the batch that has these moments, in the dtype of statistics."""
+def check_sums(name: str, sums: object, whole: Moments, rows: int) -> Array:
+    """Return the values (rows, C) of the sums of all parts of the batch, in the dtype of statistics, or raise."""
     if not isinstance(sums, Sums):
         raise TypeError(f"{name}: expected the sum of what batch_norm_sums returned; got {class_name(sums)}")
     values = as_floating(f"{name}.values", sums.values)
     check_home(f"{name}.values", values, whole.mean, "moments.mean")
-    if tuple(values.shape) != (expected := (2, whole.mean.shape[0])):
-        raise ValueError(f"{name}.values: expected shape {expected}, sums per channel; got {tuple(values.shape)}")
+    if tuple(values.shape) != (expected := (rows, whole.mean.shape[0])):
+        with_v = "" if rows == 2 else ". Pass v, and v_weight, to batch_norm_sums"
+        raise ValueError(f"{name}.values: expected shape {expected}; got {tuple(values.shape)}{with_v}")
     if as_integer(f"{name}.n", sums.n) != whole.n:
         raise ValueError(f"{name}: expected those of all parts, n = {whole.n} as in moments; got n = {sums.n}")
     return widened(values)
