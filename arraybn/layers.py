@@ -346,7 +346,7 @@ class BatchNorm1d(_BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said.
+        An argument has a wrong type or value.
 
     Notes
     -----
@@ -455,7 +455,7 @@ class SyncBatchNorm(_BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said; both process_group and comm are given; a process_group that is null or an
+        An argument has a wrong type or value; both process_group and comm are given; a process_group that is null or an
         intercommunicator.
 
     Notes
