@@ -162,9 +162,10 @@ def tables_fit_a_phone(app: Sphinx, doctree: nodes.document, docname: str) -> No
 
 
 def formulas_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Escape (N, C, *S), or docutils reads emphasis, and |mean|, or docutils reads a substitution."""
+    """Escape (N, C, *S), |mean| and "C. Szegedy": docutils reads emphasis, a substitution, an item of a list."""
     starred = (re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines)
-    lines[:] = [re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred]
+    barred = (re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred)
+    lines[:] = [re.sub(r"^(\s*[A-Z])\.(?= |$)", r"\1\.", line) for line in barred]
 
 
 class CommandHelp(SphinxDirective):
