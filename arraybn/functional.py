@@ -137,7 +137,7 @@ def batch_norm(
 
     References
     ----------
-    S. Ioffe, C. Szegedy, Batch Normalization, 2015, algorithm 1.
+    Sergey Ioffe and Christian Szegedy, Batch Normalization, 2015, algorithm 1.
 
     Examples
     --------
