@@ -1,6 +1,7 @@
 """Tools for users to check *their* batch norm: an exact oracle, batches, comparisons, and `check_batch_norm` for all.
 
-`strategies` needs hypothesis (extra ``test``) and is imported at its first use; the other modules need NumPy only.
+`strategies` needs hypothesis (extra ``test``) and is imported at its first use; the other modules need NumPy only
+(and ml_dtypes for bfloat16).
 """
 
 from __future__ import annotations
