@@ -413,6 +413,16 @@ def test_a_cause_is_told_once_on_its_smallest_batch_with_all_that_it_breaks() ->
     assert not any(name.startswith(("a NaN", "an infinity", "channels", "the order")) for name in names)
 
 
+def test_a_fault_is_not_blamed_for_what_rounding_does_to_a_constant_channel() -> None:
+    unbiased = make(wide=np.float32, var=lambda x, m, a: x.var(axis=a, keepdims=True, ddof=1))[0]
+    with pytest.raises(BatchNormError) as caught:
+        check_batch_norm(unbiased, examples=0)
+    (constant,) = (failure for failure in caught.value.failures if failure.property.startswith("a constant"))
+    assert constant.rough
+    assert constant not in caught.value.verdict.faults
+    assert "divided by n" not in constant.cause
+
+
 def test_two_causes_are_told_apart() -> None:
     unbiased = make(var=lambda x, m, a: x.var(axis=a, keepdims=True, ddof=1))[0]
     backward = make(dx=lambda g, xhat, w, r, s, n: w * r * (g - s[1] / n))[1]

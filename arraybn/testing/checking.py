@@ -13,7 +13,7 @@ import numpy as np
 
 from .._arrays.namespaces import Namespace, as_dtype, as_namespace
 from .._checks import as_integer, as_number
-from .diagnosis import OF_SUMS, cause_of
+from .diagnosis import HALF, OF_SUMS, ONE_PASS, cause_of
 from .forms import ANY, Form, as_lines, check_call
 from .oracle import LONG, MANTISSA_BITS, check_longdouble
 from .properties import MOMENTUM, PROPERTIES, Measured, Property, Subject, running
@@ -306,8 +306,9 @@ def _failure(prop: Property, subject: Subject, examples: int) -> Failure | None:
         return None
     cause = cause_of(prop, subject)
     error, batch = max(rough, key=lambda one: one[0])
-    if cause not in OF_SUMS:
+    if cause in (ONE_PASS, HALF):
         return _fault(prop, subject, batch)
+    cause = cause if cause in OF_SUMS else ""  # another fault would break this property beyond rounding
     ratio = _ratio(subject.rounded(batch))
     return Failure(prop.name, batch, error, limit, "", cause, True, ratio, subject.form(prop.needs))
 

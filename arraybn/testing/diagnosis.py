@@ -29,7 +29,7 @@ ROUNDED_VAR = (
 )
 HALF = "the error is that of half precision: something between x and the result is kept in fewer digits than x"
 
-OF_SUMS = ("", FOLDED, ROUNDED, ROUNDED_VAR)  # causes that leave the formula right
+OF_SUMS = (FOLDED, ROUNDED, ROUNDED_VAR)  # too few digits, but the formula is right
 
 
 def cause_of(prop: Property, subject: Subject) -> str:
