@@ -3,7 +3,8 @@
 from . import interchange, network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
-from .functional import batch_norm, batch_norm_backward
+from .derivatives import batch_norm_double_backward, batch_norm_jvp
+from .functional import batch_norm, batch_norm_backward, batch_norm_sums
 from .kernels.threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold
 from .modules import Module, Parameter, Sequential, inference_mode
@@ -26,6 +27,9 @@ __all__ = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
+    "batch_norm_sums",
     "broadcast_state",
     "fold",
     "get_num_threads",

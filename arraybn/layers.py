@@ -330,37 +330,41 @@ class BatchNorm1d(_BatchNorm):
     Parameters
     ----------
     num_features : int
-        C.
+        The number of channels, C.
     eps : float
         ε ≥ 0, in units of x².
     momentum : float or None
         The weight of a new batch in the running statistics (E4); None for the average of all batches, 0 to leave
         mean and variance exactly as they are.
     affine : bool
-        Whether weight and bias are learned; otherwise both are None.
+        True for a layer with weight and bias; with False both are None.
     track_running_stats : bool
-        Whether the running statistics are kept. Without them the batch's own are used in evaluation as well.
+        True for a layer that keeps running statistics. Without them, evaluation uses the statistics of the batch, as
+        training does.
     bias : bool
-        False for a weight without a bias.
+        False for a layer with weight and without bias.
     channel_axis : int
         The axis of the channels; -1 for channels-last.
-    dtype, device, xp : optional
-        Of parameters and buffers: float32 or float64, a device as the namespace names it (a ``cupy.cuda.Device``), a
-        namespace such as numpy, cupy, torch or jax.numpy.
+    dtype : optional
+        The dtype of parameters and buffers: float32 (the default) or float64.
+    device : optional
+        The device of parameters and buffers, as their namespace names it, for example a ``cupy.cuda.Device``.
+    xp : module, optional
+        The namespace of parameters and buffers, such as numpy (the default), cupy, torch or jax.numpy.
 
     Attributes
     ----------
     weight, bias : Parameter (C,) or None
         γ and β.
     running_mean, running_var : array (C,) or None
-        Replaced, never written into. The variance is unbiased.
+        The running statistics. A batch replaces these arrays, and never writes into them. The variance is unbiased.
     num_batches_tracked : int or None
-        How many batches the running statistics have taken in.
+        The number of batches in the running statistics.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said.
+        An argument has a wrong type or value.
 
     Notes
     -----
@@ -374,7 +378,7 @@ class BatchNorm1d(_BatchNorm):
 
     References
     ----------
-    S. Ioffe, C. Szegedy, Batch Normalization, 2015. ``torch.nn.BatchNorm1d``.
+    Sergey Ioffe and Christian Szegedy, Batch Normalization, 2015. ``torch.nn.BatchNorm1d``.
 
     Examples
     --------
@@ -523,7 +527,7 @@ class SyncBatchNorm(_BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said; both process_group and comm are given; a process_group that is null or an
+        An argument has a wrong type or value; both process_group and comm are given; a process_group that is null or an
         intercommunicator.
 
     Notes

@@ -40,6 +40,9 @@ PUBLIC = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
+    "batch_norm_sums",
     "broadcast_state",
     "fold",
     "get_num_threads",
@@ -57,9 +60,12 @@ PUBLIC = [
 ]
 
 SIGNATURES = {
-    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, eps=1e-05, channel_axis=1,"
-    " comm=None, out=None, kernels=None)",
-    "batch_norm_backward": "(dy, saved, *, out=None)",
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, eps=1e-05,"
+    " channel_axis=1, comm=None, out=None, kernels=None)",
+    "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
+    "batch_norm_double_backward": "(v, dy, saved, v_weight=None, v_bias=None, *, sums=None)",
+    "batch_norm_jvp": "(x_dot, saved, weight_dot=None, bias_dot=None, *, sums=None, out=None)",
+    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None)",
     "moments": "(x, *, channel_axis=1, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",
@@ -212,6 +218,7 @@ ROOMS = {
     "modules": "_arrays _checks",
     "sync": "_arrays _checks reference modules",
     "functional": "_arrays _checks reference kernels statistics sync",
+    "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",
     "recompute": "_arrays _checks reference modules sync layers",
     "testing": "_arrays _checks sync",
