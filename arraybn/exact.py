@@ -43,6 +43,12 @@ class ExactSweeps(Protocol):
     def products(self, u: Array, x: Array, mean: Array) -> Array:
         """(E10) Return the record of Σu and Σu·x; what is not finite is counted as a part of Σu·(x−mean)."""
 
+    def mean_and_m2(self, record: Array, n: int) -> Array:
+        """(E1) Return mean and m2 (2, C) of n values, correctly rounded, on the host."""
+
+    def sums(self, record: Array, mean: Array) -> Array:
+        """(E5) Return Σu and Σu·(x−mean) (2, C), correctly rounded, on the host."""
+
     def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
         """(E3, E7) Return a·(x−mean) + c."""
 
@@ -149,3 +155,113 @@ def _with_kinds(rows: Array, kinds: Array, *, squared: bool = False) -> Array:
     if squared:
         rows[1] = np.where(some, np.nan, rows[1])
     return rows
+
+
+def _home(rows: Array, like: Array) -> list[Array]:
+    """Return float64 rows (C,) of the host in the namespace and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return list(rows)
+    xp = array_namespace(like)
+    return [converted("statistics", row, xp, device(like), xp.float64) for row in rows]
+
+
+# ---- The maps: float64 operations in a fixed order, each rounded by itself -------------------------------------------
+
+
+def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x."""
+    wide = _as_float64(x)
+    return _narrowed(a[:, None] * (wide - mean[:, None]) + c[:, None], x)
+
+
+def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+    """(E6) a·u + (b·(x−mean) + c) (N, C, S), in the dtype of x."""
+    u, wide = _as_float64(u), _as_float64(x)
+    return _narrowed(a[:, None] * u + (b[:, None] * (wide - mean[:, None]) + c[:, None]), x)
+
+
+def _narrowed(result: Array, like: Array) -> Array:
+    """Round to the dtype of `like`; half precision by way of float32, as processors do."""
+    xp = array_namespace(like)
+    return xp.astype(xp.astype(result, xp.float32), like.dtype, copy=False)
+
+
+# ---- Batch norm ------------------------------------------------------------------------------------------------------
+
+
+_THIS = sys.modules[__name__]  # as sweeps, this module has no composition of its own
+
+
+class Totals(Protocol):
+    """The parts of a batch, whose records add."""
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the record and n of all parts together."""
+
+    def keep(self, rstd: Array, mean_low: Array | None) -> None:
+        """Keep the host's rstd for second derivatives."""
+
+
+def batch_moments(sweeps: ExactSweeps, x: Array) -> Moments:
+    """(E1, E10) The moments of x (N, C, S), correctly rounded."""
+    return moments_of(sweeps, sweeps.squares(x), x.shape[0] * x.shape[2], x)
+
+
+def moments_of(sweeps: ExactSweeps, record: Array, n: int, like: Array) -> Moments:
+    """(E1, E10) The moments that a record of n values stands for, on the device of `like`."""
+    return Moments(n, *_home(sweeps.mean_and_m2(record, n), like), record=record)
+
+
+def dots(sweeps: ExactSweeps, u: Array, x: Array, mean: Array) -> list[Array]:
+    """(E5, E10) Σu and Σu·(x−mean), each (C,), correctly rounded."""
+    return sums_of(sweeps, sweeps.products(u, x, mean), mean)
+
+
+def sums_of(sweeps: ExactSweeps, record: Array, mean: Array) -> list[Array]:
+    """(E5, E10) Σu and Σu·(x−mean), each (C,), of the record of Σu and Σu·x, where mean is."""
+    return _home(sweeps.sums(record, as_numpy("mean", mean)), mean)
+
+
+def forward(
+    sweeps: ExactSweeps,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    pool: Totals | None = None,
+    out: Array | None = None,
+) -> tuple[Moments, Array, Array]:
+    """(E1–E3, E10) The moments of the batch, rstd (C,), and y (N, C, S)."""
+    at_once = getattr(sweeps, "forward", None) if pool is None and sweeps is not _THIS else None
+    if at_once is not None and (done := at_once(x, weight, bias, eps, out)) is not None:
+        return done  # type: ignore[no-any-return]
+    record, n = sweeps.squares(x), x.shape[0] * x.shape[2]
+    if pool is not None:
+        record, n = pool.record(record, n)
+    batch = moments_of(sweeps, record, n, x)
+    r, y = reference.forward_of_part(sweeps, x, batch, weight, bias, eps, out)
+    if pool is not None:
+        pool.keep(as_numpy("rstd", r), None)
+    return batch, r, y
+
+
+def backward(
+    sweeps: ExactSweeps,
+    dy: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    pool: Totals | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(E5, E6, E10) dx (N, C, S), and dweight and dbias (C,) of this part of the batch."""
+    at_once = getattr(sweeps, "backward", None) if pool is None and sweeps is not _THIS else None
+    if at_once is not None and (done := at_once(dy, x, batch.mean, rstd, weight, out)) is not None:
+        return done  # type: ignore[no-any-return]
+    record = sweeps.products(dy, x, batch.mean)
+    dweight, dbias = totals = reference.parameter_gradients(*sums_of(sweeps, record, batch.mean), rstd)
+    if pool is not None:
+        totals = reference.parameter_gradients(*sums_of(sweeps, pool.record(record)[0], batch.mean), rstd)
+    coefficients = reference.input_gradient(*totals, batch.n, rstd, weight)
+    return sweeps.affine2(dy, x, batch.mean, *coefficients, out), dweight, dbias

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from . import exact as exact_sums
 from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
@@ -16,9 +17,9 @@ from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
-from .kernels import Backend, Module, select
+from .kernels import Backend, Module
 from .reference import Moments, Totals
-from .statistics import Sums, as_moments_of_whole, check_sums
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
@@ -79,6 +80,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
@@ -103,6 +105,10 @@ def batch_norm(
     comm : mpi4py communicator, optional
         Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
+    exact : bool
+        True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
+        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
+        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -154,7 +160,7 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
-        settings = {"eps": sync.settings_text(eps)}
+        settings = {"eps": sync.settings_text(eps), "exact": sync.settings_text(exact)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or ALONE, on_device_of(x):
         return forward_in(
@@ -167,6 +173,7 @@ def batch_norm(
             moments=moments,
             eps=eps,
             channel_axis=channel_axis,
+            exact=exact,
             out=out,
             kernels=kernels,
         )
@@ -183,6 +190,7 @@ def forward_in(
     moments: Moments | None = None,
     eps: float,
     channel_axis: int,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
@@ -197,7 +205,9 @@ def forward_in(
         mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
         check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend = select(x, kernels)
+    backend = select_in_mode("x", x, kernels, exact)
+    if exact and moments is not None and moments.record is None:
+        raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     pool = None if call is None else RankPool(call)
@@ -301,6 +311,8 @@ def backward_in(
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     (dy, x), result = prepared(saved, call, out, dy=dy)
+    if saved._backend.exact is not None:
+        check_exact("dy", dy)
     totals = totals_of(saved, call, sums)
     weight = saved._weight
     if saved._moments is None:
@@ -360,6 +372,11 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
     with on_device_of(dy):
         if v is None:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
+            if backend.exact is not None:
+                check_exact("dy", dy)
+                record = backend.exact.products(dy, x, mean)
+                values = exact_sums.sums_of(backend.exact, record, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), record)
             sums = backend.dots(dy, x, mean)
         else:
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
@@ -452,12 +469,19 @@ class _GivenTotals(Totals):
 
     def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None
-        self._sums = check_sums("sums", sums, saved._moments, rows)
+        self._sums, self._record = check_sums("sums", sums, saved._moments, rows), sums.record
+        if saved._backend.exact is not None and rows == 2 and sums.record is None:
+            raise ValueError("sums: expected those of exact forwards, with a record; got usual ones")
         self.kept = saved._rstd, saved._moments.mean_low
 
     def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the given sums."""
         return [self._sums[index, :] for index in range(len(parts))]
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the given record."""
+        assert self._record is not None
+        return self._record, n
 
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the vectors, which are on the device already."""

@@ -20,7 +20,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from ... import reference
+from ... import exact, reference
 from ..._arrays.namespaces import Array
 from . import half, scalars, tiles
 from .half import HALF, wide
@@ -278,7 +278,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
+    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__, exact.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

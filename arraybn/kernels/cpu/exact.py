@@ -11,6 +11,7 @@ values of a chunk span more, or are not all finite, the chunk is gone through on
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -19,6 +20,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+from ... import exact, reference
+from ..._arrays.namespaces import Array
 from ...exact import (
     BITS,
     KINDS,
@@ -31,8 +34,11 @@ from ...exact import (
     VALUE_UNIT,
     VALUES,
 )
-from .half import _from_bfloat16, _from_half, wide
-from .tiles import plain
+from ...reference import Moments
+from .. import threads
+from .entries import _READ, _STORED, _WRITE, _compile
+from .half import _from_bfloat16, _from_half, narrow, wide
+from .tiles import LONG, PIECE, _map_across, _map_along, plain
 
 CHUNK = 4096  # values of a channel whose grid steps fit an int64: 2^51 steps each
 VALUE_WINDOW, PRODUCT_WINDOW = 28, 56  # exponents that one pass holds
@@ -699,12 +705,326 @@ SPACE = (6, 32)  # numbers of up to 32 digits
 def _all_mean_and_m2(record, n, mean, m2):
     """(E1) Set mean and m2 of every channel, from the record (C, rows)."""
     space = np.empty(SPACE, np.uint64)
-    for c in range(mean.size):
-        mean[c], m2[c] = _mean_and_m2(record[c], n, space)
+    for j in range(mean.size):
+        mean[j], m2[j] = _mean_and_m2(record[j], n, space)
 
 
 def _all_sums(record, mean, s, q):
     """(E5) Set Σu and Σu·(x−mean) of every channel, from the record (C, rows)."""
     space = np.empty(SPACE, np.uint64)
-    for c in range(mean.size):
-        s[c], q[c] = _sums_of_channel(record[c], mean[c], space)
+    for j in range(mean.size):
+        s[j], q[j] = _sums_of_channel(record[j], mean[j], space)
+
+
+# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself ----------------------
+
+
+@plain
+def _exact_affine_along(u, x, start, stop, mean, a, b, c, out, o):
+    for i in range(start, stop):
+        out[i - o] = narrow(a * (wide(x[i]) - mean) + c, out)
+
+
+@plain
+def _exact_affine_across(u, x, start, stop, mean, a, b, c, out, o):
+    for j in range(stop - start):
+        i = start + j
+        out[i - o] = narrow(a[j] * (wide(x[i]) - mean[j]) + c[j], out)
+
+
+@plain
+def _exact_affine2_along(u, x, start, stop, mean, a, b, c, out, o):
+    for i in range(start, stop):
+        out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
+
+
+@plain
+def _exact_affine2_across(u, x, start, stop, mean, a, b, c, out, o):
+    for j in range(stop - start):
+        i = start + j
+        out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
+
+
+_affine_of_planes, _affine_of_lines = _map_along(_exact_affine_along), _map_across(_exact_affine_across)
+_affine2_of_planes, _affine2_of_lines = _map_along(_exact_affine2_along), _map_across(_exact_affine2_across)
+
+# ---- Entries ---------------------------------------------------------------------------------------------------------
+
+
+def _exact_record(u, x, sample, plane, c0, n0, n1, mean, squares, record):
+    """(E10) Add samples n0 … n1 - 1 of the channels from c0 on to the record (C, rows) of Σx, Σx² or of Σu, Σu·x."""
+    if plane < LONG:
+        _add_channels_across(u, x, sample, plane, c0, n0, n1, mean, squares, record)
+        return
+    for j in range(mean.size):
+        _add_channel_along(u, x, sample, plane, c0 + j, n0, n1, mean[j], squares, record[j])
+
+
+def _exact_affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
+    """(E3, E7) a·(x−mean) + c."""
+    if plane >= LONG:
+        _affine_of_planes(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+    else:
+        _affine_of_lines(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+
+
+def _exact_affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
+    """(E6) a·u + (b·(x−mean) + c)."""
+    if plane >= LONG:
+        _affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    else:
+        _affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+_record_of, _affine_of, _affine2_of = plain(_exact_record), plain(_exact_affine), plain(_exact_affine2)
+_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
+
+
+def _exact_forward(x, sample, plane, n, c0, rows, weight, bias, eps, statistics, record, out, in_place):
+    """(E1, E3) Set mean, m2 and rstd, which are `statistics` (3, C), and the record, and write y."""
+    space, samples = np.empty(SPACE, np.uint64), n // plane
+    each = 1 if plane >= LONG else weight.size  # channels: one after the other, so that the map finds them in cache
+    a, c = np.empty(weight.size), np.empty(weight.size)
+    for first in range(0, weight.size, each):
+        last = first + each
+        mean, m2, rstd = statistics[0, first:last], statistics[1, first:last], statistics[2, first:last]
+        _record_of(x, x, sample, plane, c0 + first, 0, samples, mean, True, record[first:last])
+        for j in range(each):
+            mean[j], m2[j] = _mean_and_m2(record[first + j], n, space)
+            rstd[j] = _batch_rstd(m2[j], n, eps)
+            a[first + j], c[first + j] = _normalize(rstd[j], weight[first + j], bias[first + j], None)
+        _affine_of(x, sample, plane, c0 + first, 0, rows, mean, a[first:last], c[first:last], out, in_place)
+
+
+def _exact_backward(dy, x, sample, plane, n, c0, rows, given, gradients, out, in_place):
+    """(E5, E6) Set dweight and dbias, which are `gradients` (2, C), from mean, rstd, weight (3, C), and write dx."""
+    space, samples, channels = np.empty(SPACE, np.uint64), n // plane, given.shape[1]
+    each = 1 if plane >= LONG else channels
+    a, b, c = np.empty(channels), np.empty(channels), np.empty(channels)
+    record = np.zeros((channels, ROWS), np.int64)
+    for first in range(0, channels, each):
+        last = first + each
+        mean, rstd, weight = given[0, first:last], given[1, first:last], given[2, first:last]
+        _record_of(dy, x, sample, plane, c0 + first, 0, samples, mean, False, record[first:last])
+        for j in range(each):
+            s, q = _sums_of_channel(record[first + j], mean[j], space)
+            dweight, dbias = _parameter_gradients(s, q, rstd[j], None)
+            gradients[0, first + j], gradients[1, first + j] = dweight, dbias
+            coefficients = _input_gradient(dweight, dbias, n, rstd[j], weight[j], None)
+            a[first + j], b[first + j], c[first + j] = coefficients
+        parts = a[first:last], b[first:last], c[first:last]
+        _affine2_of(dy, x, sample, plane, c0 + first, 0, rows, mean, parts[0], parts[1], parts[2], out, in_place)
+
+
+class _Entries:
+    """The entries for one dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        self.storage = _STORED[dtype] if isinstance(_STORED[dtype], types.Integer) else None
+        data, result = _READ(_STORED[dtype]), _WRITE(_STORED[dtype])
+        given, rows = _READ(types.float64), _WRITE(types.float64, ndim=2, layout="A")
+        record, place, flag = _WRITE(types.int64, ndim=2), (types.intp,) * 5, types.intp
+        self.record = _compile(_exact_record, (data, data, *place, given, types.boolean, record))
+        self.affine = _compile(_exact_affine, (data, *place, given, given, given, result, flag))
+        self.affine2 = _compile(_exact_affine2, (data, data, *place, given, given, given, given, result, flag))
+        vectors = given, given, types.float64
+        self.forward = _compile(_exact_forward, (data, *place, *vectors, rows, record, result, flag))
+        self.backward = _compile(
+            _exact_backward, (data, data, *place, _READ(types.float64, ndim=2, layout="A"), rows, result, flag)
+        )
+
+
+_entries = functools.cache(_Entries)
+_NUMBERS = {  # by name: the entries that see no data of the size of x
+    "mean_and_m2": (
+        _all_mean_and_m2,
+        (_READ(types.int64, ndim=2), types.intp, _WRITE(types.float64), _WRITE(types.float64)),
+    ),
+    "sums": (
+        _all_sums,
+        (_READ(types.int64, ndim=2), _READ(types.float64), _WRITE(types.float64), _WRITE(types.float64)),
+    ),
+}
+
+
+@functools.cache
+def _number_entry(name: str) -> Any:
+    return _compile(*_NUMBERS[name])
+
+
+# ---- The sweeps ------------------------------------------------------------------------------------------------------
+
+PARTS = 16  # of the work on large data
+SMALL = 2**18  # values that one thread does at once, and that the second sweep finds in cache
+_Item = tuple[int, int, int, int]  # channels c0 … c1 - 1 of samples or rows n0 … n1 - 1
+
+
+def _contiguous(array: Array) -> Array:
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
+
+
+class _Data:
+    """The arrays of a call as lines."""
+
+    def __init__(self, x: Array, u: Array | None = None) -> None:
+        samples, channels, plane = x.shape
+        self.channels, self.plane, self.sample, self.n = channels, plane, channels * plane, samples * plane
+        self.samples, self.code = samples, _entries(x.dtype.char)
+        self.x = self.line(x)
+        self.u = self.x if u is None else self.line(u)
+        self.rows = samples * -(-plane // PIECE) if plane >= LONG else samples
+
+    def line(self, array: Array) -> Array:
+        line = _contiguous(array).reshape(-1)
+        return line.view(np.dtype(self.code.storage.name)) if self.code.storage else line
+
+    def result(self, x: Array, out: Array | None) -> tuple[Array, Array, int]:
+        """Return the result, which is `out` if `out` is contiguous, its line, and whether it lies over an input."""
+        if out is None or not (out.flags.c_contiguous and out.flags.aligned):
+            out = np.empty(x.shape, x.dtype)
+            return out, self.line(out), 0
+        y = self.line(out)
+        return out, y, int(np.may_share_memory(y, self.x) or np.may_share_memory(y, self.u))
+
+    def whole_channels(self) -> list[_Item]:
+        """Cut the channels into parts, with all their samples; one part where the channels lie side by side."""
+        if self.plane < LONG or self.n * self.channels <= SMALL:
+            return [(0, self.channels, 0, self.samples)]
+        step = max(self.channels // PARTS, 1)
+        return [(c, min(c + step, self.channels), 0, self.samples) for c in range(0, self.channels, step)]
+
+    def samples_too(self, height: int) -> list[_Item]:
+        """Cut `height` samples or rows into parts, and the channels along planes too."""
+        parts = self.whole_channels()
+        if len(parts) >= PARTS // 2 or self.n * self.channels <= SMALL:
+            return [(c0, c1, 0, height) for c0, c1, *_ in parts]
+        step = max(-(-height // PARTS), 1)
+        return [(c0, c1, r, min(r + step, height)) for c0, c1, *_ in parts for r in range(0, height, step)]
+
+    def record(self, mean: Array, squares: bool) -> Array:
+        """(E10) Return the record (rows, C)."""
+        items = self.samples_too(self.samples) if self.n else []
+        parts = [np.zeros((c1 - c0, ROWS), np.int64) for c0, c1, *_ in items]
+
+        def work(index: int) -> None:
+            c0, c1, n0, n1 = items[index]
+            self.code.record(self.u, self.x, self.sample, self.plane, c0, n0, n1, mean[c0:c1], squares, parts[index])
+
+        threads.run(work, range(len(items)))
+        total = np.zeros((self.channels, ROWS), np.int64)
+        for (c0, c1, *_), part in zip(items, parts, strict=True):
+            total[c0:c1] += part
+        return total.T
+
+    def map(self, code: Any, arrays: tuple[Array, ...], vectors: tuple[Array, ...], y: Array, in_place: int) -> None:
+        items = self.samples_too(self.rows) if self.n else []
+
+        def work(item: Any) -> None:
+            c0, c1, r0, r1 = item
+            parts = [vector[c0:c1] for vector in vectors]
+            code(*arrays, self.sample, self.plane, c0, r0, r1, *parts, y, in_place)
+
+        threads.run(work, items)
+
+
+def squares(x: Array) -> Array:
+    """(E10) The record (rows, C) of Σx and Σx², of x (N, C, S)."""
+    return _Data(x).record(np.zeros(x.shape[1]), squares=True)
+
+
+def products(u: Array, x: Array, mean: Array) -> Array:
+    """(E10) The record (rows, C) of Σu and Σu·x, of u and x (N, C, S); mean (C,) is that of x."""
+    return _Data(x, u).record(mean, squares=False)
+
+
+def mean_and_m2(record: Array, n: int) -> Array:
+    """(E1) mean and m2 (2, C) of n values, correctly rounded, from the record of Σx and Σx²."""
+    result = np.zeros((2, record.shape[1]))
+    if n >= 2**32:
+        return exact.mean_and_m2(record, n)
+    if n:
+        _number_entry("mean_and_m2")(np.ascontiguousarray(record.T), n, *result)
+    return result
+
+
+def sums(record: Array, mean: Array) -> Array:
+    """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded, from the record of Σu and Σu·x and mean (C,)."""
+    if _is_usual(mean):
+        result = np.zeros((2, record.shape[1]))
+        _number_entry("sums")(np.ascontiguousarray(record.T), mean, *result)
+        return result
+    return exact.sums(record, mean)
+
+
+def _is_usual(mean: Array) -> bool:
+    """Return True if the compiled digits hold every mean; other means are fixed statistics far from all data."""
+    size = np.abs(mean)
+    return bool(((size == 0) | ~np.isfinite(size) | ((size >= 2.0**-230) & (size < 2.0**128))).all())
+
+
+def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    data = _Data(x)
+    result, y, in_place = data.result(x, out)
+    data.map(data.code.affine, (data.x,), (mean, a, c), y, in_place)
+    return result
+
+
+def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
+    """(E6) a·u + (b·(x−mean) + c) (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    data = _Data(x, u)
+    result, y, in_place = data.result(x, out)
+    data.map(data.code.affine2, (data.u, data.x), (mean, a, b, c), y, in_place)
+    return result
+
+
+def forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Moments, Array, Array] | None:
+    """(E1, E3) The moments of x (N, C, S), rstd (C,) and y; None where two sweeps over all data are as fast."""
+    data = _Data(x)
+    if not _at_once(data):
+        return None
+    result, y, in_place = data.result(x, out)
+    statistics, record = np.empty((3, data.channels)), np.zeros((data.channels, ROWS), np.int64)
+    weight = np.ones(data.channels) if weight is None else weight
+    bias = np.zeros(data.channels) if bias is None else bias
+
+    def work(item: Any) -> None:
+        c0, c1, *_ = item
+        size = data.sample, data.plane, data.n, c0, data.rows
+        data.code.forward(
+            data.x, *size, weight[c0:c1], bias[c0:c1], eps, statistics[:, c0:c1], record[c0:c1], y, in_place
+        )
+
+    threads.run(work, data.whole_channels())
+    mean, m2, rstd = statistics
+    return Moments(data.n, mean, m2, record=record.T), rstd, result
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+) -> tuple[Array, Array, Array] | None:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S); None where two sweeps are as fast."""
+    data = _Data(x, dy)
+    if not _at_once(data) or not _is_usual(mean):
+        return None
+    result, y, in_place = data.result(x, out)
+    given = np.stack([mean, rstd, np.ones(data.channels) if weight is None else weight])
+    gradients = np.empty((2, data.channels))
+
+    def work(item: Any) -> None:
+        c0, c1, *_ = item
+        size = data.sample, data.plane, data.n, c0, data.rows
+        data.code.backward(data.u, data.x, *size, given[:, c0:c1], gradients[:, c0:c1], y, in_place)
+
+    threads.run(work, data.whole_channels())
+    return result, *gradients
+
+
+def _at_once(data: _Data) -> bool:
+    """Return True if whole channels are parts for all threads, or the data is small."""
+    enough = data.plane >= LONG and data.channels >= 2 * threads.get_num_threads()
+    return 0 < data.n < 2**32 and (enough or data.n * data.channels <= SMALL)
