@@ -31,9 +31,9 @@ SECOND_DTYPE = "arraybn.update_running_stats(numpy.zeros(1, 'f4'), numpy.ones(1,
 LINE = "arraybn: compiling the kernels for NumPy arrays takes some seconds, once; they are kept in "
 
 
-def first_call(cache: Path, before: str = "", after: str = "", **changes: str) -> Result:
-    code, changes = f"{before}{FIRST_CALL}{after}", {"ARRAYBN_QUIET": "", **changes}
-    result = python("-c", code, cwd=cache.parent, NUMBA_CACHE_DIR=str(cache), **changes)
+def two_calls(cache: Path) -> Result:
+    code = f"{FIRST_CALL}{SECOND_DTYPE}"
+    result = python("-c", code, cwd=cache.parent, NUMBA_CACHE_DIR=str(cache), ARRAYBN_QUIET="")
     assert (result.returncode, result.stdout) == (0, "")
     return result
 
@@ -42,10 +42,10 @@ def first_call(cache: Path, before: str = "", after: str = "", **changes: str) -
 
 
 def test_one_line_says_that_kernels_are_compiled_and_none_that_they_are_loaded(tmp_path: Path) -> None:
-    cold = first_call(tmp_path / "cache", after=SECOND_DTYPE)
+    cold = two_calls(tmp_path / "cache")
     assert cold.stderr.startswith(LINE + str(tmp_path / "cache"))
     assert cold.stderr.count("\n") == 1
-    assert first_call(tmp_path / "cache", after=SECOND_DTYPE).stderr == ""
+    assert two_calls(tmp_path / "cache").stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_one_line_says_that_kernels_are_compiled_and_none_that_they_are_loaded(t
     ],
 )
 def test_the_line_is_switched_off(before: str, changes: dict[str, str], tmp_path: Path) -> None:
-    assert first_call(tmp_path / "cache", before, **changes).stderr == ""
+    code = f"{before}\nfrom arraybn.kernels.cpu import compiling\ncompiling.announce('folder')"
+    result = python("-c", code, cwd=tmp_path, **{"ARRAYBN_QUIET": "", **changes})
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # ---- One process for all ----
@@ -88,6 +90,10 @@ print("done")
         printed = sorted(pool.map(start, "abc"))
     assert printed == ["compiled\ndone\n", "done\n", "done\n"]
     assert not list(cache.rglob("*.lock"))
+
+
+def waits(_: float) -> None:
+    raise AssertionError("it waits")
 
 
 @pytest.fixture
@@ -122,14 +128,14 @@ def test_a_process_that_died_while_it_compiled_is_not_waited_for(
     holder.kill()
     holder.wait()
     assert (tmp_path / "lock").exists()
-    monkeypatch.setattr(compiling.time, "sleep", pytest.fail)
+    monkeypatch.setattr(compiling.time, "sleep", waits)
     with compiling.turn(str(tmp_path / "lock")):
         pass
     assert not (tmp_path / "lock").exists()
 
 
 def test_where_nothing_can_be_locked_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling.time, "sleep", pytest.fail)
+    monkeypatch.setattr(compiling.time, "sleep", waits)
     with compiling.turn(str(tmp_path / "missing" / "lock")):
         pass
 
@@ -146,7 +152,7 @@ def test_the_lock_ends_with_its_turn_even_if_a_forked_child_lives_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("fcntl")
-    path, monkeypatched = str(tmp_path / "lock"), monkeypatch
+    path = str(tmp_path / "lock")
     held = []
 
     def keep(file: Any) -> bool:
@@ -154,10 +160,10 @@ def test_the_lock_ends_with_its_turn_even_if_a_forked_child_lives_on(
         return lock(file)
 
     lock = compiling._lock
-    monkeypatched.setattr(compiling, "_lock", keep)
+    monkeypatch.setattr(compiling, "_lock", keep)
     with compiling.turn(path):
         os.link(path, tmp_path / "same file")
-    monkeypatched.setattr(compiling.time, "sleep", pytest.fail)
+    monkeypatch.setattr(compiling.time, "sleep", waits)
     with compiling.turn(str(tmp_path / "same file")):
         pass
     for number in held:
