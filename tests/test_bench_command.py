@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import bare
+from support.commands import as_installed, bare
 from support.libraries import need
 
 import arraybn
@@ -219,7 +219,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(
     assert main(["bench", "--plot", "some.png"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', err)
+    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', as_installed(err))
 
 
 @pytest.mark.parametrize(

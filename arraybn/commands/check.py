@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .._install import requirement
 from ..accuracy import figure
 from ..accuracy.errors import ask, bounds, make_row, make_scenarios
 from ..bench.contestants.registry import measured
@@ -129,7 +130,7 @@ def check_target(arguments: argparse.Namespace) -> int:
     try:
         importlib.import_module("hypothesis")
     except ImportError:
-        print('the named batches alone; for random ones and small failures:  pip install "arraybn[test]"')
+        print(f"the named batches alone; for random ones and small failures:  pip install {requirement('test')}")
         options["examples"] = 0
     try:
         check_batch_norm(**functions, **options, xp=xp, report=_print_property)

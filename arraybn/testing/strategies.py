@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from .._install import requirement
+
 try:
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError('arraybn.testing.strategies needs hypothesis: pip install "arraybn[test]"') from error
+    raise ImportError(f"arraybn.testing.strategies needs hypothesis: pip install {requirement('test')}") from error
 
 from .scenarios import Array, Batch
 
