@@ -872,3 +872,19 @@ def test_the_sweeps_of_the_ladder_do_without_the_driver_and_alone_means_one_thre
     before = _threads.get_num_threads()
     assert ladder.on_one_thread(_threads.get_num_threads)() == 1
     assert _threads.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "program", "absent"),
+    [(["bench", "sync", "--help"], "bench sync", "--ladder"), (["bench", "-h"], "bench", "with 1, 2, 4, 8 ranks")],
+)
+def test_bench_sync_has_a_help_of_its_own(
+    words: list[str], program: str, absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(words)
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m arraybn {program} [-h]")
+    assert absent not in out
+    assert all(option in out for option in ("--quick", "--repeats", "--json", "--plot"))
+    assert ("with 1, 2, 4, 8 ranks" in " ".join(out.split())) == ("sync" in words)

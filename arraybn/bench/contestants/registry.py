@@ -95,7 +95,7 @@ def _measured_ours() -> list[Measured]:
         takes, needs = _KERNELS.get(kernels, (None, None))
         for label, module, extra, pip, promise in _NAMESPACES:
             if importlib.util.find_spec(path) and (kernels == "reference" or label == takes):
-                packages = tuple(filter(None, (module.partition(".")[0], needs)))
+                packages = tuple(dict.fromkeys(filter(None, (module.partition(".")[0], needs))))
                 name = f"{label}, {kernels} kernels" if takes else label
                 how = requirement("cpu") if kernels == "cpu" else pip
                 build = partial(ours.measured, kernels, module, extra)
