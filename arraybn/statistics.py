@@ -6,13 +6,13 @@ from . import reference
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array
+from ._arrays.namespaces import Array, Shaped
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Module, select
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
+def moments(x: Shaped, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -97,7 +97,7 @@ def pool(*moments: Moments) -> Moments:
 
 
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -134,7 +134,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")

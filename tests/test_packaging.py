@@ -119,3 +119,48 @@ def test_the_source_archive_has_every_file_and_runs_its_tests(tmp_path: Path) ->
     run = subprocess.run(command, cwd=unpacked, env=variables, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 passed" in run.stdout
+
+
+# ---- The types of arguments ----
+
+TYPED = """
+from typing import Any
+import numpy as np
+import arraybn
+
+class Tensor:  # of any library
+    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> object: ...
+
+x: np.ndarray[Any, np.dtype[np.float32]] = np.ones((4, 2), np.float32)
+unknown: Any = x
+layer = arraybn.BatchNorm1d(2)
+y, saved = arraybn.batch_norm(x, np.ones(2), out=x)
+arraybn.batch_norm_backward(y, saved)
+arraybn.batch_norm(Tensor(), weight=Tensor())
+arraybn.batch_norm(unknown)
+arraybn.moments(x).mean + 1
+layer.backward(layer(x) + 1)
+"""
+WRONG = (
+    "arraybn.batch_norm([1, 2])",
+    "arraybn.batch_norm(x, weight=[1.0, 1.0])",
+    "arraybn.batch_norm_backward([1.0], saved)",
+    "arraybn.moments(3.0)",
+    "arraybn.update_running_stats([0.0], x, saved.moments or arraybn.moments(x), 0.1)",
+    "layer([[1.0, 2.0]])",
+)
+
+
+def test_arrays_of_any_library_have_the_right_type_and_lists_do_not(tmp_path: Path) -> None:
+    need("mypy")
+    (tmp_path / "user.py").write_text(TYPED + "\n".join(WRONG) + "\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--config-file=", "user.py"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=170, check=False
+    )
+    first = TYPED.count("\n") + 1
+    found = [int(line.split(":")[1]) for line in run.stdout.splitlines()]
+    assert found == list(range(first, first + len(WRONG))), run.stdout + run.stderr
+    assert run.stdout.count('expected "Shaped') == len(WRONG)
