@@ -41,12 +41,15 @@ PUBLIC = [
     "batch_norm",
     "batch_norm_backward",
     "broadcast_state",
+    "fold",
     "get_num_threads",
+    "inference_mode",
     "interchange",
     "load",
     "moments",
     "network",
     "pool",
+    "recompute_running_stats",
     "save",
     "set_num_threads",
     "testing",
@@ -63,16 +66,25 @@ SIGNATURES = {
     "pool": "(*moments)",
     "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
-    " channel_axis=1, dtype=None, device=None, xp=None)",
+    " bias=True, channel_axis=1, dtype=None, device=None, xp=None)",
     "SyncBatchNorm": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True,"
-    " process_group=None, *, comm=None, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
+    " process_group=None, *, comm=None, bias=True, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
     "broadcast_state": "(model, comm, *, timeout=600.0)",
     "average_gradients": "(model, comm, *, weight, timeout=600.0)",
+    "fold": "(layer)",
+    "inference_mode": "()",
+    "recompute_running_stats": "(model, batches, *, comm=None, layer_by_layer=False)",
     "save": "(state, path)",
     "load": "(path)",
 }
 
-SILENT = {"save", "broadcast_state", "average_gradients", "set_num_threads"}  # return nothing
+SILENT = {
+    "save",
+    "recompute_running_stats",
+    "broadcast_state",
+    "average_gradients",
+    "set_num_threads",
+}  # return nothing
 
 
 def test_the_public_names_are_these() -> None:
@@ -202,8 +214,9 @@ ROOMS = {
     "sync": "_arrays _checks reference modules",
     "functional": "_arrays _checks reference kernels statistics sync",
     "layers": "_arrays _checks reference statistics modules sync functional",
+    "recompute": "_arrays _checks reference modules sync layers",
     "testing": "_install _arrays _checks sync",
-    "network": "_arrays _checks modules",
+    "network": "_arrays _checks reference modules layers",
     "checkpoint": "_install _arrays _checks modules",
     "interchange": "_arrays _checks modules",
 }
