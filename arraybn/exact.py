@@ -14,15 +14,18 @@ and validity, 2013, section 8.
 
 from __future__ import annotations
 
-from typing import Protocol
+import sys
+from typing import Any, Protocol
 
 import numpy as np
 
-from ._arrays.copies import as_numpy
-from ._arrays.namespaces import Array, array_namespace, wide_dtype
+from . import reference
+from ._arrays.copies import as_numpy, converted
+from ._arrays.namespaces import Array, array_namespace, device, wide_dtype
+from .reference import Moments
 
 BITS = 32  # of a limb
-VALUE_LIMBS, VALUE_UNIT = 9, -160  # the limbs of Σx, and the exponent of the smallest unit: 2⁻¹⁴⁹ is the last subnormal
+VALUE_LIMBS, VALUE_UNIT = 9, -160  # of Σx: how many, and the exponent of the unit; 2⁻¹⁴⁹ is the last subnormal
 PRODUCT_LIMBS, PRODUCT_UNIT = 18, -320  # of Σx² and Σu·x
 KINDS = 3  # rows that count the NaNs, the +inf and the −inf of a sum
 
@@ -94,7 +97,7 @@ def _record(values: Array, products: Array, value_kinds: Array, product_kinds: A
 
 
 def _limbs(t: Array, limbs: int, unit: int) -> Array:
-    """Return the limbs (limbs, C) of Σt, of finite float64 t (N, C, S): the digits of every value, the highest first."""
+    """Return the limbs (limbs, C) of Σt, of finite float64 t (N, C, S): digits, the highest first."""
     xp, digits = array_namespace(t), []
     for k in reversed(range(limbs)):
         exponent = unit + BITS * k
@@ -189,9 +192,6 @@ def _narrowed(result: Array, like: Array) -> Array:
 # ---- Batch norm ------------------------------------------------------------------------------------------------------
 
 
-_THIS = sys.modules[__name__]  # as sweeps, this module has no composition of its own
-
-
 class Totals(Protocol):
     """The parts of a batch, whose records add."""
 
@@ -223,7 +223,7 @@ def sums_of(sweeps: ExactSweeps, record: Array, mean: Array) -> list[Array]:
 
 
 def forward(
-    sweeps: ExactSweeps,
+    sweeps: Any,
     x: Array,
     weight: Array | None,
     bias: Array | None,
@@ -232,8 +232,7 @@ def forward(
     out: Array | None = None,
 ) -> tuple[Moments, Array, Array]:
     """(E1–E3, E10) The moments of the batch, rstd (C,), and y (N, C, S)."""
-    at_once = getattr(sweeps, "forward", None) if pool is None and sweeps is not _THIS else None
-    if at_once is not None and (done := at_once(x, weight, bias, eps, out)) is not None:
+    if (at_once := _own(sweeps, "forward", pool)) and (done := at_once(x, weight, bias, eps, out)):
         return done  # type: ignore[no-any-return]
     record, n = sweeps.squares(x), x.shape[0] * x.shape[2]
     if pool is not None:
@@ -256,12 +255,18 @@ def backward(
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E5, E6, E10) dx (N, C, S), and dweight and dbias (C,) of this part of the batch."""
-    at_once = getattr(sweeps, "backward", None) if pool is None and sweeps is not _THIS else None
-    if at_once is not None and (done := at_once(dy, x, batch.mean, rstd, weight, out)) is not None:
+    if (at_once := _own(sweeps, "backward", pool)) and (done := at_once(dy, x, batch.mean, rstd, weight, out)):
         return done  # type: ignore[no-any-return]
     record = sweeps.products(dy, x, batch.mean)
-    dweight, dbias = totals = reference.parameter_gradients(*sums_of(sweeps, record, batch.mean), rstd)
+    sum_dy, sum_dy_x = sums_of(sweeps, record, batch.mean)
+    dweight, dbias = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     if pool is not None:
-        totals = reference.parameter_gradients(*sums_of(sweeps, pool.record(record)[0], batch.mean), rstd)
-    coefficients = reference.input_gradient(*totals, batch.n, rstd, weight)
-    return sweeps.affine2(dy, x, batch.mean, *coefficients, out), dweight, dbias
+        sum_dy, sum_dy_x = sums_of(sweeps, pool.record(record)[0], batch.mean)
+        totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
+    a, b, c = reference.input_gradient(*totals, batch.n, rstd, weight)
+    return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias
+
+
+def _own(sweeps: Any, name: str, pool: Totals | None) -> Any:
+    """Return a composition of the module `sweeps`, for the data that suits it; this module has none."""
+    return None if pool is not None or sweeps is sys.modules[__name__] else getattr(sweeps, name, None)

@@ -11,13 +11,13 @@ from . import reference
 from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
+from ._arrays.namespaces import Array, Shaped, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
 from ._checks import as_channel_vector, as_flag, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Backend, Module, select, with_exact_sums
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, exact: bool = False, kernels: str | Module | None = None) -> Moments:
+def moments(x: Shaped, *, channel_axis: int = 1, exact: bool = False, kernels: str | Module | None = None) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -75,8 +75,8 @@ def check_exact(name: str, array: Array) -> None:
     """Raise unless exact sums can be taken of `array`."""
     if dtype_name(array.dtype) == "float64":
         raise TypeError(
-            f"{name}: expected float16, bfloat16 or float32 for exact=True, because products of two float64 have too many"
-            " bits for one float64; got float64"
+            f"{name}: expected float16, bfloat16 or float32 for exact=True, because the product of two float64 has too"
+            " many bits for a float64; got float64"
         )
     if dtype_name(wide_dtype(array)) != "float64":
         raise TypeError(
@@ -140,7 +140,7 @@ def _pooled_records(parts: Sequence[Moments]) -> Moments:
 
 
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -177,7 +177,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")
@@ -263,9 +263,9 @@ class Sums:
         if not isinstance(other, Sums):
             return NotImplemented
         check_like("values", other.values, self.values, "the values of the sums before")
-        exact = self.record is not None and other.record is not None
+        records: list[Any] = [self.record, other.record]
         with on_device_of(self.values):
-            total = self.record + other.record if exact else None
+            total = None if any(record is None for record in records) else sum(records)
             return replace(self, n=self.n + other.n, values=self.values + other.values, record=total)
 
     def __radd__(self, other: object) -> Sums:

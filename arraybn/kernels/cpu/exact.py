@@ -29,6 +29,7 @@ from ...exact import (
     PRODUCT_LIMBS,
     PRODUCT_UNIT,
     PRODUCTS,
+    ROWS,
     VALUE_KINDS,
     VALUE_LIMBS,
     VALUE_UNIT,
@@ -48,12 +49,12 @@ _MASK = (1 << BITS) - 1
 _V0, _P0 = VALUES.start, PRODUCTS.start
 _VK0, _PK0 = VALUE_KINDS.start, PRODUCT_KINDS.start
 
-# ---- Bits ------------------------------------------------------------------------------------------------------------
+# ---- Bits
 
 
 @intrinsic
 def _bits(typing_context, value):
-    """The bits of a float64, as an int64."""
+    """Return the bits of a float64, as an int64."""
     return types.int64(types.float64), lambda context, code, signature, arguments: code.bitcast(
         arguments[0], ir.IntType(64)
     )
@@ -68,7 +69,7 @@ def _float32_bits(typing_context, value):
 
 @intrinsic
 def _without_sign(typing_context, bits):
-    """The bits without the sign, as a uint32: Numba's own & would make 64 bits of them."""
+    """Return the bits without the sign, as a uint32: Numba's own & would make 64 bits of them."""
     return types.uint32(types.uint32), lambda context, code, signature, arguments: code.and_(
         arguments[0], ir.Constant(ir.IntType(32), 0x7FFFFFFF)
     )
@@ -76,7 +77,7 @@ def _without_sign(typing_context, bits):
 
 @intrinsic
 def _one_less(typing_context, bits):
-    """The number less one; of 0 the largest number."""
+    """Return the number less one; of 0 the largest number."""
     return types.uint32(types.uint32), lambda context, code, signature, arguments: code.sub(
         arguments[0], ir.Constant(ir.IntType(32), 1)
     )
@@ -111,15 +112,17 @@ def _magnitude_bits_compiled(value):
 
 
 @plain
-def _top(high):
+def _top(high: Any) -> Any:
     """Return e with |value| < 2^e for all values whose largest magnitude has these bits; NaN and inf apart."""
-    return min(max(np.int64(high) >> 23, 1), 254) - 126
+    e: Any = np.int64(high) >> 23
+    return min(max(e, 1), 254) - 126
 
 
 @plain
-def _bottom(low):
+def _bottom(low: Any) -> Any:
     """Return e of the smallest magnitude but 0, from its bits less one."""
-    return min(max((np.int64(low) + 1) >> 23, 1), 254) - 126
+    e: Any = (np.int64(low) + 1) >> 23
+    return min(max(e, 1), 254) - 126
 
 
 @plain
@@ -157,7 +160,7 @@ def _count_kind(kinds, value):
         kinds[2] += 1
 
 
-# ---- Chunks along planes: `rows` runs of `length` values, `step` apart ------------------------------------------------
+# ---- Chunks along planes: `rows` runs of `length` values, `step` apart ---
 
 
 @plain
@@ -318,7 +321,7 @@ def _count_kinds(u, x, start, step, rows, length, mean, limbs):
                     _count_kind(limbs[_PK0 : _PK0 + KINDS], t)
 
 
-# ---- Channels along planes -------------------------------------------------------------------------------------------
+# ---- Channels along planes
 
 
 @plain
@@ -335,7 +338,7 @@ def _add_channel_along(u, x, sample, plane, c, n0, n1, mean, squares, limbs):
                 _products_of_chunk(u, x, start, sample, rows, length, mean, limbs)
 
 
-# ---- Chunks across channels: rows of `width` places, of which each has sums of its own ----------------------------------
+# ---- Chunks across channels: rows of `width` places, of which each has sums of its own ---
 # The lines of an array of numbers lie WIDTH apart, a constant, so that the compiler knows that they do not overlap.
 
 
@@ -498,7 +501,8 @@ def _set_window(ranges, width, squares, passes, numbers):
         numbers[j], numbers[WIDTH + j] = _magic(both - 51), _magic(both - 103)
         numbers[2 * WIDTH + j] = _magic(top - 51)
         low, high = numbers[3 * WIDTH : 5 * WIDTH], numbers[5 * WIDTH : 7 * WIDTH]
-        low[j], low[WIDTH + j] = math.ldexp(1.0, both - PRODUCT_WINDOW), math.ldexp(1.0, both) if both > least else 0.0
+        low[j] = math.ldexp(1.0, both - PRODUCT_WINDOW)
+        low[WIDTH + j] = math.ldexp(1.0, both) if both > least else 0.0
         high[j] = 0.0 if top - VALUE_WINDOW < -125 else math.ldexp(1.0, top - VALUE_WINDOW)
         high[WIDTH + j] = math.ldexp(1.0, top) if top >= bottom else 0.0
         some = some or both > least or top >= bottom
@@ -543,7 +547,7 @@ def _add_rows(u, x, start, step, rows, times, plane, means, squares, record, spa
         _add_chunk_across(u, x, first, step, some, times * places, places, plane, means, squares, record, space)
 
 
-# ---- From limbs to statistics: integers of many digits, rounded once -------------------------------------------------
+# ---- From limbs to statistics: integers of many digits, rounded once
 # A number is a sign and its digits of 32 bits, the lowest first, as uint64.
 
 
@@ -716,7 +720,7 @@ def _all_sums(record, mean, s, q):
         s[j], q[j] = _sums_of_channel(record[j], mean[j], space)
 
 
-# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself ----------------------
+# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself ---
 
 
 @plain
@@ -748,7 +752,7 @@ def _exact_affine2_across(u, x, start, stop, mean, a, b, c, out, o):
 _affine_of_planes, _affine_of_lines = _map_along(_exact_affine_along), _map_across(_exact_affine_across)
 _affine2_of_planes, _affine2_of_lines = _map_along(_exact_affine2_along), _map_across(_exact_affine2_across)
 
-# ---- Entries ---------------------------------------------------------------------------------------------------------
+# ---- Entries
 
 
 def _exact_record(u, x, sample, plane, c0, n0, n1, mean, squares, record):
@@ -836,15 +840,10 @@ class _Entries:
 
 
 _entries = functools.cache(_Entries)
+_RECORD, _VECTOR = _READ(types.int64, ndim=2), _WRITE(types.float64)
 _NUMBERS = {  # by name: the entries that see no data of the size of x
-    "mean_and_m2": (
-        _all_mean_and_m2,
-        (_READ(types.int64, ndim=2), types.intp, _WRITE(types.float64), _WRITE(types.float64)),
-    ),
-    "sums": (
-        _all_sums,
-        (_READ(types.int64, ndim=2), _READ(types.float64), _WRITE(types.float64), _WRITE(types.float64)),
-    ),
+    "mean_and_m2": (_all_mean_and_m2, (_RECORD, types.intp, _VECTOR, _VECTOR)),
+    "sums": (_all_sums, (_RECORD, _READ(types.float64), _VECTOR, _VECTOR)),
 }
 
 
@@ -853,7 +852,7 @@ def _number_entry(name: str) -> Any:
     return _compile(*_NUMBERS[name])
 
 
-# ---- The sweeps ------------------------------------------------------------------------------------------------------
+# ---- The sweeps
 
 PARTS = 16  # of the work on large data
 SMALL = 2**18  # values that one thread does at once, and that the second sweep finds in cache
@@ -926,7 +925,7 @@ class _Data:
             parts = [vector[c0:c1] for vector in vectors]
             code(*arrays, self.sample, self.plane, c0, r0, r1, *parts, y, in_place)
 
-        threads.run(work, items)
+        threads.run(lambda index: work(items[index]), range(len(items)))
 
 
 def squares(x: Array) -> Array:
@@ -999,7 +998,8 @@ def forward(
             data.x, *size, weight[c0:c1], bias[c0:c1], eps, statistics[:, c0:c1], record[c0:c1], y, in_place
         )
 
-    threads.run(work, data.whole_channels())
+    parts = data.whole_channels()
+    threads.run(lambda index: work(parts[index]), range(len(parts)))
     mean, m2, rstd = statistics
     return Moments(data.n, mean, m2, record=record.T), rstd, result
 
@@ -1020,11 +1020,12 @@ def backward(
         size = data.sample, data.plane, data.n, c0, data.rows
         data.code.backward(data.u, data.x, *size, given[:, c0:c1], gradients[:, c0:c1], y, in_place)
 
-    threads.run(work, data.whole_channels())
+    parts = data.whole_channels()
+    threads.run(lambda index: work(parts[index]), range(len(parts)))
     return result, *gradients
 
 
 def _at_once(data: _Data) -> bool:
     """Return True if whole channels are parts for all threads, or the data is small."""
     enough = data.plane >= LONG and data.channels >= 2 * threads.get_num_threads()
-    return 0 < data.n < 2**32 and (enough or data.n * data.channels <= SMALL)
+    return bool(0 < data.n < 2**32 and (enough or data.n * data.channels <= SMALL))
