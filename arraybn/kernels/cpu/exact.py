@@ -38,7 +38,7 @@ from ...exact import (
 from ...reference import Moments
 from .. import threads
 from .entries import _READ, _STORED, _WRITE, _compile
-from .half import _from_bfloat16, _from_half, narrow, wide
+from .half import _conversion, _from_bfloat16, _from_half, narrow, wide
 from .tiles import LONG, PIECE, _map_across, _map_along, plain
 
 CHUNK = 4096  # values of a channel whose grid steps fit an int64: 2^51 steps each
@@ -49,92 +49,95 @@ _MASK = (1 << BITS) - 1
 _V0, _P0 = VALUES.start, PRODUCTS.start
 _VK0, _PK0 = VALUE_KINDS.start, PRODUCT_KINDS.start
 
-# ---- Bits
+# ---- Bits ------------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _bits(typing_context, value):
+# Each is given twice, as in ``half.py``: in Python, and as the instruction that Numba makes of a call. Numba's own
+# operators would make 64 bits of a uint32, and a vector register would hold half as many numbers.
+
+
+def _bits(value: Any) -> Any:
     """Return the bits of a float64, as an int64."""
-    return types.int64(types.float64), lambda context, code, signature, arguments: code.bitcast(
-        arguments[0], ir.IntType(64)
-    )
-
-
-@intrinsic
-def _float32_bits(typing_context, value):
-    return types.uint32(types.float32), lambda context, code, signature, arguments: code.bitcast(
-        arguments[0], ir.IntType(32)
-    )
-
-
-@intrinsic
-def _without_sign(typing_context, bits):
-    """Return the bits without the sign, as a uint32: Numba's own & would make 64 bits of them."""
-    return types.uint32(types.uint32), lambda context, code, signature, arguments: code.and_(
-        arguments[0], ir.Constant(ir.IntType(32), 0x7FFFFFFF)
-    )
-
-
-@intrinsic
-def _one_less(typing_context, bits):
-    """Return the number less one; of 0 the largest number."""
-    return types.uint32(types.uint32), lambda context, code, signature, arguments: code.sub(
-        arguments[0], ir.Constant(ir.IntType(32), 1)
-    )
-
-
-@intrinsic
-def _larger(typing_context, a, b):
-    return types.uint32(types.uint32, types.uint32), lambda context, code, signature, arguments: code.select(
-        code.icmp_unsigned(">", *arguments), *arguments
-    )
-
-
-@intrinsic
-def _smaller(typing_context, a, b):
-    return types.uint32(types.uint32, types.uint32), lambda context, code, signature, arguments: code.select(
-        code.icmp_unsigned("<", *arguments), *arguments
-    )
+    return np.float64(value).view(np.int64)
 
 
 def _magnitude_bits(value: Any) -> Any:
-    """Return the bits of |value| as a float32, which order values as their magnitudes do."""
-    raise NotImplementedError
+    """Return the bits of |value| as a float32, a uint32, which order values as their magnitudes do."""
+    return np.uint32(int(np.float32(wide(value)).view(np.uint32)) & 0x7FFFFFFF)
+
+
+def _one_less(bits: Any) -> Any:
+    """Return the number less one; of 0 the largest number."""
+    return np.uint32((int(bits) - 1) & 0xFFFFFFFF)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return max(a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return min(a, b)
+
+
+_U4, _I32 = types.uint32, ir.IntType(32)
+_to_bits = _conversion(types.float64, types.int64, lambda code, value: code.bitcast(value, ir.IntType(64)))
+_to_float32_bits = _conversion(types.float32, _U4, lambda code, value: code.bitcast(value, _I32))
+_to_magnitude = _conversion(_U4, _U4, lambda code, bits: code.and_(bits, ir.Constant(_I32, 0x7FFFFFFF)))
+_to_one_less = _conversion(_U4, _U4, lambda code, bits: code.sub(bits, ir.Constant(_I32, 1)))
+
+
+def _choice(comparison: str) -> Any:
+    """Return a function of compiled code: the one of two uint32 for which the comparison is true."""
+
+    @intrinsic
+    def choose(typing_context, a, b):
+        return _U4(_U4, _U4), lambda context, code, signature, arguments: code.select(
+            code.icmp_unsigned(comparison, *arguments), *arguments
+        )
+
+    return choose
+
+
+_to_larger, _to_smaller = _choice(">"), _choice("<")
+overload(_bits, inline="always")(lambda value: lambda value: _to_bits(value))  # noqa: PLW0108 (as in half.py)
+overload(_one_less, inline="always")(lambda bits: lambda bits: _to_one_less(bits))  # noqa: PLW0108
+overload(_larger, inline="always")(lambda a, b: lambda a, b: _to_larger(a, b))  # noqa: PLW0108
+overload(_smaller, inline="always")(lambda a, b: lambda a, b: _to_smaller(a, b))  # noqa: PLW0108
 
 
 @overload(_magnitude_bits, inline="always")
 def _magnitude_bits_compiled(value):
     if value == types.int16:
-        return lambda value: _without_sign(_float32_bits(_from_half(value)))
+        return lambda value: _to_magnitude(_to_float32_bits(_from_half(value)))
     if value == types.uint16:
-        return lambda value: _without_sign(_float32_bits(_from_bfloat16(value)))
-    return lambda value: _without_sign(_float32_bits(value))
+        return lambda value: _to_magnitude(_to_float32_bits(_from_bfloat16(value)))
+    return lambda value: _to_magnitude(_to_float32_bits(value))
 
 
 @plain
 def _top(high: Any) -> Any:
     """Return e with |value| < 2^e for all values whose largest magnitude has these bits; NaN and inf apart."""
     e: Any = np.int64(high) >> 23
-    return min(max(e, 1), 254) - 126
+    return int(min(max(e, 1), 254)) - 126
 
 
 @plain
 def _bottom(low: Any) -> Any:
     """Return e of the smallest magnitude but 0, from its bits less one."""
     e: Any = (np.int64(low) + 1) >> 23
-    return min(max(e, 1), 254) - 126
+    return int(min(max(e, 1), 254)) - 126
 
 
 @plain
 def _magic(exponent):
     """Return the magic number of the grid 2^exponent."""
-    return math.ldexp(1.5, exponent + 52)
+    return math.ldexp(1.5, int(exponent + 52))
 
 
 @plain
 def _add_steps(limbs, count, magic, steps, exponent, unit):
     """Add to the limbs the grid steps that `count` sums of the magic number have in excess."""
-    value = np.int64(steps - count * _bits(magic))
+    value = np.int64(steps - count * _bits(magic))  # modulo 2^64, which the sums may have gone through
     place = exponent - unit
     if place < 0:  # the last bits are 0: the smallest values are multiples of the unit
         value = value >> min(-place, 63)
@@ -160,7 +163,7 @@ def _count_kind(kinds, value):
         kinds[2] += 1
 
 
-# ---- Chunks along planes: `rows` runs of `length` values, `step` apart ---
+# ---- Chunks along planes: `rows` runs of `length` values, `step` apart -----------------------------------------------
 
 
 @plain
@@ -321,7 +324,7 @@ def _count_kinds(u, x, start, step, rows, length, mean, limbs):
                     _count_kind(limbs[_PK0 : _PK0 + KINDS], t)
 
 
-# ---- Channels along planes
+# ---- Channels along planes -------------------------------------------------------------------------------------------
 
 
 @plain
@@ -338,7 +341,7 @@ def _add_channel_along(u, x, sample, plane, c, n0, n1, mean, squares, limbs):
                 _products_of_chunk(u, x, start, sample, rows, length, mean, limbs)
 
 
-# ---- Chunks across channels: rows of `width` places, of which each has sums of its own ---
+# ---- Chunks across channels: rows of `width` places, of which each has sums of its own -------------------------------
 # The lines of an array of numbers lie WIDTH apart, a constant, so that the compiler knows that they do not overlap.
 
 
@@ -547,7 +550,7 @@ def _add_rows(u, x, start, step, rows, times, plane, means, squares, record, spa
         _add_chunk_across(u, x, first, step, some, times * places, places, plane, means, squares, record, space)
 
 
-# ---- From limbs to statistics: integers of many digits, rounded once
+# ---- From limbs to statistics: integers of many digits, rounded once -------------------------------------------------
 # A number is a sign and its digits of 32 bits, the lowest first, as uint64.
 
 
@@ -720,7 +723,7 @@ def _all_sums(record, mean, s, q):
         s[j], q[j] = _sums_of_channel(record[j], mean[j], space)
 
 
-# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself ---
+# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself --------------------
 
 
 @plain
@@ -752,7 +755,7 @@ def _exact_affine2_across(u, x, start, stop, mean, a, b, c, out, o):
 _affine_of_planes, _affine_of_lines = _map_along(_exact_affine_along), _map_across(_exact_affine_across)
 _affine2_of_planes, _affine2_of_lines = _map_along(_exact_affine2_along), _map_across(_exact_affine2_across)
 
-# ---- Entries
+# ---- Entries ---------------------------------------------------------------------------------------------------------
 
 
 def _exact_record(u, x, sample, plane, c0, n0, n1, mean, squares, record):
@@ -852,7 +855,7 @@ def _number_entry(name: str) -> Any:
     return _compile(*_NUMBERS[name])
 
 
-# ---- The sweeps
+# ---- The sweeps ------------------------------------------------------------------------------------------------------
 
 PARTS = 16  # of the work on large data
 SMALL = 2**18  # values that one thread does at once, and that the second sweep finds in cache
