@@ -141,6 +141,14 @@ class ExactDouble:
         The gradients by dy and by x, and the largest terms of their formulas.
     ddweight, ddweight_scale : array (C,)
         The gradient by weight, and rstd·Σ|v·dy| or a larger term.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, one = numpy.asarray([[1.0], [3.0]]), numpy.ones(1)
+    >>> truth = exact_double_backward(x, one, x, one * [[1.0], [0.0]], one, one, eps=0)
+    >>> isinstance(truth, ExactDouble), truth.ddx.shape, truth.ddweight.shape
+    (True, (2, 1), (1,))
     """
 
     ddy: Array
