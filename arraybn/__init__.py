@@ -6,8 +6,9 @@ from .checkpoint import load, save
 from .derivatives import batch_norm_double_backward, batch_norm_jvp
 from .functional import batch_norm, batch_norm_backward, batch_norm_sums
 from .kernels.threads import get_num_threads, set_num_threads
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
-from .modules import Module, Parameter, Sequential
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, fold
+from .modules import Module, Parameter, Sequential, inference_mode
+from .recompute import recompute_running_stats
 from .reference import Moments
 from .statistics import moments, pool, update_running_stats
 from .sync import SyncError, SyncTimeoutError, average_gradients, broadcast_state
@@ -30,12 +31,15 @@ __all__ = [
     "batch_norm_jvp",
     "batch_norm_sums",
     "broadcast_state",
+    "fold",
     "get_num_threads",
+    "inference_mode",
     "interchange",
     "load",
     "moments",
     "network",
     "pool",
+    "recompute_running_stats",
     "save",
     "set_num_threads",
     "testing",
