@@ -323,22 +323,28 @@ def test_t3_no_temporary_is_as_large_as_x(dtype: str, shape: tuple[int, ...]) ->
             saved = arraybn.batch_norm(x, out=y)[1]
             arraybn.batch_norm_backward(dy, saved, out=dx)
             arraybn.batch_norm_backward(dy, saved, out=dy)
+            arraybn.batch_norm_jvp(dy, saved, out=dx)
             mean = saved.moments.mean
             arraybn.batch_norm(x, mean=mean, var=mean, out=x)
             return saved.moments
         shape, dtype = json.loads(sys.argv[1]), numpy.dtype(sys.argv[2])
         calls(*(numpy.ones((4, *shape[1:]), dtype) for _ in range(4)))  # compiled, and the pool is there
         calls(*(numpy.ones((4, shape[1], 4), dtype) for _ in range(4)))
+        for small in (numpy.ones((4, *shape[1:]), dtype), numpy.ones((4, shape[1], 4), dtype)):
+            arraybn.batch_norm_double_backward(small, small, arraybn.batch_norm(small)[1])
         arrays = [numpy.ones(shape, dtype) for _ in range(4)]
         before = peak()
         calls(*arrays)
         called = peak()
         y, saved = arraybn.batch_norm(arrays[0])
-        print(json.dumps([arrays[0].nbytes, called - before, peak() - called]))
+        alone = peak() - called
+        results = arraybn.batch_norm_double_backward(y, arrays[1], saved)  # while y is there: what is freed is not seen
+        print(json.dumps([y.nbytes, called - before, alone, peak() - called - alone]))
     """
-    size, with_out, without = json.loads(python(code, json.dumps(shape), dtype))
+    size, with_out, without, twice = json.loads(python(code, json.dumps(shape), dtype))
     assert with_out < 0.2 * size
     assert 0.9 * size < without + with_out < 1.2 * size  # the result alone
+    assert 1.9 * size < twice + without + with_out - size < 2.2 * size  # two results
 
 
 # ---- Compiled code on disk -------------------------------------------------------------------------------------------
