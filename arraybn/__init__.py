@@ -4,6 +4,7 @@ from . import interchange, network, testing
 from ._version import __version__ as __version__
 from .checkpoint import load, save
 from .functional import batch_norm, batch_norm_backward
+from .kernels.results import free_memory, set_memory_limit
 from .kernels.threads import get_num_threads, set_num_threads
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .modules import Module, Parameter, Sequential
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "broadcast_state",
+    "free_memory",
     "get_num_threads",
     "interchange",
     "load",
@@ -33,6 +35,7 @@ __all__ = [
     "network",
     "pool",
     "save",
+    "set_memory_limit",
     "set_num_threads",
     "testing",
     "update_running_stats",

@@ -22,6 +22,7 @@ from .. import reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 from ..reference import Moments, Pool, Sweeps
+from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2")
@@ -127,9 +128,9 @@ def _no_result(x: Array) -> None:
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:

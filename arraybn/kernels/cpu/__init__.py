@@ -18,7 +18,7 @@ import numpy as np
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Moments
-from .. import threads
+from .. import results, threads
 from .entries import compiled
 from .half import HALF as HALF
 from .tiles import BLOCK, LONG, PIECE
@@ -116,7 +116,7 @@ class TiledSweeps:
             self.result, self.y = out, self._line(out)
             self.in_place = int(np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u))
         else:
-            self.result = np.empty(x.shape, x.dtype)
+            self.result = results.empty(x.shape, x.dtype)
             self.y = self._line(self.result)
 
     def over_groups(self, work: Callable[..., Any], *vectors: Array) -> Any:
