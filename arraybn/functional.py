@@ -14,7 +14,7 @@ from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
+from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
 from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out, check_overlap
 from ._plan import Key, are_same, keep, key_of_backward, key_of_forward
 from .kernels import Backend, Module, select
@@ -72,17 +72,17 @@ class Saved:
 
 
 def batch_norm(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: Shaped,
+    weight: Shaped | None = None,
+    bias: Shaped | None = None,
     *,
-    mean: Array | None = None,
-    var: Array | None = None,
+    mean: Shaped | None = None,
+    var: Shaped | None = None,
     moments: Moments | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
-    out: Array | None = None,
+    out: Shaped | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of x over its batch: y = weight·(x − mean)/√(var + eps) + bias (E3).
@@ -268,7 +268,7 @@ def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | 
 
 
 def batch_norm_backward(
-    dy: Array, saved: Saved, *, sums: Sums | None = None, out: Array | None = None
+    dy: Shaped, saved: Saved, *, sums: Sums | None = None, out: Shaped | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 

@@ -8,13 +8,13 @@ from . import reference
 from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array, class_name, dtype_name
+from ._arrays.namespaces import Array, Shaped, class_name, dtype_name
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Module, select
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
+def moments(x: Shaped, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -99,7 +99,7 @@ def pool(*moments: Moments) -> Moments:
 
 
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -136,7 +136,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")

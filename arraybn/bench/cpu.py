@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
 from .._version import __version__
 from ..kernels.threads import get_num_threads
 from . import growth, ladder, machine, networks, report
@@ -39,7 +40,7 @@ class Section:
 def plan(arguments: argparse.Namespace) -> list[Section]:
     """Return what is to be done; a `RefusedError` says why it cannot be."""
     if "bfloat16" in (arguments.dtype or ()) and importlib.util.find_spec("ml_dtypes") is None:
-        raise RefusedError('--dtype bfloat16 needs ml_dtypes:  pip install "arraybn[cpu]"')
+        raise RefusedError(f"--dtype bfloat16 needs ml_dtypes:  pip install {requirement('cpu')}")
     instead = arguments.growth is not None or arguments.ladder
     for option in ("shapes", "layout", "dtype", "what"):
         if instead and getattr(arguments, option) is not None:
@@ -49,7 +50,8 @@ def plan(arguments: argparse.Namespace) -> list[Section]:
     if arguments.ladder and arguments.growth is None and arguments.peers is not None:
         raise RefusedError("--peers belongs to the table and to --growth; the ladder is arraybn's alone")
     if arguments.ladder and not has_numba():
-        raise RefusedError('--ladder needs numba, which most of its steps are made of:  pip install "arraybn[cpu]"')
+        text = "--ladder needs numba, which most of its steps are made of"
+        raise RefusedError(f"{text}:  pip install {requirement('cpu')}")
     usual = [peer.name for peer in PEERS if peer.name == OPERATORS and not peer.missing] or ["none"]
     if arguments.set is not None:
         cases = networks.cases(arguments.set, arguments.layout, arguments.dtype, arguments.what)
@@ -128,7 +130,7 @@ class Bench(Run):
         copy, nbytes = self.limit.cell(COPYTO, "copy"), self.limit.case.nbytes
         text = report.head(self.machine, self.versions(), copy, nbytes, self.arguments.command_line)
         if not has_numba():
-            text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
+            text += f"\nnumba is missing, so arraybn is measured by its reference:  pip install {requirement('cpu')}"
         return text
 
     def versions(self) -> dict[str, str]:

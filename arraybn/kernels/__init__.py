@@ -21,6 +21,7 @@ import numpy as np
 from .. import reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
+from .._install import requirement
 from ..reference import Moments, Pool, Sweeps, Totals
 from . import results
 
@@ -33,6 +34,9 @@ MODULES = {  # imported when first used
     "cuda": "arraybn.kernels.cuda",
     "cuda_fused": "arraybn.kernels.cuda.fused",
 }
+
+
+LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +158,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
+            if x.size >= LARGE and not _has_numba():
+                _recommend_numba()
             return backend("cpu" if _has_numba() and (x.dtype.char != "e" or _has_half()) else "reference")
         return backend("cuda" if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else "reference")
     if isinstance(kernels, str):
@@ -196,6 +202,15 @@ def _has_numba() -> bool:
     return True
 
 
+@functools.cache
+def _recommend_numba() -> None:
+    """Warn, once a process, that numba is not installed; a numba that cannot be imported has its own warning."""
+    if importlib.util.find_spec("numba") is None:
+        text = "arraybn: without numba, large NumPy arrays take many times as long. Install it with: pip install"
+        text = f'{text} {requirement("cpu")}, or pass kernels="reference"'
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def _has_half() -> bool:
     return bool(importlib.import_module(MODULES["cpu"]).HALF)
 
@@ -233,7 +248,7 @@ def _check_cpu(x: Array) -> None:
         raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {name} array{move}')
     if not _has_numba():
         raise ImportError(
-            'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
+            f'kernels: expected numba to be installed for "cpu". Install it with: pip install {requirement("cpu")}'
         )
     if x.dtype.char == "e" and not _has_half():
         raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

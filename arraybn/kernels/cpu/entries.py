@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numba.extending import overload
 
 from ... import reference
 from ..._arrays.namespaces import Array
-from . import half, scalars, tiles
+from . import compiling, half, scalars, tiles
 from .half import HALF, wide
 from .tiles import (
     LONG,
@@ -261,12 +261,22 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
+        found = None
         try:
-            return super().load_overload(signature, context)
+            found = super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
             with suppress(OSError):
                 self.flush()
-            return None
+        if found is None:
+            compiling.announce(self.cache_path)
+        return found
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return the context in which to load or compile: nobody waits for code that is kept already."""
+        with suppress(EOFError, pickle.UnpicklingError, OSError):
+            if self._cache_file._load_index():
+                return nullcontext()
+        return compiling.turn(f"{self._cache_file._index_path}.lock")
 
     def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
@@ -287,14 +297,16 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)
-    entry = plain(nogil=True)(function)
+    entry, turn = plain(nogil=True)(function), nullcontext()
     try:
         entry._cache = _Cache(function, arguments)
+        turn = entry._cache.turn()
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         _warn_no_cache("there is no folder to keep them in")
-    entry.compile(arguments)
+    with turn:
+        entry.compile(arguments)
     entry.disable_compile()
     return entry
 
