@@ -23,6 +23,7 @@ from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 from .._install import requirement
 from ..reference import Moments, Pool, Sweeps, Totals
+from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2", "affine3")
@@ -163,9 +164,9 @@ def _no_result(x: Array) -> None:
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:
