@@ -198,7 +198,7 @@ ROOMS = {
     "kernels": "_arrays _checks reference",
     "statistics": "_arrays _checks reference kernels",
     "modules": "_arrays _checks",
-    "sync": "_arrays _checks reference modules",
+    "sync": "_arrays _checks reference kernels modules",
     "functional": "_arrays _checks reference kernels statistics sync",
     "layers": "_arrays _checks reference statistics modules sync functional",
     "testing": "_arrays _checks sync",

@@ -6,7 +6,9 @@ No other file imports mpi4py. Importing mpi4py.MPI initializes MPI, so `_mpi` do
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -27,10 +29,12 @@ from .process import check_alone, check_not_forked, check_rank
 def _mpi() -> Any:
     """Return mpi4py.MPI, initialized; None where mpi4py or its MPI library is missing."""
     check_rank()  # before the import, which ends a child
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
-        return None
+    MPI: Any = sys.modules.get("mpi4py.MPI")  # noqa: N806, faster than an import
+    if MPI is None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
+            return None
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise SyncError("MPI has been finalized, or has not been initialized; synchronizing needs it")
     return MPI
@@ -99,6 +103,8 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
 
     @functools.wraps(make)
     def get() -> Any:
+        if made:
+            return made[0]
         with _creating:
             if not made:
                 made.append(make())
@@ -126,13 +132,45 @@ def _op() -> Any:
     chooses no algorithm that cuts a message into parts, since a frame is a message of one element. All ranks then have
     the same bits, as the MPI standard asks, with every algorithm of Open MPI and MPICH except MPICH's recexch with
     k > 2, which a user must choose. The next call would notice different bits by the checksum in the header.
+
+    Without Numba, MPI calls Python, with the same bits.
     """
-    return _mpi().Op.Create(_combine, commute=False)
+    return _compiled_op() or _mpi().Op.Create(_combine, commute=False)
+
+
+_kept: list[Any] = []  # the compiled function, which MPI calls
+
+
+def _compiled_op() -> Any:
+    """Return the compiled twin of `frames.combine` as an operation; None without Numba or with an unusual MPI.
+
+    mpi4py makes operations of functions in Python only. So the library that mpi4py has loaded is called here, and
+    writes the handle of the new operation into an object of mpi4py.
+    """
+    mpi = _mpi()
+    try:
+        from . import compiled
+
+        create = ctypes.CDLL(mpi.__file__).MPI_Op_create  # a symbol is looked for in the libraries behind a file too
+    except (ImportError, OSError, AttributeError):
+        return None
+    if (combine := compiled.callback()) is None:
+        return None
+    op = mpi.Op()
+    create.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+    if create(combine.address, 0, mpi._addressof(op)) != mpi.SUCCESS:
+        return None
+    _kept.append(combine)
+    return op
 
 
 # ---- Interrupts, held back during an exchange ------------------------------------------------------------------------
 
 _interrupts: list[BaseException] = []  # of the main thread, the only one that runs handlers of signals
+
+
+# In `signal`, each call looks for a name of the handler, which costs more than an allreduce.
+_signal: Any = importlib.import_module("_signal" if importlib.util.find_spec("_signal") else "signal")
 
 
 def _note(number: int, stack: object) -> None:
@@ -144,11 +182,11 @@ def _hold_interrupts() -> bool:
 
     Return False, and change nothing, in a thread that is not the main one and where the handler is not Python's own.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return False
-    if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _note):
+    if _signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _note):
         return False
-    signal.signal(signal.SIGINT, _note)
+    _signal.signal(signal.SIGINT, _note)
     return True
 
 
@@ -209,6 +247,8 @@ class Reducer:
         self._comm, self._duplicating = comm, duplicating
         self.rank, self.size = rank, size
         self._holding = False  # True while Ctrl-C is held back
+        self._frame: Any = None  # the last one, and what an Iallreduce of it is called with
+        self._message: Any = None
 
     def open(self, deadline: float | None) -> None:
         """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
@@ -220,9 +260,13 @@ class Reducer:
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         """Replace the frame by that of all ranks together."""
-        mpi = _mpi()
-        message = [frame, 1, _whole(frame.nbytes)]
-        self._run(lambda: self._comm.Iallreduce(mpi.IN_PLACE, message, _op()), deadline, frame)
+        if frame is not self._frame:  # an exchange has one frame for all layers of at most 256 channels
+            self._message = _mpi().IN_PLACE, [frame, 1, _whole(frame.nbytes)], _op()
+            self._frame = frame
+        self._run(self._start_frame, deadline, frame)
+
+    def _start_frame(self) -> Any:
+        return self._comm.Iallreduce(*self._message)
 
     def add(self, numbers: Array, deadline: float | None) -> None:
         """Replace float64 numbers by their sums over the ranks."""
@@ -243,8 +287,9 @@ class Reducer:
         kept: list[Any] = [buffers]
         _under_way[id(kept)] = kept  # before the request starts: an interrupt may follow at once
         try:
-            kept.append(start())
-            _wait(kept[1], deadline)
+            kept.append(request := start())
+            if not request.Test():
+                _wait(request, deadline)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
@@ -259,7 +304,7 @@ class Reducer:
     def close(self) -> None:
         """Let Ctrl-C raise again, and raise an interrupt that was held back."""
         if self._holding:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _signal.signal(signal.SIGINT, signal.default_int_handler)
             self._holding = False
         _raise_interrupt()
 

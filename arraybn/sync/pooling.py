@@ -11,6 +11,8 @@ from ..reference import Moments, Pool
 from .exchange import Call
 from .staging import Staging, staging_for
 
+_NUMPY_FLOAT64 = type(np.dtype(np.float64))  # whose name takes NumPy long
+
 
 class RankPool(Pool):
     """The ranks of one call: vectors (C,) are staged to the host, exchanged in float64, and staged home."""
@@ -25,13 +27,15 @@ class RankPool(Pool):
 
     def moments(self, part: Moments) -> Moments:
         """(E2) Return the moments of all parts together, on the host."""
-        self._staging, self._wide = staging_for(part.mean, 4), dtype_name(part.mean.dtype) == "float64"
+        self._staging = staging_for(part.mean, 4)
+        dtype = part.mean.dtype
+        self._wide = type(dtype) is _NUMPY_FLOAT64 or dtype_name(dtype) == "float64"
         if part.mean_low is None:
-            rows = self._staging.host(part.mean, part.m2)
+            mean, m2 = self._staging.host(part.mean, part.m2)
         else:
-            rows = self._staging.host(part.mean, part.m2, part.mean_low)
-            rows[0] += rows[2]
-        (mean, m2), n = self.call.combine(rows[:2], part.n)
+            mean, m2, low = self._staging.host(part.mean, part.m2, part.mean_low)
+            mean = np.add(mean, low, dtype=np.float64)
+        (mean, m2), n = self.call.combine((mean, m2), part.n)
         return Moments(n, mean, m2)
 
     def sums(self, *parts: Array) -> Array:
