@@ -45,6 +45,26 @@ def forgetful(dy, x, weight, bias, eps):
     n = x.shape[0] * x.shape[2]
     return (weight[:, None] * rstd * (dy - dbias[:, None] / n)).astype(np.float32), dweight, dbias
 
+def plain(x, weight, bias, eps):
+    centred = x - x.mean(axis=(0, 2), keepdims=True)
+    rstd = 1 / np.sqrt(x.var(axis=(0, 2), keepdims=True) + np.float32(eps))
+    return weight[:, None] * (centred * rstd) + bias[:, None]
+
+def one_pass(x, weight, bias, eps):
+    mean = x.mean(axis=(0, 2), keepdims=True)
+    var = (x * x).mean(axis=(0, 2), keepdims=True) - mean * mean
+    return weight[:, None] * (x - mean) / np.sqrt(var + np.float32(eps)) + bias[:, None]
+
+def lines(x, gamma, beta, eps):
+    mean, var = x.mean(axis=0, dtype=np.float64), x.var(axis=0, dtype=np.float64)
+    return (gamma * (x - mean) / np.sqrt(var + eps) + beta).astype(x.dtype)
+
+def three(x, weight, bias):
+    return x
+
+class Norm:
+    pass
+
 number = 3
 """
 
@@ -246,13 +266,67 @@ def test_a_fault_of_the_backward_is_named_with_its_cause(mine: Path) -> None:
     assert "usual cause: the term xhat·dweight/n of (E6) is missing" in result.stdout
 
 
+def test_float32_sums_have_a_verdict_and_a_status_of_their_own(mine: Path) -> None:
+    result = run("mine:plain", "--examples", "5", cwd=mine)
+    assert (result.returncode, result.stderr) == (3, "")
+    verdict = r"^the formula is right; accuracy is that of float32 sums: \S+ ulp at \|mean\|/std = \S+$"
+    assert re.search(verdict, result.stdout, re.MULTILINE)
+    assert "rough  y keeps its digits where the mean is far from zero\n" in result.stdout
+    assert "FAILS" not in result.stdout
+    assert "--accuracy sums" in result.stdout.splitlines()[-1]
+    accepted = run("mine:plain", "--examples", "5", "--accuracy", "sums", cwd=mine)
+    assert (accepted.returncode, accepted.stderr) == (0, "")
+    assert re.search(verdict, accepted.stdout, re.MULTILINE)
+    near = run("mine:plain", "--examples", "0", "--max-ratio", "1", "--tolerance", "32", cwd=mine)
+    assert near.returncode == 0, near.stdout
+
+
+@pytest.mark.parametrize("name", ["unbiased", "one_pass"])
+def test_a_fault_is_one_whatever_accuracy_is_accepted(mine: Path, name: str) -> None:
+    result = run(f"mine:{name}", "--examples", "0", "--accuracy", "sums", cwd=mine)
+    assert result.returncode == 1, result.stdout
+    assert result.stdout.count("usual cause") == 1
+    assert "the formula is right" not in result.stdout
+
+
+def test_an_unbiased_variance_is_told_once_and_not_blamed_on_nan(mine: Path) -> None:
+    result = run("mine:unbiased", cwd=mine)
+    assert "ok     a NaN stays in its channel\n" in result.stdout
+    assert result.stdout.count("usual cause") == result.stdout.count("on x = ") == 1
+    failing = re.findall("^FAILS  (.*)$", result.stdout, re.MULTILINE)
+    assert result.stdout.partition("it breaks:\n")[2].split("\n") == [f"    {name}" for name in failing] + [""]
+
+
+def test_functions_of_n_c_alone_are_accepted_and_told_so(mine: Path) -> None:
+    result = run("mine:lines", "--examples", "5", cwd=mine)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert "checked with x of shape (N, C) alone, which is what forward can take" in result.stdout
+
+
+def test_the_check_leaves_nothing_in_the_folder(mine: Path) -> None:
+    before = sorted(path.name for path in mine.iterdir())
+    run("mine:forward", cwd=mine)
+    assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(("target", "got"), [("three", "three(x, weight, bias)"), ("Norm", "the class Norm. Write a")])
+def test_other_arguments_are_refused_in_one_line(mine: Path, target: str, got: str) -> None:
+    result = run(f"mine:{target}", cwd=mine)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    expected = "check: forward: expected a function of (x, weight, bias, eps) that returns y; got "
+    assert result.stderr.startswith(expected + got)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         ("mine", "expected package.module:function; got 'mine'"),
         ("./mine.py:forward", "expected package.module:function, as in mine:forward; got './mine.py:forward', a file"),
         ("nine:forward", "no module named 'nine' in this folder"),
-        ("mine:backwards", "mine has no 'backwards'; it has forward, unbiased, forgetful"),
+        (
+            "mine:backwards",
+            "mine has no 'backwards'; it has forward, unbiased, forgetful, plain, one_pass, lines, three, Norm",
+        ),
         ("mine:number", "mine:number: expected a function; it is of type int"),
         ("broken:f", "importing broken raised ZeroDivisionError: division by zero"),
         ("needy:f", "importing needy raised ModuleNotFoundError: No module named 'nowhere'"),

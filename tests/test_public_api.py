@@ -40,13 +40,19 @@ PUBLIC = [
     "average_gradients",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
+    "batch_norm_sums",
     "broadcast_state",
+    "fold",
     "get_num_threads",
+    "inference_mode",
     "interchange",
     "load",
     "moments",
     "network",
     "pool",
+    "recompute_running_stats",
     "save",
     "set_num_threads",
     "testing",
@@ -54,25 +60,37 @@ PUBLIC = [
 ]
 
 SIGNATURES = {
-    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, eps=1e-05, channel_axis=1,"
-    " comm=None, out=None, kernels=None)",
-    "batch_norm_backward": "(dy, saved, *, out=None)",
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, eps=1e-05,"
+    " channel_axis=1, comm=None, out=None, kernels=None)",
+    "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
+    "batch_norm_double_backward": "(v, dy, saved, v_weight=None, v_bias=None, *, sums=None)",
+    "batch_norm_jvp": "(x_dot, saved, weight_dot=None, bias_dot=None, *, sums=None, out=None)",
+    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None)",
     "moments": "(x, *, channel_axis=1, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",
     "pool": "(*moments)",
     "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
-    " channel_axis=1, dtype=None, device=None, xp=None)",
+    " bias=True, channel_axis=1, dtype=None, device=None, xp=None)",
     "SyncBatchNorm": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True,"
-    " process_group=None, *, comm=None, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
+    " process_group=None, *, comm=None, bias=True, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
     "broadcast_state": "(model, comm, *, timeout=600.0)",
     "average_gradients": "(model, comm, *, weight, timeout=600.0)",
+    "fold": "(layer)",
+    "inference_mode": "()",
+    "recompute_running_stats": "(model, batches, *, comm=None, layer_by_layer=False)",
     "save": "(state, path)",
     "load": "(path)",
 }
 
-SILENT = {"save", "broadcast_state", "average_gradients", "set_num_threads"}  # return nothing
+SILENT = {
+    "save",
+    "recompute_running_stats",
+    "broadcast_state",
+    "average_gradients",
+    "set_num_threads",
+}  # return nothing
 
 
 def test_the_public_names_are_these() -> None:
@@ -200,9 +218,11 @@ ROOMS = {
     "modules": "_arrays _checks",
     "sync": "_arrays _checks reference kernels modules",
     "functional": "_arrays _checks reference kernels statistics sync",
+    "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",
+    "recompute": "_arrays _checks reference modules sync layers",
     "testing": "_arrays _checks sync",
-    "network": "_arrays _checks modules",
+    "network": "_arrays _checks reference modules layers",
     "checkpoint": "_arrays _checks modules",
     "interchange": "_arrays _checks modules",
 }

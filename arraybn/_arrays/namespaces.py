@@ -56,10 +56,10 @@ def wide_dtype(array: Array) -> Any:
     return found.get("float64", xp.float32)
 
 
-def common_dtype(a: Array, b: Array) -> Any:
-    """Return the narrowest dtype that holds all values of two arrays of different floating dtypes."""
-    name = "float64" if "float64" in {dtype_name(a.dtype), dtype_name(b.dtype)} else "float32"
-    return getattr(array_namespace(a), name)
+def common_dtype(*arrays: Array) -> Any:
+    """Return the narrowest dtype that holds all values of arrays of different floating dtypes."""
+    name = "float64" if "float64" in {dtype_name(array.dtype) for array in arrays} else "float32"
+    return getattr(array_namespace(arrays[0]), name)
 
 
 def as_namespace(xp: Namespace) -> Namespace:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -113,7 +113,7 @@ class Exchange:
     def carry_out(
         self,
         call: Call,
-        rows: Sequence[Array],
+        rows: frames.Rows,
         n: int = 0,
         error: BaseException | None = None,
         more: More | None = None,
@@ -151,7 +151,7 @@ class Exchange:
     def _carry_out(
         self,
         call: Call,
-        rows: Sequence[Array],
+        rows: frames.Rows,
         n: int,
         error: BaseException | None,
         more: More | None,
@@ -181,7 +181,7 @@ class Exchange:
             self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
         return result, total
 
-    def _fill_frame(self, rows: Sequence[Array], channels: int) -> None:
+    def _fill_frame(self, rows: frames.Rows, channels: int) -> None:
         """Write the first channels into the frame of this exchange, and 0 where an earlier call left numbers."""
         first, second = rows
         if channels > frames.FIRST_FRAME_CHANNELS:
@@ -254,10 +254,10 @@ class Call:
         number = self.number or self.exchange.calls + 1
         return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
 
-    def backward(self) -> Call:
-        """Return the call of the backward of this forward."""
+    def backward(self, operation: str = frames.BACKWARD) -> Call:
+        """Return the call of the backward of this forward, or of another derivative."""
         options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "forward_number": self.number}
-        call = Call(self.exchange, frames.BACKWARD, self.layer, self.settings, **options)
+        call = Call(self.exchange, operation, self.layer, self.settings, **options)
         call._settings_hash = self._settings_hash
         return call
 
@@ -303,7 +303,7 @@ class Call:
         """Promise that all ranks raise the error that follows, so that none has to be told."""
         self._same_error_everywhere = True
 
-    def combine(self, rows: Sequence[Array], n: int = 0) -> tuple[Array, int]:
+    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[Array, int]:
         """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
 

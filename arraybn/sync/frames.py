@@ -10,7 +10,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from ..reference import Moments
 FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
 VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header holds the index
-FORWARD, BACKWARD, AVERAGE, BROADCAST = OPERATIONS
+# The header holds the index of the operation.
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward")
+FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")
@@ -31,7 +32,8 @@ _TAIL = struct.Struct("=iiq")  # flags, room, n
 _HEADER = struct.Struct(f"={len(FIELDS)}q{_TAIL.format[1:]}")
 LENGTH = _HEADER.size + 16 * FIRST_FRAME_CHANNELS
 ERROR, BROKEN = 1 << len(FIELDS), 2 << len(FIELDS)  # flags, after one flag for each field
-NO_ROWS: tuple[tuple[()], tuple[()]] = ((), ())  # of a call without numbers
+Rows: TypeAlias = Any  # two vectors of one length, as a tuple, or as one array
+NO_ROWS: Rows = ((), ())
 
 # ---- Frames ----------------------------------------------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ def frame(
     fields: Sequence[int],
     flags: int,
     n: int,
-    rows: Sequence[Array] | None = None,
+    rows: Rows | None = None,
     room: int = FIRST_FRAME_CHANNELS,
 ) -> Array:
     """Return a frame in bytes, with room for (2, room) numbers, which begin with those of two rows."""

@@ -39,10 +39,15 @@ class RankPool(Pool):
         return Moments(n, mean, m2)
 
     def sums(self, *parts: Array) -> Array:
-        """Return the sum of each vector over all parts, on the host."""
-        self._staging = staging_for(parts[0], 3)
-        rows, _ = self.call.combine(self._staging.host(*parts))
-        return rows
+        """Return the sum of each vector over all parts, on the host; a frame has two rows for all vectors."""
+        self._staging = staging_for(parts[0], max(3, len(parts)))
+        vectors = self._staging.host(*parts)
+        if len(parts) == 2:
+            return self.call.combine(vectors)[0]
+        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * len(parts[0])))
+        rows.reshape(-1, len(parts[0]))[: len(parts)] = vectors
+        rows, _ = self.call.combine(rows)
+        return rows.reshape(-1, len(parts[0]))[: len(parts)]
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""

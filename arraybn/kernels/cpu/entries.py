@@ -28,6 +28,8 @@ from .tiles import (
     LONG,
     affine2_of_lines,
     affine2_of_planes,
+    affine3_of_lines,
+    affine3_of_planes,
     affine_of_lines,
     affine_of_planes,
     dots_of_lines,
@@ -99,7 +101,7 @@ def _moments(x, sample, plane, n, c0, rows, mean, m2):
 
 @plain
 def _dots(u, x, sample, plane, c0, r0, r1, mean, s, q):
-    """(E5) Σu and Σu·(x−mean)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean)."""
     if plane >= LONG:
         dots_of_planes(u, x, sample, plane, c0, r0, r1, mean, s, q)
     else:
@@ -117,11 +119,20 @@ def _affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
 
 @plain
 def _affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
-    """(E6) a·u + b·(x−mean) + c."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c."""
     if plane >= LONG:
         affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
         affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+@plain
+def _affine3(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
+    """(E9) a·v + b·u + c·(x−mean) + d."""
+    if plane >= LONG:
+        affine3_of_planes(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+    else:
+        affine3_of_lines(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
 
 
 # ---- Two sweeps over whole channels that are one tile, with the formulas of ``reference.py`` between -----------------
@@ -189,6 +200,7 @@ class Compiled:
             "dots": (_dots, (data, data, *place, given, sums, sums)),
             "affine": (_affine, (data, *place, given, given, given, result, in_place)),
             "affine2": (_affine2, (data, data, *place, given, given, given, given, result, in_place)),
+            "affine3": (_affine3, (data, data, data, *place, *(given,) * 5, result, in_place)),
             "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
             "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
             "running": (_running, (data, data, given, given, eps, result, result)),
