@@ -20,7 +20,7 @@ import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_number
-from . import frames
+from . import frames, roll
 from .errors import SyncError, SyncTimeoutError
 from .process import forked_child
 
@@ -63,6 +63,13 @@ class Reducer(Protocol):
     def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
         """Return the texts of all ranks, which have one length."""
 
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own.
+
+        The result is empty where the ranks are not connected yet. In the other ranks, the call that waits, and every
+        later one, raises a RollCallError.
+        """
+
     def close(self) -> None:
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
@@ -77,7 +84,7 @@ class Exchange:
         self.reducer = reducer
         self.calls = 0
         self._checksum = 0  # of all reduced frames, whose bits have to be the same on all ranks
-        self.broken = ""  # the reason why no further call can be made
+        self._broken = ""  # the reason why no further call can be made
         self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
         self._lock = threading.Lock()  # one thread at a time
         self._frame = frames.frame([0] * len(frames.FIELDS), 0, 0)  # the first frame of every call
@@ -91,8 +98,8 @@ class Exchange:
         """Raise if no call can be made."""
         if os.getpid() != self._process:
             raise forked_child(f"rank {self.reducer.rank}: ")
-        if self.broken:
-            raise SyncError(f"{self.broken}. Nothing more can be synchronized over this communicator")
+        if self._broken:
+            raise SyncError(f"{self._broken}. Nothing more can be synchronized over this communicator")
 
     def name_of(self, layer: object) -> str:
         """Return the name of a layer without a path: its place in the order of first use."""
@@ -130,10 +137,13 @@ class Exchange:
             return self._carry_out(call, rows, n, error, more, deadline)
         except SyncError:
             raise
-        except (TimeoutError, ConnectionError) as failure:
-            raise self._break(call, failure) from failure
+        except TimeoutError as failure:
+            raise self._give_up(call, failure, deadline) from failure
+        except ConnectionError as failure:
+            self._broken = f"rank {self.reducer.rank}: {call} failed: {failure}"
+            raise SyncError(self._broken) from failure
         except BaseException as failure:  # Ctrl-C while waiting
-            self.broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
+            self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
             raise
         finally:
             try:
@@ -206,24 +216,34 @@ class Exchange:
         message = frames.message(texts, flags)
         call.every_rank_raises()
         if flags & frames.BROKEN:
-            self.broken, self._unreported_failure = message, ""
+            self._broken, self._unreported_failure = message, ""
         raised = SyncError(message)
         for note in frames.notes(texts):
             raised.add_note(note)
         raise raised
 
-    def _break(self, call: Call, failure: OSError) -> SyncError:
-        """Return the error of this rank alone, after which no further call can be made."""
+    def _give_up(self, call: Call, failure: TimeoutError, deadline: float | None) -> SyncTimeoutError:
+        """Call the roll, or answer; return the error of this rank alone, after which no further call can be made."""
         rank = f"rank {self.reducer.rank}"
-        if isinstance(failure, ConnectionError):
-            self.broken = f"{rank}: {call} failed: {failure}"
-            return SyncError(self.broken)
-        self.broken = f"{rank} gave up {call}"
-        return SyncTimeoutError(
-            f"{rank} of {self.reducer.size} waited {call.timeout:g} s for the other ranks in {call}. Likely causes: a"
-            " rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
-            " process_group, or has ended"
-        )
+        self._broken = f"{rank} gave up {call}"
+        late = isinstance(failure, roll.RollCallError) and failure.late
+        seconds = roll.seconds_for(call.timeout)
+        answer = roll.answer(roll.LATE if late else roll.WAITS, call.place(), seconds)
+        answers = self.reducer.call_roll(answer, seconds)
+        if late:
+            did = f"came to {call} when the time limit of another rank was over"
+        elif deadline is not None and time.monotonic() >= deadline:
+            did = f"waited {call.timeout:g} s for the other ranks in {call}"
+        else:
+            did = f"gave up {call}, because the time limit of another rank was over"
+        text = f"{rank} of {self.reducer.size} {did}. Likely causes: {_CAUSES}"
+        return SyncTimeoutError(f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text)
+
+
+_CAUSES = (
+    "a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
+    " process_group, or has ended"
+)
 
 
 class Call:
@@ -251,8 +271,11 @@ class Call:
         self._same_error_everywhere = False
 
     def __str__(self) -> str:
-        number = self.number or self.exchange.calls + 1
-        return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
+        return f"{self.place()[:-1]} on this communicator)"
+
+    def place(self) -> str:
+        """Return "the forward of layer '1' (call 7)"."""
+        return f"the {self.operation} of {self.layer} (call {self.number or self.exchange.calls + 1})"
 
     def backward(self, operation: str = frames.BACKWARD) -> Call:
         """Return the call of the backward of this forward, or of another derivative."""
@@ -284,7 +307,7 @@ class Call:
         }
 
     def __enter__(self) -> Call:
-        if self.exchange.broken:
+        if self.exchange._broken:
             self.exchange.check()
         return self
 

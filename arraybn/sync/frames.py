@@ -147,8 +147,8 @@ def read_text(text: bytes) -> str:
 def message(texts: Sequence[bytes], flags: int) -> str:
     """Return the errors in the texts of all ranks, or the first cause of a disagreement with its likely reason."""
     read = [read_text(text) for text in texts]
-    if errors := _ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
-        return "\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in errors.items())
+    if errors := ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
+        return "\n".join(f"{ranks_text(ranks)}: {text}" for text, ranks in errors.items())
     calls = [_call(text) for text in read]
     if differences := _differences(calls):
         name, line = differences[0]
@@ -205,7 +205,7 @@ def _differences(calls: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
             continue
         if name == "operation":
             values = {rank: f"{value} of {calls[rank].get('layer')}" for rank, value in values.items()}
-        lines.append((name, f"{name}: {_listed(_ranks_by_text(values))}"))
+        lines.append((name, f"{name}: {_listed(ranks_by_text(values))}"))
     return lines
 
 
@@ -218,7 +218,7 @@ def _place(name: str) -> int:
 
 def _listed(values: Mapping[str, Sequence[int]]) -> str:
     """Return each value with its ranks; of many or long values, the beginning."""
-    parts = [f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in values.items()]
+    parts = [f"{_shortened(value)} on {ranks_text(ranks)}" for value, ranks in values.items()]
     rest = [f"{len(parts) - LISTED} other values"] if len(parts) > LISTED else []
     *before, last = parts[:LISTED] + rest
     return f"{', '.join(before)} and {last}"
@@ -228,14 +228,14 @@ def _shortened(value: str) -> str:
     return value if len(value) <= VALUE else f"{value[: VALUE - 1]}…"
 
 
-def _ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
+def ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for rank, text in texts.items():
         found.setdefault(text, []).append(rank)
     return found
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """'rank 1', 'ranks 0, 2–5'."""
     runs: list[list[int]] = []
     for rank in ranks:

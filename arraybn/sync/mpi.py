@@ -6,6 +6,7 @@ No other file imports mpi4py. Importing mpi4py.MPI initializes MPI, so `_mpi` do
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from .._arrays.namespaces import Array, class_name
-from . import frames
+from . import frames, roll
 from .errors import SyncError
 from .exchange import Comm, Exchange
 from .process import check_alone, check_not_forked, check_rank
+from .roll import RollCallError
 
 
 def _mpi() -> Any:
@@ -222,22 +224,29 @@ def _whole(length: int) -> Any:
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-def _wait(request: Any, deadline: float | None) -> None:
-    """Poll, giving the processor away at first, and sleeping after 5 ms.
+def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> bool:
+    """Poll, giving the processor away at first; after 5 ms sleep, and `listen` for a roll call. Return True after that.
 
     Where there are more ranks than cores, a bare loop would keep the awaited rank from running.
     """
-    started = time.monotonic()
+    started, slept = time.monotonic(), False
     while not request.Test():
         now = time.monotonic()
         if deadline is not None and now > deadline:
             raise TimeoutError
         if now - started < 0.005:
             _yield()
-        else:
-            if now - started > 0.5:  # before, the awaited ranks may still come, and then no call is lost
-                _raise_interrupt()
-            time.sleep(min((now - started) / 100, 0.001))
+            continue
+        if listen():
+            raise RollCallError(late=not slept)
+        slept = True
+        if now - started > 0.5:  # before, the awaited ranks may still come, and then no call is lost
+            _raise_interrupt()
+        time.sleep(min((now - started) / 100, 0.001))
+    return slept
+
+
+_ROLL_CALL = 1  # the tag of its messages
 
 
 class Reducer:
@@ -249,6 +258,7 @@ class Reducer:
         self._holding = False  # True while Ctrl-C is held back
         self._frame: Any = None  # the last one, and what an Iallreduce of it is called with
         self._message: Any = None
+        self._any_rank = _mpi().ANY_SOURCE
 
     def open(self, deadline: float | None) -> None:
         """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
@@ -288,8 +298,10 @@ class Reducer:
         _under_way[id(kept)] = kept  # before the request starts: an interrupt may follow at once
         try:
             kept.append(request := start())
-            if not request.Test():
-                _wait(request, deadline)
+            slept = not request.Test() and _wait(request, deadline, self._hears_roll_call)
+            # Ranks that gave up had sent their part, so nothing else tells of them. MPICH's first look only fetches.
+            if self._hears_roll_call() or self._hears_roll_call():
+                raise RollCallError(late=not slept)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
@@ -300,6 +312,39 @@ class Reducer:
                 raise ConnectionError(str(error)) from error
             raise
         del _under_way[id(kept)]
+
+    def _hears_roll_call(self) -> bool:
+        """Return True if another rank has called the roll; False as long as there is no channel."""
+        return self._duplicating is None and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
+
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own."""
+        if self._duplicating is not None:
+            return {}
+        mpi, found, until = _mpi(), {self.rank: answer}, time.monotonic() + seconds
+        with contextlib.suppress(mpi.Exception):  # then what has been heard has to do
+            _given_up.append(answer)
+            others = set(range(self.size)) - {self.rank}
+            _given_up.extend(self._comm.Isend([answer, mpi.BYTE], rank, _ROLL_CALL) for rank in others)
+            while len(found) < self.size:
+                if heard := self._heard():
+                    found.update([heard])
+                    until = min(until, time.monotonic() + roll.seconds_of(heard[1]))
+                elif time.monotonic() > until:
+                    break
+                else:
+                    _raise_interrupt()
+                    time.sleep(0.001)
+        return found
+
+    def _heard(self) -> tuple[int, bytes] | None:
+        """Return the rank and the text of an answer that has come, or None."""
+        mpi = _mpi()
+        status, octets = mpi.Status(), bytearray(roll.LENGTH)
+        if not self._comm.Iprobe(mpi.ANY_SOURCE, _ROLL_CALL, status):
+            return None
+        self._comm.Recv([octets, mpi.BYTE], status.Get_source(), _ROLL_CALL)
+        return status.Get_source(), bytes(octets)
 
     def close(self) -> None:
         """Let Ctrl-C raise again, and raise an interrupt that was held back."""
