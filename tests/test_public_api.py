@@ -225,7 +225,7 @@ ROOMS = {
     "kernels": "_install _arrays _checks reference exact",
     "statistics": "_arrays _checks reference exact kernels",
     "modules": "_arrays _checks",
-    "sync": "_arrays _checks reference modules",
+    "sync": "_arrays _checks reference kernels modules",
     "functional": "_arrays _checks _plan reference exact kernels statistics sync",
     "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",
