@@ -30,6 +30,7 @@ def _peer(name: str, title: str, package: str, held: int, build: Any, **options:
     return Library(name, title, (package,), package, held, (Contestant(name, title, name, build, **options),))
 
 
+EXACT = "exact"  # takes part where it is asked for
 PEERS = (
     _peer("reference", "arraybn reference", "numpy", 2, ours.reference_calls),
     _peer("numpy", "NumPy formulas", "numpy", 3, formulas.host_calls),
@@ -37,6 +38,7 @@ PEERS = (
     _peer(OPERATORS, "PyTorch operators", "torch", 3, pytorch.operator_calls, operations=LARGE_OPERATIONS),
     _peer("jax", "JAX", "jax", 4, jax.host_calls),
     _peer("tensorflow", "TensorFlow", "tensorflow", 3, tensorflow.host_calls),
+    _peer(EXACT, "arraybn exact, out=", "numpy", 2, ours.exact_calls, operations=LARGE_OPERATIONS),
 )
 
 
