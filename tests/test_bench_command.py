@@ -278,7 +278,7 @@ def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() ->
 
 def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
     need("numba")
-    (section,) = cpu.plan(parsed(*"--shapes 20,6 --peers exact".split()))
+    (section,) = cpu.plan(parsed(*["--shapes", "20,6", "--peers", "exact"]))
     assert [library.name for library in section.libraries] == ["arraybn", "exact"]
     assert "exact" not in [peer.name for peer in cpu.peers(None)]
 

@@ -131,6 +131,20 @@ def test_a_folder_that_cannot_be_is_told_once_and_all_ranks_end(mpirun: str, tmp
     assert "Traceback" not in result.stderr
 
 
+def test_exact_training_prints_one_checksum_for_any_number_of_ranks(mpirun: str, tmp_path: Path) -> None:
+    need("sklearn")
+    need("tqdm")
+    words = ("-m", "arraybn", "demo", "--data-parallel", "--exact", "--no-plot", "--epochs", "1")
+    results = [arraybn_command(*words[2:], cwd=tmp_path), *(on_ranks(mpirun, n, *words, cwd=tmp_path) for n in (2, 3))]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    sums = [re.findall(r"^[0-9a-f]{64}$", result.stdout, re.MULTILINE) for result in results]
+    assert [len(found) for found in sums] == [1, 1, 1]
+    assert sums[0] == sums[1] == sums[2]
+    result = arraybn_command("demo", "--exact", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "demo: --exact: expected --data-parallel beside it, and --device cpu\n"
+
+
 def test_one_process_is_told_the_command_that_starts_ranks(tmp_path: Path) -> None:
     need("mpi4py")
     result = arraybn_command("demo", "--data-parallel", cwd=tmp_path)
