@@ -562,3 +562,25 @@ def test_a_numba_that_cannot_be_imported_leaves_the_reference(tmp_path: Path) ->
     command = [sys.executable, "-c", textwrap.dedent(code)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)  # noqa: PLW1510
     assert run.stdout.split() == ["[2.]", "True"]
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0, 1e-300])
+@pytest.mark.parametrize("given", ["", "weight", "bias", "weight bias"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_statistics_of_an_evaluation_have_the_bits_of_the_reference(eps: float, given: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 200)).astype(dtype)
+    vectors = {name: rng.uniform(-2, 2, 200).astype(dtype) for name in given.split()}
+    mean, var = rng.uniform(-2, 2, 200).astype(dtype), np.r_[0.0, 1e-300, rng.uniform(1e-9, 2, 198)].astype(dtype)
+    with np.errstate(all="ignore"):
+        _, saved = arraybn.batch_norm(x, **vectors, mean=mean, var=var, eps=eps, kernels="cpu")
+        _, wanted = arraybn.batch_norm(x, **vectors, mean=mean, var=var, eps=eps, kernels="reference")
+    for name in ("_mean", "_rstd", "_weight"):
+        found, right = getattr(saved, name), getattr(wanted, name)
+        assert (found is None) == (right is None)
+        if right is not None:
+            assert (found.dtype, found.tobytes()) == (np.dtype("f8"), right.tobytes())
+            assert not any(np.shares_memory(found, one) for one in (mean, var, *vectors.values()))
