@@ -383,6 +383,40 @@ def test_a_module_without_affine3_takes_that_of_the_reference() -> None:
     np.testing.assert_array_equal(*results)
 
 
+@pytest.mark.parametrize("module", ["reference", "cpu"])
+def test_after_an_exact_forward_the_sums_are_usual_ones_alone_over_ranks_and_in_parts(module: str) -> None:
+    if module == "cpu":
+        need("numba")
+    case = twice.Case(2, 3)
+    for name in ("x", "dy", "v", "x_dot"):
+        setattr(case, name, getattr(case, name).astype("f4"))
+
+    def check(found: list[Any]) -> None:
+        twice.check(case, found, tolerance=2.0**-21)
+
+    options = {"kernels": module, "exact": True}
+    check(ThreadComm.run(2, lambda comm: twice.step(case, comm, **options)))
+    whole = arraybn.pool(*(arraybn.moments(case.part(rank)["x"], **options) for rank in (0, 1)))
+    parts = [case.part(rank) for rank in (0, 1)]
+    saved = [arraybn.batch_norm(p["x"], case.weight, case.bias, moments=whole, **options)[1] for p in parts]
+    first = sum(arraybn.batch_norm_sums(p["x_dot"], s) for p, s in zip(parts, saved, strict=True))
+    second = sum(
+        arraybn.batch_norm_sums(p["dy"], s, v=p["v"], v_weight=case.v_weight) for p, s in zip(parts, saved, strict=True)
+    )
+    vectors = (case.v_weight, case.v_bias)
+    check(
+        [
+            [
+                arraybn.batch_norm_jvp(p["x_dot"], s, case.weight_dot, case.bias_dot, sums=first),
+                *arraybn.batch_norm_double_backward(p["v"], p["dy"], s, *vectors, sums=second),
+            ]
+            for p, s in zip(parts, saved, strict=True)
+        ]
+    )
+    case.cuts = [0, 8]
+    check([twice.step(case, SimpleNamespace(rank=0), alone=True, **options)])
+
+
 # ---- Parts and ranks -------------------------------------------------------------------------------------------------
 
 
