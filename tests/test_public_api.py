@@ -158,7 +158,7 @@ def test_every_backend_is_complete(name: str) -> None:
 
 
 def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda", "cuda_fused"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
     need("numba")
     from arraybn.kernels import cpu
 

@@ -83,7 +83,7 @@ _NAMESPACES = (  # label, module, extra (x64 of JAX, device of array-api-strict)
     ("array-api-strict", "array_api_strict", None, "array-api-strict", _DOUBLE),
     ("array-api-strict without float64", "array_api_strict", "no_float64", "array-api-strict", _SINGLE),
 )
-_KERNELS = {"cpu": ("NumPy", "numba"), "cuda": ("CuPy", "cupy"), "cuda_fused": ("CuPy", "cupy")}  # arrays, needs
+_KERNELS = {"cpu": ("NumPy", "numba"), "cuda": ("CuPy", "cupy"), "cuda_split": ("CuPy", "cupy")}  # arrays, needs
 
 
 def measured() -> list[Measured]:
