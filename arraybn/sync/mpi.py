@@ -89,6 +89,7 @@ def _duplicated(comm: Comm) -> Any:
     check_not_forked()
     with _creating:
         if (found := comm.Get_attr(_key())) is None:
+            _op()  # compile before the time limit of the first call begins
             duplicate, request = comm.Idup()
             found = Exchange(Reducer(duplicate, request, comm.rank, comm.size))
             comm.Set_attr(_key(), found)
@@ -230,7 +231,7 @@ def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> b
     Where there are more ranks than cores, a bare loop would keep the awaited rank from running.
     """
     started, slept = time.monotonic(), False
-    while not request.Test():
+    while not (request.Test() or request.Test() or request.Test()):
         now = time.monotonic()
         if deadline is not None and now > deadline:
             raise TimeoutError
@@ -299,9 +300,11 @@ class Reducer:
         try:
             kept.append(request := start())
             slept = not request.Test() and _wait(request, deadline, self._hears_roll_call)
-            # Ranks that gave up had sent their part, so nothing else tells of them. MPICH's first look only fetches.
-            if self._hears_roll_call() or self._hears_roll_call():
-                raise RollCallError(late=not slept)
+            if self._duplicating is None:  # there is a channel
+                # Ranks that gave up had sent their part: nothing else tells of them. MPICH's first look only fetches.
+                look, any_rank = self._comm.Iprobe, self._any_rank
+                if look(any_rank, _ROLL_CALL) or look(any_rank, _ROLL_CALL):
+                    raise RollCallError(late=not slept)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
