@@ -28,7 +28,7 @@ from support.libraries import need
 
 import arraybn
 from arraybn import SyncBatchNorm, reference
-from arraybn.sync import frames
+from arraybn.sync import frames, roll
 from arraybn.testing import ThreadComm, exact_moments, strategies, worst
 from arraybn.testing.oracle import as_long
 
@@ -727,6 +727,55 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
         "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."
         " Nothing more can be synchronized over this communicator"
     )
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_that_wait_answer_the_roll_call_and_a_late_one_hears_it(ranks: int) -> None:
+    gave_up = threading.Barrier(ranks)
+
+    def work(comm: Any) -> str:
+        layer = faults._named(faults.layer_on(comm), "norm")
+        faults.good(layer, comm)
+        layer.timeout = 0.5 if comm.rank == 0 else 30 if comm.rank % 2 else None
+        if comm.rank == 1:
+            gave_up.wait()
+        before = faults.state(layer)
+        with pytest.raises(arraybn.SyncTimeoutError) as caught:
+            layer(faults.part(faults.X, comm))
+        assert faults.state(layer) == before
+        with pytest.raises(arraybn.SyncError, match=rf"^rank {comm.rank} gave up .*\. Nothing more"):
+            layer(faults.part(faults.X, comm))
+        if comm.rank != 1:
+            gave_up.wait()
+        return str(caught.value)
+
+    found, call = ThreadComm.run(ranks, work, leave=False), "the forward of layer 'norm' (call 3"
+    waiting = {2: "rank 0 waits in", 3: "ranks 0, 2 wait in", 7: "ranks 0, 2–6 wait in"}[ranks]
+    did = {0: "waited 0.5 s for the other ranks in {}", 1: "came to {} when the time limit of another rank was over"}
+    end = {1: f"rank 1 came too late to {call})"}
+    for rank, text in enumerate(found):
+        first, second = text.splitlines()
+        here = did.get(rank, "gave up {}, because the time limit of another rank was over")
+        assert first.startswith(f"rank {rank} of {ranks} {here.format(f'{call} on this communicator)')}. Likely causes")
+        missing = "rank 1 does not answer: it has ended, or does something else"
+        assert second == f"{waiting} {call}); {end.get(rank, missing)}"
+
+
+def test_the_sentence_of_a_roll_call() -> None:
+    def said(size: int, calls: dict[int, str]) -> str:
+        return roll.sentence({rank: roll.answer(roll.WAITS, call, 1) for rank, call in calls.items()}, size)
+
+    assert said(4, {3: "A", 0: "A"}) == (
+        "ranks 0, 3 wait in A; ranks 1–2 do not answer: they have ended, or do something else"
+    )
+    assert said(3, {0: "A", 1: "B", 2: "A"}) == "ranks 0, 2 wait in A; rank 1 waits in B"
+    many = said(9, dict(enumerate("ABCDDEFG")))
+    assert many.startswith(
+        "rank 0 waits in A; rank 1 waits in B; rank 2 waits in C; ranks 3–7 wait in other calls; rank 8"
+    )
+    assert len(roll.answer(roll.LATE, "ü" * 500, 1)) == roll.LENGTH
+    assert said(1, {0: "ü" * 500}).endswith("üü")
+    assert [roll.seconds_for(limit) for limit in (2.0, 50.0, 600.0, None)] == [0.2, 5, 5, 5]
 
 
 @pytest.mark.parametrize("name", ["average_gradients", "broadcast_state"])
