@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import as_installed
 from support.libraries import need
 
 import arraybn
 from arraybn.accuracy import errors as check
+from arraybn.accuracy import figure
 from arraybn.bench.contestants.registry import measured as contestants
 
 Result = subprocess.CompletedProcess[str]
@@ -117,7 +120,7 @@ def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any])
     for family, name in here:
         assert f"  {name} " in result.stdout, family
     for one in contestants():
-        assert (f"pip install {one.pip}" in result.stdout) == any(
+        assert (as_installed(f"pip install {one.pip}") in as_installed(result.stdout)) == any(
             other.missing for other in contestants() if other.pip == one.pip
         )
 
@@ -231,7 +234,9 @@ def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_named_before_the_work(tmp_path: Path) -> None:
     result = run("--plot", cwd=tmp_path, preparation="sys.modules['matplotlib'] = None", limit=10)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', result.stderr)
+    assert re.fullmatch(
+        r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', as_installed(result.stderr)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 256, 12544])
@@ -358,3 +363,31 @@ def test_the_help_shows_the_signatures_and_its_example_passes(tmp_path: Path) ->
     (tmp_path / "mine.py").write_text(re.sub("^  ", "", text[start:end], flags=re.MULTILINE))
     result = run("mine:forward", "--examples", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_library_that_is_needed_twice_is_named_once() -> None:
+    for one in contestants():
+        assert len(set(one.needs)) == len(one.needs), one.name
+
+
+def drawn(rows: list[check.Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the axes of the picture, laid out."""
+    made = need("matplotlib.figure").Figure(figsize=(11.5, 7.0), layout="constrained")
+    monkeypatch.setattr(figure, "draw_picture", lambda path, size, title, subtitle, fill: fill(made))
+    figure.draw(rows, Path("unused.png"))
+    made.draw_without_rendering()
+    return made.axes[0]
+
+
+@pytest.mark.parametrize(("worst", "few"), [(1.0, True), (5e6, True), (1e9, False)])
+def test_the_picture_has_no_empty_quarter(worst: float, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [check.Row(one, curve={1.0: 1.0, 1e3: worst, 1e6: worst / 2}) for one in contestants()[: 3 if few else 12]]
+    axes = drawn(rows, monkeypatch)
+    decades = math.log10(axes.get_ylim()[1] / worst)
+    assert decades >= 0.5
+    assert not few or decades < 1.1  # a decade, so that the highest line is seen
+    assert (axes.get_position().width > 0.85) == few
+    window = axes.get_window_extent()
+    for text in axes.texts:
+        assert text.get_window_extent().y1 <= window.y1, text.get_text()
+    assert ("no digit is right" in [text.get_text() for text in axes.texts]) == (worst > 1e6)

@@ -43,6 +43,11 @@ def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", *parts)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_e8_e9_over_ranks_are_those_of_one_rank(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "derivatives")
+
+
 @pytest.mark.parametrize("ranks", [4, 5, 7])
 def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", "exact", "bits", "counts")

@@ -332,6 +332,17 @@ class Call:
         """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
 
+    def add_records(self, record: Array, n: int = 0) -> tuple[Array, int]:
+        """(E10) Return the record (rows, C) of integers and n of all ranks together."""
+        total = np.ascontiguousarray(record)
+
+        def more(reducer: Reducer, deadline: float | None) -> Array:
+            reducer.add(total, deadline)
+            return total
+
+        _, n = self.exchange.carry_out(self, np.zeros((2, record.shape[1])), n, more=more)
+        return total, n
+
     def broadcast(self, octets: Array) -> None:
         """Replace the bytes by those of rank 0."""
 

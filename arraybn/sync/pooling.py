@@ -65,3 +65,7 @@ class RankPool(Pool):
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the host's vectors on the device and in the dtype of the part's statistics."""
         return self._staging.home(*vectors)
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """(E10) Return the record (rows, C) of integers and n of all parts together, which are on the host."""
+        return self.call.add_records(part, n)

@@ -21,6 +21,7 @@ if KERNELS == "reference" or (KERNELS == "mixed" and ODD):
 
 import faults
 import numpy as np
+import twice
 import whole
 from mpi4py import MPI
 
@@ -121,6 +122,29 @@ def twins() -> None:
     """Check that MPI calls the compiled reduction on the ranks with Numba, and the one in Python on all others."""
     arraybn.batch_norm(np.ones((2, 3)), comm=WORLD)
     assert len(mpi._kept) == (KERNELS != "mixed" or RANK % 2 == 0)
+
+
+def derivatives() -> None:
+    """Check forward mode and double backward (E8, E9), also beyond one frame, and for one exchange each."""
+    for channels in (3, 100, 300):
+        case = twice.Case(SIZE, channels)
+        found = WORLD.allgather(twice.step(case, WORLD))
+        twice.check(case, found)
+        try:
+            twice.check(case, WORLD.allgather(twice.step(case, WORLD, alone=True)))
+        except AssertionError:
+            continue
+        raise SystemExit("the control passed")
+    notes: list[str] = []
+    comm, part = Counting(WORLD.Dup(), notes), twice.Case(SIZE, 3).part(RANK)
+    _, saved = arraybn.batch_norm(part["x"], comm=comm)
+    for call in (
+        lambda: arraybn.batch_norm_jvp(part["v"], saved),
+        lambda: arraybn.batch_norm_double_backward(part["v"], part["dy"], saved),
+    ):
+        notes.clear()
+        call()
+        assert notes == ["Iallreduce"], notes
 
 
 def counts() -> None:
@@ -406,7 +430,7 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-CHECKS = (exact, control, bits, twins, counts, wrong, users, copies, patience, interrupts, begun, noticed, broken)
+CHECKS = (exact, control, bits, twins, derivatives, counts, wrong, users, copies, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":
