@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -529,6 +530,26 @@ def test_ranks_agree_with_the_whole_batch_and_wait_once_for_the_gpu(cupy: Any, s
     for _ in range(2):
         whole(X)
     np.testing.assert_allclose(variances[0], whole.running_var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [3, 300])
+def test_a_synchronized_call_copies_once_each_way_and_waits_once(cupy: Any, channels: int) -> None:
+    x = RNG.standard_normal((4, channels)).astype("f4")
+
+    def entries(steps: int) -> Counter[str]:
+        def work(comm: Any) -> None:
+            layer, part = arraybn.SyncBatchNorm(channels, process_group=comm, xp=cupy), cupy.asarray(x)
+            for _ in range(steps):
+                layer(part), layer.backward(part)
+
+        cupy._fake.log.clear()
+        ThreadComm.run(2, work)
+        return Counter(cupy._fake.log)
+
+    one, three = entries(1), entries(3)
+    calls = 2 * 2 * 2  # of two ranks: two more steps, forward and backward
+    for entry in ("copy to the host", "copy to the device", "synchronize stream"):
+        assert three[entry] - one[entry] == calls, entry
 
 
 def test_layers_of_several_sizes_share_the_pinned_memory(cupy: Any) -> None:

@@ -195,6 +195,7 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
     for job in found["jobs"]:
         kinds = {(row["scheme"], row["what"]) for row in job["rows"]}
         exchanges = {(scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")}
+        exchanges |= {("Allreduce", "forward"), ("Iallreduce + Test", "forward")}  # of as many bytes, and nothing else
         assert kinds == {("arraybn", "layer"), ("arraybn", "step")} | (exchanges if job["ranks"] > 1 else set())
         for row in job["rows"]:
             assert len(row["seconds"]) == 1
@@ -210,6 +211,10 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
 
 def test_the_table_and_the_picture_are_there(timed: tuple[Result, Path]) -> None:
     result, folder = timed
+    assert (
+        len(re.findall(r"^ +whole layer .* sum of MPI |^ranks .* blocking +polled ", result.stdout, re.MULTILINE)) == 2
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 125
     assert len(re.findall(r"^ +[123] +(?:64|128|256|512|1024|2048) .*\d$", result.stdout, re.MULTILINE)) == 12
     assert (folder / "sync.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "sync.png").stat().st_size > 30_000
