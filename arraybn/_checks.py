@@ -103,12 +103,16 @@ def _is_transformed(tensor: Array) -> bool:
 
     PyTorch has no public question for this. torch.compile is not among them: it leaves a layer's call to Python.
     """
+    return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(tensor)) or is_recorded(tensor)
+
+
+def is_recorded(tensor: Array) -> bool:
+    """Return True where PyTorch runs a program to record its operations, with values or without."""
     torch = sys.modules["torch"]
     inner, fake = torch._C, sys.modules.get("torch._subclasses.fake_tensor")
     keys = inner._TorchDispatchModeKey
     return bool(
-        inner._functorch.is_functorch_wrapped_tensor(tensor)
-        or (fake is not None and isinstance(tensor, fake.FakeTensor))
+        (fake is not None and isinstance(tensor, fake.FakeTensor))
         or any(inner._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
         or torch.jit.is_tracing()
     )

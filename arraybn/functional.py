@@ -80,6 +80,26 @@ class Saved:
         return None if self._pool is None else self._pool.call.backward(operation)
 
 
+class SavedRows(Saved):
+    """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
+
+    The rows are mean, m2, rstd and weight; further ones are room for the backward.
+    """
+
+    __slots__ = ("has_weight", "rows")
+
+    def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
+        self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
+        self.has_weight, self._has_bias = affine
+        self._overwritten = self._pool = self._shown = None
+        self._is_part = False
+
+    _mean = property(lambda self: self.rows[0])
+    _rstd = property(lambda self: self.rows[2])
+    _weight = property(lambda self: self.rows[3] if self.has_weight else None)
+    _moments = property(lambda self: Moments(self._layout.n, self.rows[0], self.rows[1]))
+
+
 def batch_norm(
     x: Shaped,
     weight: Shaped | None = None,
@@ -124,7 +144,7 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_fused"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
 
     Returns
     -------
