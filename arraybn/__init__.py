@@ -9,7 +9,7 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .modules import Module, Parameter, Sequential
 from .reference import Moments
 from .statistics import moments, pool, update_running_stats
-from .sync import SyncError, SyncTimeoutError, average_gradients, broadcast_state
+from .sync import RankLostError, SyncError, SyncTimeoutError, average_gradients, broadcast_state
 
 __all__ = [
     "BatchNorm1d",
@@ -18,6 +18,7 @@ __all__ = [
     "Module",
     "Moments",
     "Parameter",
+    "RankLostError",
     "Sequential",
     "SyncBatchNorm",
     "SyncError",

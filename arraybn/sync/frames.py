@@ -20,8 +20,8 @@ from ..reference import Moments
 FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
 VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state")  # the header holds the index
-FORWARD, BACKWARD, AVERAGE, BROADCAST = OPERATIONS
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "end")  # the header holds the index
+FORWARD, BACKWARD, AVERAGE, BROADCAST, END = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")
@@ -131,7 +131,7 @@ def message(texts: Sequence[bytes], flags: int) -> str:
     """Return the errors in the texts of all ranks, or the first cause of a disagreement with its likely reason."""
     read = [read_text(text) for text in texts]
     if errors := _ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
-        return "\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in errors.items())
+        return "\n".join(f"{ranks_text(ranks)}: {text}" for text, ranks in errors.items())
     calls = [_call(text) for text in read]
     if differences := _differences(calls):
         name, line = differences[0]
@@ -201,7 +201,7 @@ def _place(name: str) -> int:
 
 def _listed(values: Mapping[str, Sequence[int]]) -> str:
     """Return each value with its ranks; of many or long values, the beginning."""
-    parts = [f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in values.items()]
+    parts = [f"{_shortened(value)} on {ranks_text(ranks)}" for value, ranks in values.items()]
     rest = [f"{len(parts) - LISTED} other values"] if len(parts) > LISTED else []
     *before, last = parts[:LISTED] + rest
     return f"{', '.join(before)} and {last}"
@@ -218,7 +218,7 @@ def _ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
     return found
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """'rank 1', 'ranks 0, 2–5'."""
     runs: list[list[int]] = []
     for rank in ranks:
