@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi import faults
+from support.commands import arraybn_command
 from support.libraries import REQUIRED
 from support.ranks import Job, Mpi, mpi_of
 
@@ -238,3 +240,43 @@ def test_every_synchronized_layer_gets_the_survivors() -> None:
         comm,
         "none",
     ]
+
+
+# ---- The demonstration -----------------------------------------------------------------------------------------------
+
+DEMO = ("demo", "--data-parallel", "--lose-a-rank", "--epochs", "1")
+
+
+@pytest.fixture
+def with_digits(open_mpi: Mpi) -> Mpi:
+    """Return Open MPI in an environment that has the digits."""
+    code = "import sklearn, tqdm, threadpoolctl"
+    if subprocess.run([open_mpi.python, "-c", code], capture_output=True, timeout=60, check=False).returncode:
+        assert "sklearn" not in REQUIRED, "scikit-learn is not beside Open MPI"
+        pytest.skip("scikit-learn is not beside Open MPI")
+    return open_mpi
+
+
+def test_the_demonstration_ends_with_the_bits_of_two_jobs_without_a_loss(with_digits: Mpi, tmp_path: Path) -> None:
+    file = str(tmp_path / "before.npz")
+    status, text = Job(with_digits, 4, "digits.py", file, "1").ended(90)
+    assert (status, Path(file).exists()) == (0, True), text
+    status, text = Job(with_digits, 3, "digits.py", file, "1").ended(90)
+    (expected,) = re.findall(r"checksum (\w{64})", text)
+    _, text = Job(with_digits, 4, "-m", "arraybn", *DEMO, options=ULFM).ended(90)
+    assert re.findall(r"SHA-256 of the state, every rank: (.*)", text) == [expected], text
+    assert "step 50: rank 2 of 4 died, as rank 0 noticed in the backward of layer '5'" in text
+    assert "on 3 ranks from step 50 on, ends with the same bits" in text
+
+
+def test_the_command_that_can_lose_a_rank_is_named(open_mpi: Mpi, tmp_path: Path) -> None:
+    alone = arraybn_command("demo", "--lose-a-rank", cwd=tmp_path)
+    assert (alone.returncode, alone.stdout) == (1, "")
+    assert "--lose-a-rank: expected --data-parallel beside it" in alone.stderr
+    assert "mpirun --with-ft ulfm -n 4" in alone.stderr
+    status, text = Job(open_mpi, 2, "-m", "arraybn", *DEMO).ended(60)
+    assert status != 0
+    assert text.count("--lose-a-rank needs an MPI that goes on when a rank dies") == 1
+    assert "mpirun --with-ft ulfm -n 4" in text
+    status, text = Job(open_mpi, 2, "-m", "arraybn", *DEMO, options=ULFM).ended(60)
+    assert text.count("--lose-a-rank: expected 3 ranks or more; got 2") == 1

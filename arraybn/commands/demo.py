@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint
-from . import _demo_figure, _demo_ranks
+from . import _demo_figure, _demo_lost, _demo_ranks
 from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " local batch norm, beside one process with all of them; draws ranks.png"
     )
     add("--data-parallel", nargs="?", type=images, const=2, metavar="IMAGES", help=text)
+    text = (
+        "under mpirun --with-ft ulfm: kill a rank in step 50, go on with the others, and compare with a training that"
+        " had only them from that step on; draws nothing"
+    )
+    add("--lose-a-rank", action="store_true", help=text)
 
 
 def _integer(text: str, low: int, high: int) -> int:
@@ -61,10 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
         problem = _missing(arguments, comm)
     except (RuntimeError, ImportError) as error:  # no ranks
         problem = str(error)
-    problem = problem or (_train(arguments) if comm is None else _demo_ranks.train(arguments, comm))
+    problem = problem or _train_here(arguments, comm)
     if problem and (comm is None or comm.rank == 0):
         print(f"demo: {problem}", file=sys.stderr)
     return 1 if problem else 0
+
+
+def _train_here(arguments: argparse.Namespace, comm: Any) -> str:
+    """Train in this process, or on all ranks; return the problem or ''."""
+    if comm is None:
+        return _train(arguments)
+    return _demo_lost.train(arguments, comm) if arguments.lose_a_rank else _demo_ranks.train(arguments, comm)
 
 
 # ---- The requirements ----
@@ -72,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _missing(arguments: argparse.Namespace, comm: Any) -> str:
     """Return the first requirement that is missing on any rank, or ''; create the folder."""
-    problem = _missing_libraries(not arguments.no_plot)
+    problem = _demo_lost.problem(comm) if arguments.lose_a_rank else ""
+    problem = problem or _missing_libraries(not (arguments.no_plot or arguments.lose_a_rank))
     if arguments.device == "cuda":
         problem = problem or _gpu_problem()
     if comm is None or comm.rank == 0:

@@ -71,7 +71,7 @@ class Job:
         command = [mpi.mpirun, *options, "-n", str(ranks), mpi.python, *(["-m", "mpi4py"] if module else [])]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115, `ended` closes it
         self._process = subprocess.Popen(
-            [*command, str(SCRIPTS / script), *arguments],
+            [*command, script if script == "-m" else str(SCRIPTS / script), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
