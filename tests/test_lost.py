@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from mpi import faults
 from support.commands import arraybn_command
 from support.libraries import REQUIRED
-from support.ranks import Job, Mpi, mpi_of
+from support.ranks import ROOT, Job, Mpi, mpi_of, variables
 
 import arraybn
 from arraybn.network import SGD, Linear
@@ -133,6 +134,17 @@ def test_a_recovery_that_does_not_end_ends_the_ranks_that_wait(open_mpi: Mpi, tm
     assert lines == {1: ["slept"]}, text
     ended = "to find out which ranks are left has not ended within 1 s: a rank is left that makes no synchronized call"
     assert text.count(ended) == 2
+
+
+def test_a_long_training_with_random_deaths_and_restarts(open_mpi: Mpi, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), "--python", open_mpi.python]
+    words = ("--steps", "120", "--longest", "60", "--seed", "6")
+    run = subprocess.run(
+        ["timeout", "-k", "5", "150", *command, *words], capture_output=True, text=True, env=variables(), check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    deaths = re.findall(r"^passed 120 steps: \{'jobs': \d+, 'losses': \d+, 'deaths': (\d+)\}", run.stdout, re.MULTILINE)
+    assert int(deaths[0]) >= 1
 
 
 # ---- Without MPI -----------------------------------------------------------------------------------------------------
