@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from . import reference
-from ._arrays.copies import copied
+from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array
+from ._arrays.namespaces import Array, Shaped, class_name, dtype_name
 from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
 from .kernels import Module, select
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
+def moments(x: Shaped, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -97,7 +99,7 @@ def pool(*moments: Moments) -> Moments:
 
 
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -134,7 +136,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")
@@ -167,3 +169,73 @@ def _check_moments(name: str, value: object) -> None:
     if value.mean.ndim != 1:
         raise ValueError(f"{name}.mean: expected shape (C,); got {tuple(value.mean.shape)}")
     check_like(f"{name}.m2", value.m2, value.mean, f"{name}.mean")
+
+
+def as_moments_of_whole(moments: Moments, x: Array, channels: int, n: int) -> Moments:
+    """Return a private copy of the moments of the batch of which x, with n values per channel, is a part."""
+    _check_moments("moments", moments)
+    parts = {"mean": moments.mean, "m2": moments.m2, "mean_low": moments.mean_low}
+    mean, m2, low = (as_channel_vector(f"moments.{name}", part, x, channels) for name, part in parts.items())
+    if moments.n < n:
+        raise ValueError(
+            f"moments: expected those of the whole batch, n ≥ {n}, the values per channel of x; got n = {moments.n}."
+            " Pool those of all parts: arraybn.pool(*(arraybn.moments(part) for part in parts))"
+        )
+    mean, m2, low = widened(mean), widened(m2), None if low is None else widened(low)
+    if low is not None and dtype_name(mean.dtype) == "float64":
+        mean, low = mean + low, None
+    return Moments(moments.n, mean, m2, mean_low=low)
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """(E5) The sums of a part of a batch, which `batch_norm_sums` returns and `batch_norm_backward` takes.
+
+    The sums of disjoint parts add: ``a + b``, ``sum([a, b, c])``. They can be pickled and sent.
+
+    Attributes
+    ----------
+    n : int
+        How many values each channel was summed over.
+    values : array (2, C) or (7, C)
+        Σdy and Σdy·(x − mean), float64 where the namespace has it; with v, then the same two of v and of v_weight·dy,
+        and Σv·dy.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> x, dy = numpy.asarray([[0.0], [2.0], [7.0]]), numpy.asarray([[1.0], [2.0], [4.0]])
+    >>> whole = arraybn.moments(x)
+    >>> saved = [arraybn.batch_norm(part, moments=whole)[1] for part in (x[:1], x[1:])]
+    >>> sum([arraybn.batch_norm_sums(dy[:1], saved[0]), arraybn.batch_norm_sums(dy[1:], saved[1])])
+    Sums(n=3, values=array([[ 7.],
+           [11.]]))
+    """
+
+    n: int
+    values: Array
+
+    def __add__(self, other: Sums) -> Sums:
+        if not isinstance(other, Sums):
+            return NotImplemented
+        check_like("values", other.values, self.values, "the values of the sums before")
+        with on_device_of(self.values):
+            return replace(self, n=self.n + other.n, values=self.values + other.values)
+
+    def __radd__(self, other: object) -> Sums:
+        """Return these sums for 0 + sums, with which `sum` begins."""
+        return self if other == 0 else NotImplemented
+
+
+def check_sums(name: str, sums: object, whole: Moments, rows: int) -> Array:
+    """Return the values (rows, C) of the sums of all parts of the batch, in the dtype of statistics, or raise."""
+    if not isinstance(sums, Sums):
+        raise TypeError(f"{name}: expected the sum of what batch_norm_sums returned; got {class_name(sums)}")
+    values = as_floating(f"{name}.values", sums.values)
+    check_home(f"{name}.values", values, whole.mean, "moments.mean")
+    if tuple(values.shape) != (expected := (rows, whole.mean.shape[0])):
+        with_v = "" if rows == 2 else ". Pass v, and v_weight, to batch_norm_sums"
+        raise ValueError(f"{name}.values: expected shape {expected}; got {tuple(values.shape)}{with_v}")
+    if as_integer(f"{name}.n", sums.n) != whole.n:
+        raise ValueError(f"{name}: expected those of all parts, n = {whole.n} as in moments; got n = {sums.n}")
+    return widened(values)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import bare
+from support.commands import as_installed, bare
 from support.libraries import need
 
 import arraybn
@@ -219,7 +219,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(
     assert main(["bench", "--plot", "some.png"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', err)
+    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', as_installed(err))
 
 
 @pytest.mark.parametrize(
@@ -872,3 +872,19 @@ def test_the_sweeps_of_the_ladder_do_without_the_driver_and_alone_means_one_thre
     before = _threads.get_num_threads()
     assert ladder.on_one_thread(_threads.get_num_threads)() == 1
     assert _threads.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "program", "absent"),
+    [(["bench", "sync", "--help"], "bench sync", "--ladder"), (["bench", "-h"], "bench", "with 1, 2, 4, 8 ranks")],
+)
+def test_bench_sync_has_a_help_of_its_own(
+    words: list[str], program: str, absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(words)
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m arraybn {program} [-h]")
+    assert absent not in out
+    assert all(option in out for option in ("--quick", "--repeats", "--json", "--plot"))
+    assert ("with 1, 2, 4, 8 ranks" in " ".join(out.split())) == ("sync" in words)

@@ -524,7 +524,7 @@ def test_what_different_processes_have_compiled_is_right_together(tmp_path: Path
 
 def test_loops_have_names_of_their_own() -> None:
     loops = [getattr(tiles, name) for name in dir(tiles) if name.endswith(("_of_planes", "_of_lines"))]
-    assert len({getattr(loop, "py_func", loop).__qualname__ for loop in loops}) == len(loops) == 8
+    assert len({getattr(loop, "py_func", loop).__qualname__ for loop in loops}) == len(loops) == 10
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")

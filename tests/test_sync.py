@@ -855,7 +855,9 @@ def test_evaluation_does_not_import_mpi4py() -> None:
     assert python(code + "print('mpi4py' in sys.modules)").stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}]
+)
 def test_one_rank_is_the_plain_layer_bit_for_bit(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
 

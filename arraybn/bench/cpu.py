@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
 from .._version import __version__
 from ..kernels.threads import get_num_threads
 from . import growth, ladder, machine, report
@@ -46,7 +47,8 @@ def plan(arguments: argparse.Namespace) -> list[Section]:
     if arguments.ladder and arguments.growth is None and arguments.peers is not None:
         raise RefusedError("--peers belongs to the table and to --growth; the ladder is arraybn's alone")
     if arguments.ladder and not has_numba():
-        raise RefusedError('--ladder needs numba, which most of its steps are made of:  pip install "arraybn[cpu]"')
+        text = "--ladder needs numba, which most of its steps are made of"
+        raise RefusedError(f"{text}:  pip install {requirement('cpu')}")
     if not instead:
         options = {"shapes": arguments.shapes, "layouts": arguments.layout, "dtypes": arguments.dtype}
         cases = choose(**options, operations=arguments.what, quick=arguments.quick)
@@ -113,7 +115,7 @@ class Bench(Run):
         copy, nbytes = self.limit.cell(COPYTO, "copy"), self.limit.case.nbytes
         text = report.head(self.machine, self.versions(), copy, nbytes, self.arguments.command_line)
         if not has_numba():
-            text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
+            text += f"\nnumba is missing, so arraybn is measured by its reference:  pip install {requirement('cpu')}"
         return text
 
     def versions(self) -> dict[str, str]:

@@ -30,9 +30,31 @@ Ctrl-C prints what has been measured so far.
 
 exit status: 0; 1 if arraybn is wrong; 2 if what was asked cannot be done; 130 after Ctrl-C."""
 
+SYNC_DESCRIPTION = f"""Time what synchronizing over MPI ranks costs: the layers, the exchange between their two sweeps,
+and an all-gather scheme beside it. Starts mpirun with {", ".join(map(str, sync.RANKS))} ranks; under mpirun, measures
+on the ranks that it is run on."""
+
 HELP_DEVICE = "cuda: on the GPU, with CuPy; ceilings, table, host time, two MPI ranks: under 9 minutes (cpu)"
 HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16)"
 PEER_NAMES = [peer.name for peer in PEERS]
+
+
+class _Subject(argparse.Action):
+    """The argument `sync`, after which `--help` shows the options of `bench sync` alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        namespace.subject = values
+        if values is not None:
+            parser.print_help = _sync_parser(parser.prog).print_help  # type: ignore[method-assign]
+
+
+def _sync_parser(program: str) -> argparse.ArgumentParser:
+    """Return a parser that prints the help of `bench sync`."""
+    parser = argparse.ArgumentParser(f"{program} sync", description=SYNC_DESCRIPTION)
+    parser.add_argument("--quick", action="store_true", help=f"{sync.QUICK_TURNS} turns instead of {sync.TURNS}")
+    parser.add_argument("--repeats", type=_repeats, metavar="TURNS", help=f"of each measurement ({sync.TURNS})")
+    _add_files(parser)
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     help_ = "instead: what synchronizing over MPI ranks costs; starts mpirun, or measures on the ranks it is run on"
-    parser.add_argument("subject", nargs="?", choices=["sync"], help=help_)
+    parser.add_argument("subject", action=_Subject, nargs="?", choices=["sync"], help=help_)
     what = parser.add_argument_group("what is timed")
     what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=HELP_DEVICE)
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
@@ -58,6 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "time per element along N, C and S, up to so many elements (1e8)"
     other.add_argument("--growth", help=help_, **options)
     other.add_argument("--ladder", action="store_true", help="how the speed was reached, one idea a step")
+    _add_files(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures there, or to stdout")
     help_ = "draw a PNG (default arraybn-bench.png)"

@@ -7,18 +7,21 @@ rank dies, by the calls of MPI in ``ulfm.py``.
 
 from .communicators import check_comm, exchange_over
 from .errors import RankLostError, SyncError, SyncTimeoutError
-from .exchange import TIMEOUT, Call, Comm, as_timeout, begin, settings_text
-from .frames import BACKWARD, FORWARD
+from .exchange import TIMEOUT, Call, Comm, Exchange, as_timeout, begin, settings_text
+from .frames import BACKWARD, DOUBLE_BACKWARD, FORWARD, JVP
 from .lost import continue_with, step
 from .pooling import RankPool
 from .replicas import average_gradients, broadcast_state
 
 __all__ = [
     "BACKWARD",
+    "DOUBLE_BACKWARD",
     "FORWARD",
+    "JVP",
     "TIMEOUT",
     "Call",
     "Comm",
+    "Exchange",
     "RankLostError",
     "RankPool",
     "SyncError",

@@ -318,10 +318,10 @@ class Call:
         number = self.number or self.exchange.calls + 1
         return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
 
-    def backward(self) -> Call:
-        """Return the call of the backward of this forward."""
+    def backward(self, operation: str = frames.BACKWARD) -> Call:
+        """Return the call of the backward of this forward, or of another derivative."""
         options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "forward_number": self.number}
-        return Call(self.exchange, frames.BACKWARD, self.layer, self.settings, **options)
+        return Call(self.exchange, operation, self.layer, self.settings, **options)
 
     def fields(self, number: int, channels: int, checksum: int) -> tuple[int, ...]:
         """Return the fields of the header, in the order of `frames.FIELDS`."""

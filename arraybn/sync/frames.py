@@ -20,8 +20,9 @@ from ..reference import Moments
 FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
 VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "end")  # the header holds the index
-FORWARD, BACKWARD, AVERAGE, BROADCAST, END = OPERATIONS
+# The header holds the index of the operation.
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward", "end")
+FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD, END = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")

@@ -35,10 +35,13 @@ class RankPool(Pool):
         return Moments(n, mean, m2)
 
     def sums(self, *parts: Array) -> Array:
-        """Return the sum of each vector over all parts, on the host."""
-        self._staging = staging_for(parts[0], 3)
-        rows, _ = self.call.combine(self._staging.host(*parts))
-        return rows
+        """Return the sum of each vector over all parts, on the host; a frame has two rows for all vectors."""
+        self._staging = staging_for(parts[0], max(3, len(parts)))
+        vectors = self._staging.host(*parts)
+        if len(parts) % 2:
+            vectors = np.concatenate([vectors, np.zeros_like(vectors[:1])])
+        rows, _ = self.call.combine(vectors.reshape(2, -1))
+        return rows.reshape(vectors.shape)[: len(parts)]
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""

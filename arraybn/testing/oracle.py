@@ -1,8 +1,8 @@
 """The oracle: batch norm by definition, with exact rational statistics, then 80-bit arithmetic.
 
 The oracle shares no code with the library. Errors are measured in ulp of the largest term of a formula, because no
-formula can be more accurate than the rounding of its largest term. The oracle needs a ``numpy.longdouble`` of 64 bits
-of mantissa or more, as on x86-64 and Arm Linux.
+formula can be more accurate than the rounding of its largest term; `size_of_unit` has the rule. The oracle needs a
+``numpy.longdouble`` of 64 bits of mantissa or more, as on x86-64 and Arm Linux.
 """
 
 from __future__ import annotations
@@ -172,15 +172,54 @@ def ulp(values: Any, dtype: Any) -> Array:
     >>> [float(u) for u in ulp([1.0, 3.0], "float16")]
     [0.0009765625, 0.001953125]
     """
-    name = dtype_name(np.dtype(dtype) if isinstance(dtype, type) else dtype)
+    name = _name_of(dtype)
     smallest = np.ldexp(LONG(1), SMALLEST_EXPONENT[name])
     exponents = np.frexp(np.maximum(abs(np.asarray(values, LONG)), smallest))[1]
     result: Array = np.ldexp(LONG(1), exponents - 1 - MANTISSA_BITS[name])
     return result
 
 
+def _name_of(dtype: Any) -> str:
+    return dtype_name(np.dtype(dtype) if isinstance(dtype, type) else dtype)
+
+
+def size_of_unit(largest: Any, exact: Any, dtype: str, xp: Any = np) -> Any:
+    """(N2h) Return the size whose ulp is the unit of an error: the largest term; in halves max(largest term, |exact|).
+
+    In half precision, most of the error is the rounding of the result, which may be larger than each of its terms.
+    """
+    return xp.maximum(largest, abs(exact)) if MANTISSA_BITS[dtype] < MANTISSA_BITS["float32"] else largest
+
+
+def largest_number(dtype: str) -> Any:
+    """Return the largest finite number of a dtype, a longdouble."""
+    return np.ldexp(2 - np.ldexp(LONG(1), -MANTISSA_BITS[dtype]), 1 - SMALLEST_EXPONENT[dtype])
+
+
+def errors_in(unit: Any, got: Array, exact: Array) -> Array:
+    """Return the errors of longdoubles, in units; infinite for a NaN or an infinity that `exact` has not."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = abs(got - exact) / unit
+    same = (got == exact) | (np.isnan(got) & np.isnan(exact))
+    result: Array = np.where(same, 0, np.where(np.isnan(errors), np.inf, errors))
+    return result
+
+
+def ulp_errors(got: Any, exact: Any, largest: Any, dtype: Any) -> Array:
+    """Return the errors in ulp of `dtype` at `size_of_unit`; 0 where `got` is the infinity that `exact` rounds to."""
+    got, exact, name = np.asarray(got).astype(LONG), np.asarray(exact, LONG), _name_of(dtype)
+    size = size_of_unit(largest, exact, name)
+    most = largest_number(name)
+    too_large = abs(exact) >= most + ulp(most, name) / 2
+    exact = np.where(too_large & (got == np.copysign(np.inf, exact)), got, exact)
+    return errors_in(ulp(np.where(np.isfinite(size), size, 1), name), got, exact)
+
+
 def worst(got: Any, exact: Any, scale: Any, dtype: Any) -> float:
     """Return the largest error of `got`, in ulp of `dtype` at `scale`. A NaN is correct only if `exact` is NaN.
+
+    In float16 and bfloat16 an ulp is that of max(`scale`, abs(`exact`)): the correctly rounded result is never off by
+    more than half an ulp.
 
     Examples
     --------
@@ -188,10 +227,4 @@ def worst(got: Any, exact: Any, scale: Any, dtype: Any) -> float:
     >>> worst(numpy.asarray([1.25]), numpy.asarray([1.0]), 1.0, "float16")
     256.0
     """
-    got, exact = np.asarray(got).astype(LONG), np.asarray(exact, LONG)
-    if got.size == 0:
-        return 0.0
-    with np.errstate(invalid="ignore"):
-        errors = abs(got - exact) / ulp(np.where(np.isfinite(scale), scale, 1), dtype)
-    errors = np.where(np.isnan(exact), np.where(np.isnan(got), 0, np.inf), errors)
-    return float(np.max(np.where(np.isnan(errors), np.inf, errors)))
+    return float(np.max(ulp_errors(got, exact, scale, dtype), initial=0))

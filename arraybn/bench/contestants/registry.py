@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._install import requirement
 from ...kernels import MODULES
 from ..cases import LARGE_OPERATIONS
 from ..device import HostDevice
@@ -72,7 +73,7 @@ def why_absent(one: Contestant, device: HostDevice) -> str:
 _DOUBLE, _SINGLE = "N1–N3", "float32 only"
 _NAMESPACES = (  # label, module, extra (x64 of JAX, device of array-api-strict), pip, promise
     ("NumPy", "numpy", None, "numpy", _DOUBLE),
-    ("CuPy", "cupy", None, '"arraybn[cuda12]"', _DOUBLE),
+    ("CuPy", "cupy", None, requirement("cuda12"), _DOUBLE),
     ("PyTorch", "torch", None, "torch", _DOUBLE),
     ("JAX", "jax.numpy", True, "jax", _DOUBLE),
     ("JAX without float64", "jax.numpy", False, "jax", _SINGLE),
@@ -94,9 +95,9 @@ def _measured_ours() -> list[Measured]:
         takes, needs = _KERNELS.get(kernels, (None, None))
         for label, module, extra, pip, promise in _NAMESPACES:
             if importlib.util.find_spec(path) and (kernels == "reference" or label == takes):
-                packages = tuple(filter(None, (module.partition(".")[0], needs)))
+                packages = tuple(dict.fromkeys(filter(None, (module.partition(".")[0], needs))))
                 name = f"{label}, {kernels} kernels" if takes else label
-                how = '"arraybn[cpu]"' if kernels == "cpu" else pip
+                how = requirement("cpu") if kernels == "cpu" else pip
                 build = partial(ours.measured, kernels, module, extra)
                 found.append(Measured("arraybn", name, packages, how, build, promise))
     return found

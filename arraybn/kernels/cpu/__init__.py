@@ -97,13 +97,14 @@ class TiledSweeps:
     The sweeps have the arguments of ``reference.py``, with a `_Group` in place of u and x.
     """
 
-    __slots__ = ("code", "cut", "in_place", "result", "u", "x", "y")
+    __slots__ = ("code", "cut", "in_place", "result", "u", "v", "x", "y")
 
-    def __init__(self, x: Array, u: Array | None = None) -> None:
+    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None) -> None:
         self.cut = _cut(x.shape, x.itemsize)
         self.code = compiled(x.dtype.char)
         self.x = self._line(x)
         self.u = self.x if u is None else self._line(u)
+        self.v = self.u if v is None else self._line(v)
 
     def _line(self, array: Array) -> Array:
         line = _contiguous(array).reshape(-1)
@@ -114,7 +115,8 @@ class TiledSweeps:
         self.in_place = 0
         if out is not None and out.flags.c_contiguous and out.flags.aligned:
             self.result, self.y = out, self._line(out)
-            self.in_place = int(np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u))
+            lines = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
+            self.in_place = int(any(np.may_share_memory(self.y, line) for line in lines))
         else:
             self.result = np.empty(x.shape, x.dtype)
             self.y = self._line(self.result)
@@ -187,6 +189,24 @@ class TiledSweeps:
         )
         return self.result
 
+    def affine3(
+        self,
+        v: _Group,
+        u: _Group,
+        x: _Group,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        d: Array,
+        out: None = None,
+    ) -> Array:
+        """(E9) Write a·v + b·u + c·(x−mean) + d."""
+        sample, plane, code, data = *self.cut[:2], self.code.affine3, (self.v, self.u, self.x)
+        given = mean, a, b, c, d, self.y, self.in_place
+        self._each_tile(x, lambda r0, r1: code(*data, sample, plane, x.first, r0, r1, *given))
+        return self.result
+
     def _add_tiles(self, x: _Group, sweep: Callable[[int, int, Array, Array], None]) -> tuple[Array, Array]:
         """Return the two sums of what `sweep` finds in each tile, added by halves."""
         rows, height = self.cut.rows, self.cut.height
@@ -223,7 +243,7 @@ def moments(x: Array) -> tuple[Array, Array]:
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
     work = TiledSweeps(x, u)
     s, q = work.gather(2, lambda group, mean: work.dots(group, group, mean), mean)
     return s, q
@@ -238,10 +258,20 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     work = TiledSweeps(x, u)
     work.write_to(x, out)
     work.over_groups(lambda group, *given: work.affine2(group, group, *given), mean, a, b, c)
+    return work.result
+
+
+def affine3(
+    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+) -> Array:
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    work = TiledSweeps(x, u, v)
+    work.write_to(x, out)
+    work.over_groups(lambda group, *given: work.affine3(group, group, group, *given), mean, a, b, c, d)
     return work.result
 
 

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from numba.extending import overload
 
 from ... import reference
 from ..._arrays.namespaces import Array
-from . import half, scalars, tiles
+from . import compiling, half, scalars, tiles
 from .half import HALF, wide
 from .tiles import (
     LONG,
     affine2_of_lines,
     affine2_of_planes,
+    affine3_of_lines,
+    affine3_of_planes,
     affine_of_lines,
     affine_of_planes,
     dots_of_lines,
@@ -99,7 +101,7 @@ def _moments(x, sample, plane, n, c0, rows, mean, m2):
 
 @plain
 def _dots(u, x, sample, plane, c0, r0, r1, mean, s, q):
-    """(E5) Σu and Σu·(x−mean)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean)."""
     if plane >= LONG:
         dots_of_planes(u, x, sample, plane, c0, r0, r1, mean, s, q)
     else:
@@ -117,11 +119,20 @@ def _affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
 
 @plain
 def _affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
-    """(E6) a·u + b·(x−mean) + c."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c."""
     if plane >= LONG:
         affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
         affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+@plain
+def _affine3(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
+    """(E9) a·v + b·u + c·(x−mean) + d."""
+    if plane >= LONG:
+        affine3_of_planes(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+    else:
+        affine3_of_lines(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
 
 
 # ---- Two sweeps over whole channels that are one tile, with the formulas of ``reference.py`` between -----------------
@@ -189,6 +200,7 @@ class Compiled:
             "dots": (_dots, (data, data, *place, given, sums, sums)),
             "affine": (_affine, (data, *place, given, given, given, result, in_place)),
             "affine2": (_affine2, (data, data, *place, given, given, given, given, result, in_place)),
+            "affine3": (_affine3, (data, data, data, *place, *(given,) * 5, result, in_place)),
             "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
             "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
             "running": (_running, (data, data, given, given, eps, result, result)),
@@ -249,12 +261,22 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
+        found = None
         try:
-            return super().load_overload(signature, context)
+            found = super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
             with suppress(OSError):
                 self.flush()
-            return None
+        if found is None:
+            compiling.announce(self.cache_path)
+        return found
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return the context in which to load or compile: nobody waits for code that is kept already."""
+        with suppress(EOFError, pickle.UnpicklingError, OSError):
+            if self._cache_file._load_index():
+                return nullcontext()
+        return compiling.turn(f"{self._cache_file._index_path}.lock")
 
     def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
@@ -275,14 +297,16 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)
-    entry = plain(nogil=True)(function)
+    entry, turn = plain(nogil=True)(function), nullcontext()
     try:
         entry._cache = _Cache(function, arguments)
+        turn = entry._cache.turn()
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         _warn_no_cache("there is no folder to keep them in")
-    entry.compile(arguments)
+    with turn:
+        entry.compile(arguments)
     entry.disable_compile()
     return entry
 

@@ -131,6 +131,28 @@ struct Affine2 {
     DEVICE Value of(Value x, Value u) const { return fused(a, u, fused(b, scale * centre.from(x), c)); }
 };
 
+// (E9) a * v + b * u + c * (x - mean) + d. c goes as rstd to the third, so it is two factors, as b of Affine2.
+template <class T>
+struct Affine3 {
+    typedef typename T::Value Value;
+    enum { INPUTS = 3 };
+    Centre<Value> centre;
+    Value a, b, c, scale, d;
+
+    DEVICE Affine3() {}
+    DEVICE Affine3(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
+        const double power = half_way(p.c[channel]);
+        a = (Value)p.a[channel];
+        b = (Value)p.b[channel];
+        c = (Value)(p.c[channel] / power);
+        scale = (Value)power;
+        d = (Value)p.d[channel];
+    }
+    DEVICE Value of(Value x, Value u, Value v) const {
+        return fused(a, v, fused(b, u, fused(c, scale * centre.from(x), d)));
+    }
+};
+
 // ---- What is summed -------------------------------------------------------------------------------------------------
 
 // (E1) Sums of d = x - shift and of its squares. Each thread has a shift of its own, the first value it meets, so that
