@@ -136,6 +136,19 @@ def test_a_recovery_that_does_not_end_ends_the_ranks_that_wait(open_mpi: Mpi, tm
     assert text.count(ended) == 2
 
 
+def test_the_script_of_the_page_goes_on_without_the_rank_that_dies(open_mpi: Mpi, tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/lost-rank.md").read_text(), re.DOTALL)
+    dies = "        if index == 30 and MPI.COMM_WORLD.rank == 2:\n            signal.raise_signal(signal.SIGKILL)\n"
+    place = "        index += 1\n"
+    assert script.count(place) == 1
+    script = script.replace("model.npz", str(tmp_path / "model.npz"))
+    (tmp_path / "train.py").write_text("import signal\n" + script.replace(place, place + dies))
+    _, text = Job(open_mpi, 4, str(tmp_path / "train.py"), options=ULFM).ended(LIMIT)
+    assert len(re.findall(r"^rank 2 of 4 died, as rank \d noticed in .*; the step is undone", text, re.MULTILINE)) == 3
+    assert "92 steps, 3 ranks at the end" in text
+    assert arraybn.load(tmp_path / "model.npz")["1.num_batches_tracked"] == 92
+
+
 def test_a_long_training_with_random_deaths_and_restarts(open_mpi: Mpi, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "soak.py"), str(tmp_path), "--python", open_mpi.python]
     words = ("--steps", "120", "--longest", "60", "--seed", "6")
@@ -143,7 +156,9 @@ def test_a_long_training_with_random_deaths_and_restarts(open_mpi: Mpi, tmp_path
         ["timeout", "-k", "5", "150", *command, *words], capture_output=True, text=True, env=variables(), check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    deaths = re.findall(r"^passed 120 steps: \{'jobs': \d+, 'losses': \d+, 'deaths': (\d+)\}", run.stdout, re.MULTILINE)
+    deaths = re.findall(
+        r"^passed 120 steps: \{'jobs': \d+, 'crashed': \d+, 'losses': \d+, 'deaths': (\d+)\}", run.stdout, re.MULTILINE
+    )
     assert int(deaths[0]) >= 1
 
 
