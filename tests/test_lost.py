@@ -65,6 +65,8 @@ LEFT = {  # the ranks that are left, of 4, and what each says of the loss
     "recovery-done": ({0, 2}, r"lost 3 in step 5: rank 3 of 4 .*|lost 1 in step 5: rank 1 of 3 .*"),
     "broadcast": ({0, 1, 3}, r"lost 2 in step 0: .* in the broadcast_state of .*; the call has changed nothing\. .*"),
     "broadcast-again": ({0, 1, 3}, r"lost 2 in step 0: .*; the call has changed nothing\. .*"),
+    "split": ({0, 1, 3}, r"lost 2 in step 5: .* in the end of the step .*; the step is undone\. .*"),
+    "split-call": ({0, 1, 3}, r"lost 2 in step 0: .* in the broadcast_state of .*; the call has changed nothing\. .*"),
     "errs": ({0, 2, 3}, r"lost 1 in step 5: .*"),
     "exits": ({0, 2, 3}, r"lost 1 in step 5: .*"),
 }

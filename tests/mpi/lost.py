@@ -23,7 +23,7 @@ from mpi4py import MPI
 
 import arraybn
 from arraybn.network import SGD, Linear, ReLU
-from arraybn.sync import ulfm
+from arraybn.sync import mpi, ulfm
 
 LIMIT, STEPS, SAMPLES, FATAL = 50, 12, 24, 5  # seconds, steps, samples of a step, the step in which ranks die
 WORLD = MPI.COMM_WORLD
@@ -139,19 +139,50 @@ def dies(*ranks: int, place: str, late: float = 0.0) -> None:
     finish(training, before)
 
 
+def sees_an_error_alone(training: Training) -> None:
+    """Let rank 2 die when the next frame is complete, and rank 1 alone see an error, as MPI gives it to some ranks."""
+    allreduce = mpi.Reducer.allreduce
+
+    def split(*arguments: Any) -> None:
+        allreduce(*arguments)
+        if training.comm.size == WORLD.size and ME == 2:
+            die()
+        if training.comm.size == WORLD.size and ME == 1:
+            raise ConnectionError("seen by this rank alone")
+
+    mpi.Reducer.allreduce = split  # type: ignore[method-assign]
+
+
+def split_step() -> None:
+    training = Training(WORLD)
+    arraybn.broadcast_state(training.model, WORLD)
+    training.until(FATAL)
+    before = training.state()
+    training.until(FATAL + 1, lambda place: sees_an_error_alone(training) if place == "end" else None)
+    finish(training, before)
+
+
+def split_call() -> None:
+    training = Training(WORLD)
+    arraybn.broadcast_state(training.model, WORLD)
+    sees_an_error_alone(training)
+    broadcast_until_done(training)
+    finish_from_the_start(training)
+
+
 def in_recovery(when: str) -> None:
     """Let rank 3 die in the backward, and rank 1 in the recovery from that."""
     if ME == 1:
         shrunk = ulfm.shrunk
 
-        def dying(mpi: Any, comm: Any, agreed: bool) -> Any:
-            with contextlib.suppress(mpi.Exception):
+        def dying(module: Any, comm: Any, agreed: bool) -> Any:
+            with contextlib.suppress(MPI.Exception):
                 if when in ("agreed", "shrunk"):
                     comm.Agree(0)
                 if when == "shrunk":
                     comm.Shrink()
             if when == "done":  # the others have recovered, and their first call over the survivors fails
-                shrunk(mpi, comm, agreed)
+                shrunk(module, comm, agreed)
             die()
 
         ulfm.shrunk = dying
@@ -164,7 +195,7 @@ def in_recovery(when: str) -> None:
 def in_broadcast() -> None:
     """Let rank 2 die before the very first call, so that there is no duplicate."""
     training = Training(WORLD)
-    broadcast_until_done(training, first=True)
+    broadcast_until_done(training, ME == 2)
     finish_from_the_start(training)
 
 
@@ -172,17 +203,17 @@ def between_broadcasts() -> None:
     training = Training(WORLD)
     arraybn.broadcast_state(training.model, WORLD)
     training.model[0].weight.data = training.model[0].weight.data + ME
-    broadcast_until_done(training, first=True)
+    broadcast_until_done(training, ME == 2)
     weights = training.comm.allgather(training.model[0].weight.data)
     assert all(np.array_equal(weights[0], other) for other in weights)
     finish_from_the_start(training)
 
 
-def broadcast_until_done(training: Training, first: bool) -> None:
+def broadcast_until_done(training: Training, dead: bool = False) -> None:
     while True:
         own = digest(training.state())
         try:
-            if first and ME == 2:
+            if dead:
                 die()
             arraybn.broadcast_state(training.model, training.comm)
             return
@@ -311,6 +342,8 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "two-late": lambda: dies(1, 3, place="backward", late=0.02),
     "three": lambda: dies(0, 1, 3, place="average"),
     **{f"recovery-{when}": (lambda when=when: in_recovery(when)) for when in ("begin", "agreed", "shrunk", "done")},
+    "split": split_step,
+    "split-call": split_call,
     "broadcast": in_broadcast,
     "broadcast-again": between_broadcasts,
     "without": without_a_step,
