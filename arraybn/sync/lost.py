@@ -107,7 +107,7 @@ def _end(opened: OpenStep, limit: float | None) -> None:
     call = begin(opened.exchange, frames.END, "the step", {}, timeout=limit)
     assert call is not None
     with call:
-        call.combine(np.zeros((2, 0)))
+        call.combine(frames.NO_ROWS)
 
 
 def _check_part(part: object) -> None:
