@@ -288,11 +288,11 @@ def with_digits(open_mpi: Mpi) -> Mpi:
 
 def test_the_demonstration_ends_with_the_bits_of_two_jobs_without_a_loss(with_digits: Mpi, tmp_path: Path) -> None:
     file = str(tmp_path / "before.npz")
-    status, text = Job(with_digits, 4, "digits.py", file, "1").ended(90)
+    status, text = Job(with_digits, 4, "digits.py", file, "1").ended(180)
     assert (status, Path(file).exists()) == (0, True), text
-    status, text = Job(with_digits, 3, "digits.py", file, "1").ended(90)
+    status, text = Job(with_digits, 3, "digits.py", file, "1").ended(180)
     (expected,) = re.findall(r"checksum (\w{64})", text)
-    _, text = Job(with_digits, 4, "-m", "arraybn", *DEMO, options=ULFM).ended(90)
+    _, text = Job(with_digits, 4, "-m", "arraybn", *DEMO, options=ULFM).ended(180)
     assert re.findall(r"SHA-256 of the state, every rank: (.*)", text) == [expected], text
     assert "step 50: rank 2 of 4 died, as rank 0 noticed in the backward of layer '5'" in text
     assert "on 3 ranks from step 50 on, ends with the same bits" in text
