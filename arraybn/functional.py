@@ -9,19 +9,31 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from . import exact as exact_sums
 from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
-from .kernels import Backend, Module, select
+from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
+from ._checks import (
+    as_channel_vector,
+    as_eps,
+    as_floating,
+    as_integer,
+    check_home,
+    check_out,
+    check_overlap,
+    is_plain_like,
+)
+from ._plan import Key, are_same, keep, key_of
+from .kernels import Backend, Module
 from .reference import Moments, Totals
-from .statistics import Sums, as_moments_of_whole, check_sums
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
+_PLANS: dict[Key | None, Layout] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -68,18 +80,39 @@ class Saved:
         return None if self._pool is None else self._pool.call.backward(operation)
 
 
+class SavedRows(Saved):
+    """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
+
+    The rows are mean, m2, rstd and weight; further ones are room for the backward.
+    """
+
+    __slots__ = ("has_weight", "rows")
+
+    def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
+        self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
+        self.has_weight, self._has_bias = affine
+        self._overwritten = self._pool = self._shown = None
+        self._is_part = False
+
+    _mean = property(lambda self: self.rows[0])
+    _rstd = property(lambda self: self.rows[2])
+    _weight = property(lambda self: self.rows[3] if self.has_weight else None)
+    _moments = property(lambda self: Moments(self._layout.n, self.rows[0], self.rows[1]))
+
+
 def batch_norm(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: Shaped,
+    weight: Shaped | None = None,
+    bias: Shaped | None = None,
     *,
-    mean: Array | None = None,
-    var: Array | None = None,
+    mean: Shaped | None = None,
+    var: Shaped | None = None,
     moments: Moments | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
-    out: Array | None = None,
+    exact: bool = False,
+    out: Shaped | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of x over its batch: y = weight·(x − mean)/√(var + eps) + bias (E3).
@@ -103,11 +136,15 @@ def batch_norm(
     comm : mpi4py communicator, optional
         Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
+    exact : bool
+        True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
+        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
+        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_fused"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
 
     Returns
     -------
@@ -154,7 +191,7 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
-        settings = {"eps": sync.settings_text(eps)}
+        settings = {"eps": sync.settings_text(eps), "exact": sync.settings_text(exact)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or ALONE, on_device_of(x):
         return forward_in(
@@ -167,6 +204,7 @@ def batch_norm(
             moments=moments,
             eps=eps,
             channel_axis=channel_axis,
+            exact=exact,
             out=out,
             kernels=kernels,
         )
@@ -183,25 +221,30 @@ def forward_in(
     moments: Moments | None = None,
     eps: float,
     channel_axis: int,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    x = as_floating("x", x)
-    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    channels = layout.ncs[1]
+    key = key_of(x, weight, bias, mean, var, channel_axis)
+    layout = None if moments is not None else _PLANS.get(key)
+    if layout is None:
+        arrays = x, weight, bias, mean, var
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis)
+        if moments is None and are_same(checked, arrays):
+            keep(_PLANS, key, layout)
+        x, weight, bias, mean, var = checked
     eps = as_eps(eps)
-    _check_statistics(mean, var, moments, call)
-    weight, bias = as_channel_vector("weight", weight, x, channels), as_channel_vector("bias", bias, x, channels)
-    if mean is not None:
-        mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
-        check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend = select(x, kernels)
+        check_out(out, x, layout.shape)
+        check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
+    backend = select_in_mode("x", x, kernels, exact)
+    if exact and moments is not None and moments.record is None:
+        raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     pool = None if call is None else RankPool(call)
-    batch = None if moments is None else as_moments_of_whole(moments, x, channels, layout.n)
+    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], layout.n)
     if mean is not None:
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
@@ -213,6 +256,23 @@ def forward_in(
     kept = x if lost is None else None
     given = moments is not None
     return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given)
+
+
+def _checked(
+    call: Call | None,
+    arrays: Sequence[Array | None],
+    moments: Moments | None,
+    eps: float,
+    channel_axis: int,
+) -> tuple[Layout, Sequence[Array | None]]:
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of `out`."""
+    x = as_floating("x", arrays[0])
+    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    as_eps(eps)
+    _check_statistics(arrays[3], arrays[4], moments, call)
+    named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
+    vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
+    return layout, [x, *vectors]
 
 
 def _normalized(
@@ -244,7 +304,7 @@ def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | 
 
 
 def batch_norm_backward(
-    dy: Array, saved: Saved, *, sums: Sums | None = None, out: Array | None = None
+    dy: Shaped, saved: Saved, *, sums: Sums | None = None, out: Shaped | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 
@@ -301,6 +361,8 @@ def backward_in(
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     (dy, x), result = prepared(saved, call, out, dy=dy)
+    if saved._backend.exact is not None:
+        check_exact("dy", dy)
     totals = totals_of(saved, call, sums)
     weight = saved._weight
     if saved._moments is None:
@@ -360,6 +422,11 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
     with on_device_of(dy):
         if v is None:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
+            if backend.exact is not None:
+                check_exact("dy", dy)
+                record = backend.exact.products(dy, x, mean)
+                values = exact_sums.sums_of(backend.exact, record, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), record)
             sums = backend.dots(dy, x, mean)
         else:
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
@@ -388,7 +455,8 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
     layout, x = saved._layout, saved._x
     given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
     if out is not None:
-        check_out(out, x, layout.shape, {**given, "x": x})
+        check_out(out, x, layout.shape)
+        check_overlap(out, {**given, "x": x})
     arrays = [*given.values(), x]
     if any(array.dtype != x.dtype for array in arrays):
         wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
@@ -399,6 +467,8 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
     """Return `array` as a plain array after a check against x."""
+    if is_plain_like(array, x, layout.shape):
+        return array
     array = as_floating(name, array)
     check_home(name, array, x)
     if tuple(array.shape) != layout.shape:
@@ -452,12 +522,19 @@ class _GivenTotals(Totals):
 
     def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None
-        self._sums = check_sums("sums", sums, saved._moments, rows)
+        self._sums, self._record = check_sums("sums", sums, saved._moments, rows), sums.record
+        if saved._backend.exact is not None and rows == 2 and sums.record is None:
+            raise ValueError("sums: expected those of exact forwards, with a record; got usual ones")
         self.kept = saved._rstd, saved._moments.mean_low
 
     def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the given sums."""
         return [self._sums[index, :] for index in range(len(parts))]
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the given record."""
+        assert self._record is not None
+        return self._record, n
 
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the vectors, which are on the device already."""
@@ -468,6 +545,7 @@ def _write_result(result: Array, layout: Layout, out: Array | None, target: Arra
     """Return `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
         return layout.restore(result)
-    if result is not target or not overlap(target, out):  # otherwise the sweep has written into `out`
+    written = result is target and (getattr(target, "base", None) is out or overlap(target, out))
+    if not written:  # by the sweep itself
         out[...] = layout.restore(result)
     return out

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._install import requirement
+
 Array = Any
 LONGEST_HOLD = 0.05  # seconds
 SOURCE = r"""
@@ -90,14 +92,14 @@ class CudaDevice(HostDevice):
 
     platform = "gpu"
     together = 200e6  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
-    kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda_fused", "split": "cuda", "reference": "reference"}
+    kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda", "split": "cuda_split", "reference": "reference"}
 
     def __init__(self, index: int = 0) -> None:
         try:
             self.xp: Any = importlib.import_module("cupy")
         except ImportError as error:
             raise NoDeviceError(
-                f'cupy cannot be imported ({error}):  pip install "arraybn[cuda13]", or cuda12'
+                f"cupy cannot be imported ({error}):  pip install {requirement('cuda13')}, or cuda12"
             ) from error
         self._runtime = self.xp.cuda.runtime
         try:

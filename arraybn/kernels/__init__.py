@@ -12,16 +12,18 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import reference
+from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
+from .._install import requirement
 from ..reference import Moments, Pool, Sweeps, Totals
+from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2", "affine3")
@@ -29,9 +31,13 @@ REQUIRED = SWEEPS[:4]  # of a user's module; second derivatives take affine3 of 
 MODULES = {  # imported when first used
     "reference": "arraybn.reference",
     "cpu": "arraybn.kernels.cpu",
-    "cuda": "arraybn.kernels.cuda",
-    "cuda_fused": "arraybn.kernels.cuda.fused",
+    "cuda_split": "arraybn.kernels.cuda",
+    "cuda_fused": "arraybn.kernels.cuda.fused",  # the name of before "cuda" chose these kernels
+    "cuda": "arraybn.kernels.cuda.fused",
 }
+
+
+LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +65,9 @@ class Backend:
     evaluation_double_backward: Callable[..., tuple[Array, Array, Array]]
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
+    trainer: Callable[..., Any]  # (x, (N, C, S), an array of the layer, eps) -> `cuda.training.Trainer`, or None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
+    exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
 
 def as_backend(module: Module, name: str) -> Backend:
@@ -71,7 +79,7 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats` and `widened`, as in `Backend`.
+    - `update_running_stats`, `widened` and `trainer`, as in `Backend`.
     """
     sweeps: Any = SimpleNamespace(**{name: _offered(module, name) or getattr(reference, name) for name in SWEEPS})
     return Backend(
@@ -88,7 +96,27 @@ def as_backend(module: Module, name: str) -> Backend:
         evaluation_double_backward=functools.partial(reference.evaluation_double_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
+        trainer=_offered(module, "trainer") or _no_trainer,
         preallocate_result=_no_result if module is reference else _preallocate_result,
+    )
+
+
+@functools.cache
+def with_exact_sums(backend: Backend) -> Backend:
+    """Return the backend of exact mode (E10) for the same arrays; second derivatives keep the usual sums."""
+    sweeps: Any = importlib.import_module(f"{MODULES['cpu']}.exact") if backend.name == "cpu" else exact
+    as_sweeps = SimpleNamespace(dots=functools.partial(exact.dots, sweeps), affine=sweeps.affine)
+    return replace(
+        backend,
+        name=f"{backend.name}, exact",
+        forward=functools.partial(exact.forward, sweeps),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
+        backward=functools.partial(exact.backward, sweeps),
+        evaluate=functools.partial(reference.evaluate, sweeps),
+        evaluation_backward=functools.partial(reference.evaluation_backward, as_sweeps),
+        update_running_stats=reference.update_running_stats,
+        widened=_widened,
+        exact=sweeps,
     )
 
 
@@ -134,25 +162,31 @@ def _widened(*vectors: Array | None) -> list[Array | None]:
     return [vector if vector is None else widened(vector) for vector in vectors]
 
 
+def _no_trainer(*given: object) -> None:
+    return None
+
+
 def _no_result(x: Array) -> None:
     return None
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """Return the backend that serves the array `x`: the one asked for, otherwise the fastest that takes x.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
-    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_fused",
-    which has to be asked for. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_split",
+    two launches each way, which has to be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
+            if x.size >= LARGE and not _has_numba():
+                _recommend_numba()
             return backend("cpu" if _has_numba() and (x.dtype.char != "e" or _has_half()) else "reference")
         return backend("cuda" if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else "reference")
     if isinstance(kernels, str):
@@ -195,6 +229,15 @@ def _has_numba() -> bool:
     return True
 
 
+@functools.cache
+def _recommend_numba() -> None:
+    """Warn, once a process, that numba is not installed; a numba that cannot be imported has its own warning."""
+    if importlib.util.find_spec("numba") is None:
+        text = "arraybn: without numba, large NumPy arrays take many times as long. Install it with: pip install"
+        text = f'{text} {requirement("cpu")}, or pass kernels="reference"'
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def _has_half() -> bool:
     return bool(importlib.import_module(MODULES["cpu"]).HALF)
 
@@ -232,7 +275,7 @@ def _check_cpu(x: Array) -> None:
         raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {name} array{move}')
     if not _has_numba():
         raise ImportError(
-            'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
+            f'kernels: expected numba to be installed for "cpu". Install it with: pip install {requirement("cpu")}'
         )
     if x.dtype.char == "e" and not _has_half():
         raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from ... import reference
+from ... import exact, reference
 from ..._arrays.namespaces import Array
-from . import half, scalars, tiles
+from . import compiling, half, scalars, tiles
 from .half import HALF, wide
 from .tiles import (
     LONG,
@@ -144,7 +144,7 @@ def _rstd_compiled(var: Array, eps: float) -> Array:
     return reference.rstd
 
 
-_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_rstd, _batch_rstd, _normalize = plain(reference.rstd), plain(reference.batch_rstd), plain(reference.normalize)
 _update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
@@ -167,6 +167,13 @@ def _backward(dy, x, sample, plane, n, c0, rows, mean, rstd, weight, dweight, db
         dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
         a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
     _affine2(dy, x, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
+
+
+def _fixed(var, weight, bias, eps, rstd, a, c):
+    """(E3) Set rstd, a and c for fixed statistics."""
+    for j in range(rstd.size):
+        rstd[j] = _rstd(var[j], eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
 def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
@@ -203,6 +210,7 @@ class Compiled:
             "affine3": (_affine3, (data, data, data, *place, *(given,) * 5, result, in_place)),
             "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
             "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
+            "fixed": (_fixed, (given, given, given, eps, sums, sums, sums)),
             "running": (_running, (data, data, given, given, eps, result, result)),
         }
 
@@ -261,12 +269,22 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
+        found = None
         try:
-            return super().load_overload(signature, context)
+            found = super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
             with suppress(OSError):
                 self.flush()
-            return None
+        if found is None:
+            compiling.announce(self.cache_path)
+        return found
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return the context in which to load or compile: nobody waits for code that is kept already."""
+        with suppress(EOFError, pickle.UnpicklingError, OSError):
+            if self._cache_file._load_index():
+                return nullcontext()
+        return compiling.turn(f"{self._cache_file._index_path}.lock")
 
     def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
@@ -278,7 +296,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
+    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__, exact.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -287,14 +305,16 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)
-    entry = plain(nogil=True)(function)
+    entry, turn = plain(nogil=True)(function), nullcontext()
     try:
         entry._cache = _Cache(function, arguments)
+        turn = entry._cache.turn()
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         _warn_no_cache("there is no folder to keep them in")
-    entry.compile(arguments)
+    with turn:
+        entry.compile(arguments)
     entry.disable_compile()
     return entry
 

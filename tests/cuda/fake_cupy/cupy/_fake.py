@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Log(list[str]):
             super().append(entry)
 
 
+counted: Counter[str] = Counter()  # allocations, views, and questions for a device, a stream or a pointer
 log = _Log()  # "launch add", "synchronize stream", "copy to the host", …, in order
 
 
@@ -64,6 +66,7 @@ class Device:
     """`cupy.cuda.Device`; the fake has two devices."""
 
     def __init__(self, device: Any = None) -> None:
+        counted["device"] += 1
         if device is None:
             device = _thread.device
         self.id = device.id if isinstance(device, Device) else operator.index(device)
@@ -110,6 +113,7 @@ class Device:
 
 
 def current_device() -> int:
+    counted["device"] += 1
     return _thread.device
 
 
@@ -179,6 +183,7 @@ _null = [None] * DEVICES
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
+    counted["stream"] += 1
     device_id = _thread.device if device_id < 0 else device_id
     if device_id not in _thread.streams:
         _thread.streams[device_id] = default_stream(device_id)
@@ -213,6 +218,7 @@ class MemoryPointer:
     """`cupy.cuda.MemoryPointer`: where an array begins, and on which device."""
 
     def __init__(self, ptr: int, device_id: int) -> None:
+        counted["pointer"] += 1
         self.ptr, self.device_id = ptr, device_id
 
     @property
@@ -260,6 +266,7 @@ def _inside(value: Any) -> Any:
 
 def _wrapped(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
+        counted["allocation"] += 1
         return ndarray._of(np.asarray(value), _thread.device)
     if isinstance(value, list | tuple):
         return type(value)(map(_wrapped, value))
@@ -277,6 +284,7 @@ class ndarray:  # noqa: N801
     ) -> None:
         if memptr is not None or strides is not None:
             raise NotImplementedError("the fake makes no arrays over given memory")
+        counted["allocation"] += 1
         array = np.empty(shape, dtype, order=order)
         array.view(np.uint8).fill(0xA5) if array.ndim else None  # what nobody has written
         self._array, self._device_id = array, _thread.device
@@ -288,6 +296,7 @@ class ndarray:  # noqa: N801
         return self
 
     def _view(self, array: Any) -> ndarray:
+        counted["view"] += 1
         return ndarray._of(array, self._device_id)
 
     # ---- What it is ----
