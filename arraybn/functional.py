@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from . import exact as exact_sums
 from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, check_home, check_out
-from .kernels import Backend, Module, for_masks, select
+from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, check_home, check_out, check_overlap
+from ._plan import Key, are_same, keep, key_of_backward, key_of_forward
+from .kernels import Backend, Module, for_masks
 from .reference import Mask, Moments, Totals
-from .statistics import Sums, as_moments_of_whole, check_sums, mask_of
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, mask_of, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
+_FORWARDS: dict[Key | None, Layout] = {}  # plans: the layout of x; and that nothing is to be converted
+_BACKWARDS: dict[Key | None, bool] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -85,6 +89,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
+    exact: bool = False,
     out: Shaped | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
@@ -113,6 +118,10 @@ def batch_norm(
     comm : mpi4py communicator, optional
         Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
+    exact : bool
+        True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
+        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
+        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -168,7 +177,7 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
-        settings = {"eps": sync.settings_text(eps)}
+        settings = {"eps": sync.settings_text(eps), "exact": sync.settings_text(exact)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or ALONE, on_device_of(x):
         return forward_in(
@@ -182,6 +191,7 @@ def batch_norm(
             where=where,
             eps=eps,
             channel_axis=channel_axis,
+            exact=exact,
             out=out,
             kernels=kernels,
         )
@@ -199,27 +209,30 @@ def forward_in(
     where: Array | None = None,
     eps: float,
     channel_axis: int,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    x = as_floating("x", x)
-    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    channels = layout.ncs[1]
+    key = key_of_forward(x, weight, bias, mean, var, out, channel_axis)
+    layout = None if moments is not None else _FORWARDS.get(key)
+    if layout is None:
+        arrays = x, weight, bias, mean, var
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis, out)
+        if moments is None and are_same(checked, arrays):
+            keep(_FORWARDS, key, layout)
+        x, weight, bias, mean, var = checked
     eps = as_eps(eps)
-    _check_statistics(mean, var, moments, call)
-    weight, bias = as_channel_vector("weight", weight, x, channels), as_channel_vector("bias", bias, x, channels)
-    if mean is not None:
-        mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
-        check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    mask = mask_of(where, x, layout)
-    backend = select(x, kernels)
+        check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
+    backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout, exact)
+    if exact and moments is not None and moments.record is None:
+        raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     pool = None if call is None else RankPool(call)
     n = layout.n if mask is None else mask.n
-    batch = None if moments is None else as_moments_of_whole(moments, x, channels, n)
+    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], n)
     if mean is not None:
         mask = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
@@ -233,6 +246,26 @@ def forward_in(
     kept = x if lost is None else None
     given = moments is not None
     return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given, mask)
+
+
+def _checked(
+    call: Call | None,
+    arrays: Sequence[Array | None],
+    moments: Moments | None,
+    eps: float,
+    channel_axis: int,
+    out: Array | None,
+) -> tuple[Layout, Sequence[Array | None]]:
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of memory."""
+    x = as_floating("x", arrays[0])
+    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    as_eps(eps)
+    _check_statistics(arrays[3], arrays[4], moments, call)
+    named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
+    vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
+    if out is not None:
+        check_out(out, x, layout.shape)
+    return layout, [x, *vectors]
 
 
 def _normalized(
@@ -324,6 +357,8 @@ def backward_in(
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     (dy, x), result = prepared(saved, call, out, dy=dy)
+    if saved._backend.exact is not None:
+        check_exact("dy", dy)
     totals = totals_of(saved, call, sums)
     weight = saved._weight
     if saved._moments is None:
@@ -392,6 +427,11 @@ def batch_norm_sums(
     with on_device_of(dy):
         if v is None:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
+            if backend.exact is not None:
+                check_exact("dy", dy)
+                record = backend.exact.products(dy, x, mean)
+                values = exact_sums.sums_of(backend.exact, record, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), tangent, record)
             of_dy = reference.gradient_sums
             sums = backend.dots(dy, x, mean, where=where) if tangent else of_dy(backend, dy, x, mean, where)
         else:
@@ -420,15 +460,30 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
             f" Pass another array as out, or None"
         )
     layout, x = saved._layout, saved._x
-    given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
-    if out is not None:
-        check_out(out, x, layout.shape, {**given, "x": x})
-    arrays = [*given.values(), x]
-    if any(array.dtype != x.dtype for array in arrays):
-        wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
-        arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
+    arrays = *given.values(), x
+    if (key := key_of_backward(arrays, out)) in _BACKWARDS:
+        if out is not None:
+            check_overlap(out, dict(zip((*given, "x"), arrays, strict=True)))
+    else:
+        checked = _checked_like_x(x, layout, out, given)
+        if are_same(checked, arrays):
+            keep(_BACKWARDS, key, True)
+        arrays = checked
     views = [layout.view(array) for array in arrays]
     return views, Result(saved, call, out, views[-1])
+
+
+def _checked_like_x(x: Array, layout: Layout, out: Array | None, given: dict[str, Array]) -> tuple[Array, ...]:
+    """Return the given arrays and x, in a dtype that holds the values of all, after all checks."""
+    given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
+    if out is not None:
+        check_out(out, x, layout.shape)
+        check_overlap(out, {**given, "x": x})
+    arrays = *given.values(), x
+    if all(array.dtype == x.dtype for array in arrays):
+        return arrays
+    wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
+    return tuple(array_namespace(x).astype(array, wide, copy=False) for array in arrays)
 
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
@@ -486,12 +541,19 @@ class _GivenTotals(Totals):
 
     def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None
-        self._sums = check_sums("sums", sums, saved._moments, rows)
+        self._sums, self._record = check_sums("sums", sums, saved._moments, rows), sums.record
+        if saved._backend.exact is not None and rows == 2 and sums.record is None:
+            raise ValueError("sums: expected those of exact forwards, with a record; got usual ones")
         self.kept = saved._rstd, saved._moments.mean_low
 
     def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the given sums."""
         return [self._sums[index, :] for index in range(len(parts))]
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the given record."""
+        assert self._record is not None
+        return self._record, n
 
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the vectors, which are on the device already."""
@@ -502,6 +564,7 @@ def _write_result(result: Array, layout: Layout, out: Array | None, target: Arra
     """Return `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
         return layout.restore(result)
-    if result is not target or not overlap(target, out):  # otherwise the sweep has written into `out`
+    written = result is target and (getattr(target, "base", None) is out or overlap(target, out))
+    if not written:  # by the sweep itself
         out[...] = layout.restore(result)
     return out

@@ -67,6 +67,7 @@ class _NormBase(Module):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -78,7 +79,7 @@ class _NormBase(Module):
         self.momentum = None if momentum is None else as_number("momentum", momentum)
         self.affine = as_flag("affine", affine)
         self.track_running_stats = as_flag("track_running_stats", track_running_stats)
-        bias = as_flag("bias", bias)
+        bias, self.exact = as_flag("bias", bias), as_flag("exact", exact)
         self.channel_axis = as_integer("channel_axis", channel_axis)
         xp = as_namespace(np if xp is None else xp)
         self._check_to(dtype)
@@ -121,6 +122,8 @@ class _NormBase(Module):
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
         text += ", bias=False" if bias is None and weight is not None else ""
         text += f", track_running_stats={self.track_running_stats}"
+        if self.exact:
+            text += ", exact=True"
         if self.channel_axis != 1:
             text += f", channel_axis={self.channel_axis}"
         if (array := self._an_array()) is not None:
@@ -225,8 +228,8 @@ class _BatchNorm(_NormBase):
         fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
         weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
-        options = {"eps": self.eps, "channel_axis": self.channel_axis, "where": where, **fixed}
-        y, saved = forward_in(call, x, weight, bias, **options)
+        options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis, "exact": self.exact}
+        y, saved = forward_in(call, x, weight, bias, where=where, **fixed, **options)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
                 call.every_rank_raises()
@@ -517,7 +520,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype, device, xp : optional
+    num_features, eps, momentum, affine, track_running_stats, bias, exact, channel_axis, dtype, device, xp : optional
         As in `BatchNorm1d`.
     process_group : mpi4py communicator, optional
         The ranks that synchronize; None for all ranks.
@@ -587,6 +590,7 @@ class SyncBatchNorm(_BatchNorm):
         *,
         comm: Comm | None = None,
         bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -594,7 +598,7 @@ class SyncBatchNorm(_BatchNorm):
         timeout: float | None = sync.TIMEOUT,
     ) -> None:
         home = {"channel_axis": channel_axis, "dtype": dtype, "device": device, "xp": xp}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, **home)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, exact=exact, **home)
         sync.check_comm("comm", comm)
         if comm is not None and process_group is not None:
             raise TypeError("comm: expected process_group or comm, two names for the same communicator; got both")
@@ -672,6 +676,7 @@ class SyncBatchNorm(_BatchNorm):
             "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
             "bias": self.bias is not None,
+            "exact": sync.settings_text(self.exact),
             "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
             "training": sync.settings_text(self.training),

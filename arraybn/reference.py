@@ -464,6 +464,8 @@ class Moments:
         Σ(x−mean)², in the dtype of `mean`.
     mean_low : array (C,), optional
         What is left of the mean below the precision of `mean`. Only where the namespace has no float64.
+    record : array (rows, C), optional
+        The sums that did not round (E10), of which mean and m2 are made. Only in exact mode.
 
     Examples
     --------
@@ -479,6 +481,7 @@ class Moments:
     mean: Array
     m2: Array
     mean_low: Array | None = field(default=None, repr=False, kw_only=True)
+    record: Array | None = field(default=None, repr=False, kw_only=True)
 
     def var(self, correction: int = 0) -> Array:
         """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""

@@ -140,6 +140,7 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
         (["sync"], "--device cuda: expected no sync, because two MPI ranks are a part of it"),
         (["--ladder"], "--ladder: expected --device cpu"),
         (["--growth"], "--growth: expected --device cpu"),
+        (["--set", "cache"], "--set: expected --device cpu"),
         (
             ["--peers", "tensorflow"],
             "--peers: expected some of reference, torch, jax, or none, on a GPU; got tensorflow",

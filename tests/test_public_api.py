@@ -45,6 +45,7 @@ PUBLIC = [
     "batch_norm_sums",
     "broadcast_state",
     "fold",
+    "free_memory",
     "get_num_threads",
     "inference_mode",
     "interchange",
@@ -54,6 +55,7 @@ PUBLIC = [
     "pool",
     "recompute_running_stats",
     "save",
+    "set_memory_limit",
     "set_num_threads",
     "testing",
     "update_running_stats",
@@ -61,20 +63,23 @@ PUBLIC = [
 
 SIGNATURES = {
     "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, where=None, eps=1e-05,"
-    " channel_axis=1, comm=None, out=None, kernels=None)",
+    " channel_axis=1, comm=None, exact=False, out=None, kernels=None)",
     "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
     "batch_norm_double_backward": "(v, dy, saved, v_weight=None, v_bias=None, *, sums=None)",
     "batch_norm_jvp": "(x_dot, saved, weight_dot=None, bias_dot=None, *, sums=None, out=None)",
     "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None, tangent=False)",
-    "moments": "(x, *, where=None, channel_axis=1, kernels=None)",
+    "moments": "(x, *, where=None, channel_axis=1, exact=False, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",
+    "set_memory_limit": "(limit)",
+    "free_memory": "()",
     "pool": "(*moments)",
     "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
-    " bias=True, channel_axis=1, dtype=None, device=None, xp=None)",
+    " bias=True, exact=False, channel_axis=1, dtype=None, device=None, xp=None)",
     "SyncBatchNorm": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True,"
-    " process_group=None, *, comm=None, bias=True, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
+    " process_group=None, *, comm=None, bias=True, exact=False, channel_axis=1, dtype=None, device=None, xp=None,"
+    " timeout=600.0)",
     "broadcast_state": "(model, comm, *, timeout=600.0)",
     "average_gradients": "(model, comm, *, weight, timeout=600.0)",
     "fold": "(layer)",
@@ -143,9 +148,9 @@ def test_every_backend_is_complete(name: str) -> None:
     if name == "cpu":
         need("numba")
     backend = kernels.backend(name)
-    for field in dataclasses.fields(backend):
-        value = getattr(backend, field.name)
-        assert callable(value) or type(value) is {"name": str, "masks": bool}[field.name], field.name
+    assert backend.exact is None
+    for field in dataclasses.fields(exact_mode := kernels.with_exact_sums(backend)):
+        assert getattr(exact_mode, field.name) or field.name == "masks", field.name
     sweeps = kernels.as_backend(
         SimpleNamespace(**{sweep: getattr(reference, sweep) for sweep in kernels.SWEEPS}), "own"
     )
@@ -216,12 +221,14 @@ ROOMS = {
     "_plotting": "",
     "_arrays": "",
     "_checks": "_arrays",
+    "_plan": "_arrays",
     "reference": "_arrays",
-    "kernels": "_install _arrays _checks reference",
-    "statistics": "_arrays _checks reference kernels",
+    "exact": "_arrays reference",
+    "kernels": "_install _arrays _checks reference exact",
+    "statistics": "_arrays _checks reference exact kernels",
     "modules": "_arrays _checks",
-    "sync": "_arrays _checks reference modules",
-    "functional": "_arrays _checks reference kernels statistics sync",
+    "sync": "_arrays _checks reference kernels modules",
+    "functional": "_arrays _checks _plan reference exact kernels statistics sync",
     "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",
     "recompute": "_arrays _checks reference modules sync layers",

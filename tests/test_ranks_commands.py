@@ -216,6 +216,7 @@ def test_under_mpirun_it_measures_those_ranks(mpirun: str, tmp_path: Path) -> No
     [
         ("", ("--peers", "none"), "--peers: expected no such option with sync"),
         ("", ("--ladder",), "--ladder: expected no such option with sync"),
+        ("", ("--set", "cache"), "--set: expected no such option with sync"),
         ("sys.modules['mpi4py'] = None", (), 'sync needs mpi4py:  {python} -m pip install "arraybn[mpi]"'),
         ("from arraybn.bench import jobs; jobs.launcher = lambda: None", (), "sync needs mpirun:  pip install"),
         ("from arraybn.bench import jobs; jobs.launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),

@@ -648,7 +648,9 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
     assert first == (
         f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of layer 'blocks.0.norm' (call 3 on this"
         " communicator). Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch"
-        " less, was given another process_group, or has ended"
+        " less, was given another process_group, or has ended\n"
+        f"rank{'s 0, 2 wait' if ranks == 3 else ' 0 waits'} in the forward of layer 'blocks.0.norm' (call 3); rank 1"
+        " does not answer: it has ended, or does something else"
     )
     assert again == (
         "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."

@@ -47,7 +47,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return what is to be done; a `RefusedError` says why it cannot be."""
     if arguments.subject is not None:
         raise RefusedError("--device cuda: expected no sync, because two MPI ranks are a part of it")
-    for option in ("growth", "ladder"):
+    for option in ("growth", "ladder", "set"):
         if getattr(arguments, option):
             raise RefusedError(f"--{option}: expected --device cpu, of which it is told")
     if importlib.util.find_spec("cupy") is None:

@@ -23,7 +23,7 @@ from .sync_ranks import BACKWARD, FORWARD, GATHER, LAYER, OURS, ROWS, STEP, fast
 
 RANKS = (1, 2, 4, 8)
 TURNS, QUICK_TURNS = 9, 3
-ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth", "ladder")  # options that are not for this
+ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth", "ladder", "set")  # options that are not for this
 MODULE = "arraybn.bench.sync_ranks"
 
 

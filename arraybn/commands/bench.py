@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..bench import cpu, gpu, growth, sync
+from ..bench import cpu, gpu, growth, networks, sync
 from ..bench.cases import DTYPES, HALVES, LAYOUTS, OPERATIONS, Case
 from ..bench.contestants.registry import PEERS
 from ..bench.output import RefusedError, check_files
@@ -19,6 +19,7 @@ EPILOG = """examples
   python -m arraybn bench --quick
   python -m arraybn bench --shapes 32,64,112,112 64,128 --layout first last --dtype float32 float64
   python -m arraybn bench --peers torch --what forward backward --json bench.json --plot bench.png
+  python -m arraybn bench --set cache resnet18 --plot set.png
   python -m arraybn bench --growth --plot growth.png
   python -m arraybn bench --ladder
   python -m arraybn bench sync --plot sync.png
@@ -35,7 +36,7 @@ and an all-gather scheme beside it. Starts mpirun with {", ".join(map(str, sync.
 on the ranks that it is run on."""
 
 HELP_DEVICE = "cuda: on the GPU, with CuPy; ceilings, table, host time, two MPI ranks: under 9 minutes (cpu)"
-HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16)"
+HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16; --set: float32)"
 PEER_NAMES = [peer.name for peer in PEERS]
 
 
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
     help_ = "these shapes instead of those of ResNet-50"
     what.add_argument("--shapes", nargs="+", type=_shape, metavar="N,C,…", help=help_)
+    help_ = "instead: the layers of these networks at batch 1, 4, 8 and 32, or five cases from 8 K to 6 M elements"
+    what.add_argument("--set", nargs="+", choices=networks.SETS, help=help_)
     what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="where the channels are (both; --shapes: first)")
     what.add_argument("--dtype", nargs="+", choices=[*DTYPES, *HALVES], help=HELP_DTYPE)
     what.add_argument("--what", nargs="+", choices=OPERATIONS, help="(forward backward eval; small inputs: layer step)")

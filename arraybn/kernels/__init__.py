@@ -12,17 +12,18 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import reference
+from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 from .._install import requirement
 from ..reference import Mask, Moments, Pool, Sweeps, Totals
+from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2", "affine3")
@@ -65,6 +66,7 @@ class Backend:
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
+    exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
 
 def as_backend(module: Module, name: str) -> Backend:
@@ -109,6 +111,25 @@ def _sweep(module: Module, name: str, masks: bool) -> Callable[..., Any]:
         return sweep(*given)
 
     return sweep if masks or module is reference else without_masks
+
+
+@functools.cache
+def with_exact_sums(backend: Backend) -> Backend:
+    """Return the backend of exact mode (E10) for the same arrays; second derivatives keep the usual sums."""
+    sweeps: Any = importlib.import_module(f"{MODULES['cpu']}.exact") if backend.name == "cpu" else exact
+    as_sweeps = SimpleNamespace(dots=functools.partial(exact.dots, sweeps), affine=sweeps.affine)
+    return replace(
+        backend,
+        name=f"{backend.name}, exact",
+        forward=functools.partial(exact.forward, sweeps),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
+        backward=functools.partial(exact.backward, sweeps),
+        evaluate=functools.partial(reference.evaluate, sweeps),
+        evaluation_backward=functools.partial(reference.evaluation_backward, as_sweeps),
+        update_running_stats=reference.update_running_stats,
+        widened=_widened,
+        exact=sweeps,
+    )
 
 
 def _offered(module: Module, name: str) -> Any:
@@ -173,9 +194,9 @@ def _no_result(x: Array) -> None:
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:

@@ -16,7 +16,7 @@ from . import Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch,
 
 # ---- The CPU: a process for each library -----------------------------------------------------------------------------
 
-COPYTO = "numpy.copyto"
+COPYTO, OPERATORS = "numpy.copyto", "aten"
 WORKING = 8  # arrays like x that the greediest has for a while beside what it holds: the reference, in float64
 _OURS = (
     Contestant("copy", COPYTO, "arraybn", ours.copy_calls, operations=("copy",)),
@@ -26,14 +26,15 @@ _OURS = (
 ARRAYBN = Library("arraybn", "arraybn", ("numpy",), "numpy", 3, _OURS)
 
 
-def _peer(name: str, title: str, package: str, held: int, build: Any) -> Library:
-    return Library(name, title, (package,), package, held, (Contestant(name, title, name, build),))
+def _peer(name: str, title: str, package: str, held: int, build: Any, **options: Any) -> Library:
+    return Library(name, title, (package,), package, held, (Contestant(name, title, name, build, **options),))
 
 
 PEERS = (
     _peer("reference", "arraybn reference", "numpy", 2, ours.reference_calls),
     _peer("numpy", "NumPy formulas", "numpy", 3, formulas.host_calls),
     _peer("torch", "PyTorch", "torch", 3, pytorch.host_calls),
+    _peer(OPERATORS, "PyTorch operators", "torch", 3, pytorch.operator_calls, operations=LARGE_OPERATIONS),
     _peer("jax", "JAX", "jax", 4, jax.host_calls),
     _peer("tensorflow", "TensorFlow", "tensorflow", 3, tensorflow.host_calls),
 )

@@ -18,7 +18,7 @@ import numpy as np
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Moments
-from .. import threads
+from .. import results, threads
 from .entries import compiled
 from .half import HALF as HALF
 from .tiles import BLOCK, LONG, PIECE
@@ -118,7 +118,7 @@ class TiledSweeps:
             lines = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
             self.in_place = int(any(np.may_share_memory(self.y, line) for line in lines))
         else:
-            self.result = np.empty(x.shape, x.dtype)
+            self.result = results.empty(x.shape, x.dtype)
             self.y = self._line(self.result)
 
     def over_groups(self, work: Callable[..., Any], *vectors: Array) -> Any:
@@ -336,12 +336,29 @@ def backward(
     return work.result, dweight, dbias
 
 
+def evaluate(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E3, E7) Copies of mean, rstd and weight (C,), and y = weight·xhat + bias, with fixed statistics."""
+    mean, var, weight, bias = widened(mean, var, weight, bias)
+    rstd, a, c = np.empty((3, mean.size))
+    ones = np.ones(mean.size) if weight is None else weight
+    zeros = np.zeros(mean.size) if bias is None else bias
+    compiled(x.dtype.char).fixed(var, ones, zeros, eps, rstd, a, c)
+    return mean, rstd, weight, affine(x, mean, a, c, out)
+
+
+def widened(*vectors: Array | None) -> list[Array | None]:
+    """Return float64 copies of vectors (C,); None for None."""
+    return [None if vector is None else vector.astype(_F8) for vector in vectors]
+
+
 def update_running_stats(
     running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
 ) -> tuple[Array, Array]:
     """(E4) The running statistics (C,) after one more batch, in their dtypes."""
-    dtype = running_mean.dtype
-    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or {mean.dtype, var.dtype} != {_F8}:
+    dtype, wide = running_mean.dtype, mean.dtype == var.dtype == _F8
+    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or not wide:
         return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
     old_mean, old_var, mean, var = map(_contiguous, (running_mean, running_var, mean, var))

@@ -20,7 +20,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from ... import reference
+from ... import exact, reference
 from ..._arrays.namespaces import Array
 from . import compiling, half, scalars, tiles
 from .half import HALF, wide
@@ -144,7 +144,7 @@ def _rstd_compiled(var: Array, eps: float) -> Array:
     return reference.rstd
 
 
-_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_rstd, _batch_rstd, _normalize = plain(reference.rstd), plain(reference.batch_rstd), plain(reference.normalize)
 _update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
@@ -167,6 +167,13 @@ def _backward(dy, x, sample, plane, n, c0, rows, mean, rstd, weight, dweight, db
         dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
         a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
     _affine2(dy, x, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
+
+
+def _fixed(var, weight, bias, eps, rstd, a, c):
+    """(E3) Set rstd, a and c for fixed statistics."""
+    for j in range(rstd.size):
+        rstd[j] = _rstd(var[j], eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
 def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
@@ -203,6 +210,7 @@ class Compiled:
             "affine3": (_affine3, (data, data, data, *place, *(given,) * 5, result, in_place)),
             "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
             "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
+            "fixed": (_fixed, (given, given, given, eps, sums, sums, sums)),
             "running": (_running, (data, data, given, given, eps, result, result)),
         }
 
@@ -288,7 +296,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
+    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__, exact.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
