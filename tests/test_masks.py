@@ -17,7 +17,8 @@ from support.libraries import need
 
 import arraybn
 from arraybn import kernels, reference
-from arraybn.testing import ThreadComm, assert_close, exact_batch_norm
+from arraybn.testing import BatchNormError, ThreadComm, assert_close, check_batch_norm, exact_batch_norm
+from arraybn.testing.properties import PROPERTIES, WITH_MASK
 from arraybn.testing.strategies import LAYOUTS, layouts
 
 NAMES = ("y", "dx", "dweight", "dbias", "y_dot", "ddy", "ddx", "ddweight")
@@ -672,6 +673,112 @@ def test_a_mask_of_known_values_works_inside_jit_and_a_traced_one_is_an_error() 
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="where: expected a mask with values, because they are counted; got a JAX"):
         jax.jit(forward)(x, where)
+
+
+# ---- The kit knows masks ---------------------------------------------------------------------------------------------
+
+
+def forward(x: Any, weight: Any, bias: Any, eps: float, where: Any) -> Any:
+    return arraybn.batch_norm(x, weight, bias, eps=eps, where=where)[0]
+
+
+def backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, where: Any) -> Any:
+    return arraybn.batch_norm_backward(dy, arraybn.batch_norm(x, weight, bias, eps=eps, where=where)[1])
+
+
+def update(mean: Any, var: Any, x: Any, momentum: float, where: Any) -> Any:
+    return arraybn.update_running_stats(mean, var, arraybn.moments(x, where=where), momentum)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_kit_passes_our_functions(dtype: str) -> None:
+    accuracy = "sums" if dtype == "float64" else "full"  # there is no wider dtype for the sums of float64
+    verdict = check_batch_norm(forward, backward, update, dtype=dtype, accuracy=accuracy, where=True, examples=5)
+    assert verdict.checked == len(PROPERTIES) + len(WITH_MASK)
+    assert not verdict.faults
+
+
+def test_the_kit_passes_our_functions_in_another_namespace_and_of_other_shapes() -> None:
+    check_batch_norm(forward, backward, xp=need("torch"), where=True, examples=2)
+
+    def of_lines(x: Any, weight: Any, bias: Any, eps: float, where: Any) -> Any:
+        assert x.ndim == 2
+        assert where.shape == x.shape[:1]
+        return forward(x, weight, bias, eps, where)
+
+    assert "(N, C) alone" in str(check_batch_norm(of_lines, where=True, examples=2))
+
+
+def written(x: Any, where: Any, eps: float, n: float) -> tuple[Any, Any, Any]:
+    """Return mean and rstd (C, 1), and the mask (N, 1, S), in float64; NaN in the padding stays out."""
+    kept = where[:, None]
+    x = np.where(kept, x.astype("f8"), 0)
+    mean = x.sum((0, 2), keepdims=True)[0] / n
+    return mean, 1 / np.sqrt((np.where(kept, x - mean, 0) ** 2).sum((0, 2), keepdims=True)[0] / n + eps), kept
+
+
+def y_with(n: Any = lambda where: where.sum(), spreads: bool = False, zero: bool = False) -> Any:
+    """Return a forward with a fault: another n, a NaN that spreads, or 0 at masked positions."""
+
+    def forward(x: Any, weight: Any, bias: Any, eps: float, where: Any) -> Any:
+        mean, rstd, kept = written(x, where, eps, n(where))
+        mean = mean + (0 * x.astype("f8")).sum((0, 2), keepdims=True)[0] if spreads else mean
+        y = weight[:, None] * ((x - mean) * rstd) + bias[:, None]
+        return np.where(kept, y, 0 if zero else y).astype(x.dtype)
+
+    return forward
+
+
+def dx_with(masked_sums: bool = False, everywhere: bool = False, spreads: bool = False) -> Any:
+    """Return a backward with a fault: sums over the mask alone, statistics everywhere, or a NaN that spreads."""
+
+    def backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, where: Any) -> Any:
+        mean, rstd, kept = written(x, where, eps, where.sum())
+        xhat, g = (x - mean) * rstd, dy.astype("f8")
+        of_sum = np.where(kept, g, 0) if masked_sums else g
+        terms = of_sum * xhat if spreads else np.where(of_sum == 0, 0, of_sum * xhat)
+        dweight, dbias = terms.sum((0, 2)), of_sum.sum((0, 2))
+        through = (dbias[:, None] + xhat * dweight[:, None]) / where.sum()
+        dx = weight[:, None] * rstd * (g - (through if everywhere else np.where(kept, through, 0)))
+        return dx.astype(x.dtype), dweight, dbias
+
+    return backward
+
+
+FAULTS = {
+    "n of all positions": ((y_with(n=lambda where: where.size),), "y with a mask is what the definition gives"),
+    "a NaN spreads": ((y_with(spreads=True),), "a NaN in the padding changes no other y"),
+    "0 at masked positions": ((y_with(zero=True),), "y with a mask is what the definition gives"),
+    "sums over the mask": ((forward, dx_with(masked_sums=True)), "dweight with a mask is the sum of dy·xhat"),
+    "statistics everywhere": ((forward, dx_with(everywhere=True)), "dx with a mask is what the definition gives"),
+    "0·NaN": ((forward, dx_with(spreads=True)), "a NaN in the padding changes no gradient"),
+    "biased": (
+        (forward, None, lambda m, v, x, a, w: arraybn.update_running_stats(
+            m, v, arraybn.moments(x, where=w), a, correction=0 if w.sum() < w.size else 1)),
+        "running_var takes in the unbiased variance of the mask",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_kit_finds_faults_of_masks(name: str) -> None:
+    functions, text = FAULTS[name]
+    with np.errstate(all="ignore"), pytest.raises(BatchNormError) as caught:
+        check_batch_norm(*functions, where=True, examples=0)
+    assert text in str(caught.value)
+    assert any(failure.batch.where is not None for failure in caught.value.failures)
+    assert all(failure.batch.where is not None for failure in caught.value.failures)
+
+
+def test_the_faultless_forms_of_these_functions_pass() -> None:
+    with np.errstate(all="ignore"):
+        check_batch_norm(y_with(), dx_with(), where=True, examples=3)
+
+
+def test_the_kit_says_what_a_function_with_a_mask_looks_like() -> None:
+    text = r"forward: expected a function of \(x, weight, bias, eps, where\) that returns y; got <?lambda"
+    with pytest.raises(TypeError, match=text):
+        check_batch_norm(lambda x, weight, bias, eps: x, where=True)
 
 
 # ---- Beside other libraries ------------------------------------------------------------------------------------------
