@@ -103,12 +103,16 @@ def _is_transformed(tensor: Array) -> bool:
 
     PyTorch has no public question for this. torch.compile is not among them: it leaves a layer's call to Python.
     """
+    return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(tensor)) or is_recorded(tensor)
+
+
+def is_recorded(tensor: Array) -> bool:
+    """Return True where PyTorch runs a program to record its operations, with values or without."""
     torch = sys.modules["torch"]
     inner, fake = torch._C, sys.modules.get("torch._subclasses.fake_tensor")
     keys = inner._TorchDispatchModeKey
     return bool(
-        inner._functorch.is_functorch_wrapped_tensor(tensor)
-        or (fake is not None and isinstance(tensor, fake.FakeTensor))
+        (fake is not None and isinstance(tensor, fake.FakeTensor))
         or any(inner._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
         or torch.jit.is_tracing()
     )
@@ -239,8 +243,15 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)}, that of {like_name}; got {tuple(array.shape)}")
 
 
+def is_plain_like(array: Any, x: Array, shape: tuple[int, ...]) -> bool:
+    """Return True for a usual NumPy array that has the dtype of x, and `shape`: no slower check would object."""
+    return type(array) is type(x) is np.ndarray and array.dtype == x.dtype and array.shape == shape
+
+
 def check_out(out: Any, x: Array, shape: tuple[int, ...]) -> None:
     """Raise unless `out` fits a result like x of `shape`."""
+    if is_plain_like(out, x, shape) and out.flags.c_contiguous and out.flags.writeable:
+        return
     plain = type(out) is np.ndarray
     if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")

@@ -62,7 +62,8 @@ def batch_norm_jvp(
     Notes
     -----
     x_dot and x are converted to a dtype that holds both, and y_dot is rounded at the end. Over `comm` there is one
-    exchange, of the two sums Σx_dot and Σx_dot·(x − mean).
+    exchange, of the two sums Σx_dot and Σx_dot·(x − mean). After an exact forward these sums are usual ones, which
+    round.
 
     References
     ----------
@@ -148,6 +149,7 @@ def batch_norm_double_backward(
     at the end. Over `comm` there is one exchange. The bias has no gradient here: nothing depends on it.
 
     v_weight and v_bias may differ between ranks or parts: those of a part belong to the dweight and dbias of the part.
+    After an exact forward the sums here are usual ones, which round.
 
     References
     ----------

@@ -16,16 +16,25 @@ from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_flag, as_floating, as_integer, check_home, check_out, check_overlap
-from ._plan import Key, are_same, keep, key_of_backward, key_of_forward
+from ._checks import (
+    as_channel_vector,
+    as_eps,
+    as_flag,
+    as_floating,
+    as_integer,
+    check_home,
+    check_out,
+    check_overlap,
+    is_plain_like,
+)
+from ._plan import Key, are_same, keep, key_of
 from .kernels import Backend, Module, for_masks
 from .reference import Mask, Moments, Totals
 from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, mask_of, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
-_FORWARDS: dict[Key | None, Layout] = {}  # plans: the layout of x; and that nothing is to be converted
-_BACKWARDS: dict[Key | None, bool] = {}
+_PLANS: dict[Key | None, Layout] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -77,6 +86,26 @@ class Saved:
         return None if self._pool is None else self._pool.call.backward(operation)
 
 
+class SavedRows(Saved):
+    """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
+
+    The rows are mean, m2, rstd and weight; further ones are room for the backward.
+    """
+
+    __slots__ = ("has_weight", "rows")
+
+    def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
+        self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
+        self.has_weight, self._has_bias = affine
+        self._overwritten = self._pool = self._shown = None
+        self._is_part = False
+
+    _mean = property(lambda self: self.rows[0])
+    _rstd = property(lambda self: self.rows[2])
+    _weight = property(lambda self: self.rows[3] if self.has_weight else None)
+    _moments = property(lambda self: Moments(self._layout.n, self.rows[0], self.rows[1]))
+
+
 def batch_norm(
     x: Shaped,
     weight: Shaped | None = None,
@@ -126,7 +155,7 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_fused"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
 
     Returns
     -------
@@ -214,16 +243,17 @@ def forward_in(
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    key = key_of_forward(x, weight, bias, mean, var, out, channel_axis)
-    layout = None if moments is not None else _FORWARDS.get(key)
+    key = key_of(x, weight, bias, mean, var, channel_axis)
+    layout = None if moments is not None else _PLANS.get(key)
     if layout is None:
         arrays = x, weight, bias, mean, var
-        layout, checked = _checked(call, arrays, moments, eps, channel_axis, out)
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis)
         if moments is None and are_same(checked, arrays):
-            keep(_FORWARDS, key, layout)
+            keep(_PLANS, key, layout)
         x, weight, bias, mean, var = checked
     eps = as_eps(eps)
     if out is not None:
+        check_out(out, x, layout.shape)
         check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
     backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout, exact)
     if exact and moments is not None and moments.record is None:
@@ -254,17 +284,14 @@ def _checked(
     moments: Moments | None,
     eps: float,
     channel_axis: int,
-    out: Array | None,
 ) -> tuple[Layout, Sequence[Array | None]]:
-    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of memory."""
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of `out`."""
     x = as_floating("x", arrays[0])
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     as_eps(eps)
     _check_statistics(arrays[3], arrays[4], moments, call)
     named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
     vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
-    if out is not None:
-        check_out(out, x, layout.shape)
     return layout, [x, *vectors]
 
 
@@ -460,34 +487,22 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
             f" Pass another array as out, or None"
         )
     layout, x = saved._layout, saved._x
-    arrays = *given.values(), x
-    if (key := key_of_backward(arrays, out)) in _BACKWARDS:
-        if out is not None:
-            check_overlap(out, dict(zip((*given, "x"), arrays, strict=True)))
-    else:
-        checked = _checked_like_x(x, layout, out, given)
-        if are_same(checked, arrays):
-            keep(_BACKWARDS, key, True)
-        arrays = checked
-    views = [layout.view(array) for array in arrays]
-    return views, Result(saved, call, out, views[-1])
-
-
-def _checked_like_x(x: Array, layout: Layout, out: Array | None, given: dict[str, Array]) -> tuple[Array, ...]:
-    """Return the given arrays and x, in a dtype that holds the values of all, after all checks."""
     given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
     if out is not None:
         check_out(out, x, layout.shape)
         check_overlap(out, {**given, "x": x})
-    arrays = *given.values(), x
-    if all(array.dtype == x.dtype for array in arrays):
-        return arrays
-    wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
-    return tuple(array_namespace(x).astype(array, wide, copy=False) for array in arrays)
+    arrays = [*given.values(), x]
+    if any(array.dtype != x.dtype for array in arrays):
+        wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
+        arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
+    views = [layout.view(array) for array in arrays]
+    return views, Result(saved, call, out, views[-1])
 
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
     """Return `array` as a plain array after a check against x."""
+    if is_plain_like(array, x, layout.shape):
+        return array
     array = as_floating(name, array)
     check_home(name, array, x)
     if tuple(array.shape) != layout.shape:

@@ -186,7 +186,7 @@ def test_any_shape_is_cut_into_parts_that_are_all_there_and_not_too_large(itemsi
             assert groups * slots >= channels > (groups - 1) * slots
             assert threads % slots == 0
             assert part <= 2 * cuda.MOST_ROWS
-        assert cut.numbers[9:] == (0, *cuda.divisor(groups), *cuda.divisor(plane))
+        assert cut.numbers[9:] == (0, 0, 0, *cuda.divisor(groups), *cuda.divisor(plane))
 
 
 def test_large_data_has_enough_blocks_for_a_large_gpu() -> None:

@@ -160,7 +160,7 @@ def test_every_backend_is_complete(name: str) -> None:
 
 
 def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda", "cuda_fused"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
     need("numba")
     from arraybn.kernels import cpu
 
@@ -236,13 +236,14 @@ ROOMS = {
     "network": "_arrays _checks reference modules layers",
     "checkpoint": "_install _arrays _checks modules",
     "interchange": "_arrays _checks modules",
+    "pytorch": "_arrays _checks reference kernels sync functional derivatives layers",
 }
 ROOMS["bench"] = " ".join(ROOMS)
 ROOMS["accuracy"] = " ".join(ROOMS)
 ROOMS["commands"] = " ".join(ROOMS)
 ROOMS["__main__"] = "_version commands"
 ROOMS[""] = " ".join(
-    room for room in ROOMS if room not in ("accuracy", "bench", "commands", "__main__")
+    room for room in ROOMS if room not in ("pytorch", "accuracy", "bench", "commands", "__main__")
 )  # arraybn/__init__.py
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import checkpoint
 from .._install import requirement
-from . import _demo_figure, _demo_ranks
+from . import _demo_exact, _demo_figure, _demo_ranks
 from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " local batch norm, beside one process with all of them; draws ranks.png"
     )
     add("--data-parallel", nargs="?", type=images, const=2, metavar="IMAGES", help=text)
+    text = "with --data-parallel: train with exact sums, and print a checksum, the same for 1, 2, 3, … ranks"
+    add("--exact", action="store_true", help=text)
 
 
 def _integer(text: str, low: int, high: int) -> int:
@@ -57,15 +59,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print tables, save and draw; return 1 if a requirement is missing or a result cannot be kept."""
     comm = None
     try:
-        if arguments.data_parallel is not None:
+        if arguments.exact:
+            comm = _demo_exact.ranks(arguments)
+        elif arguments.data_parallel is not None:
             comm = _demo_ranks.world()
         problem = _missing(arguments, comm)
     except (RuntimeError, ImportError) as error:  # no ranks
         problem = str(error)
-    problem = problem or (_train(arguments) if comm is None else _demo_ranks.train(arguments, comm))
+    problem = problem or _trained(arguments, comm)
     if problem and (comm is None or comm.rank == 0):
         print(f"demo: {problem}", file=sys.stderr)
     return 1 if problem else 0
+
+
+def _trained(arguments: argparse.Namespace, comm: Any) -> str:
+    """Train as the options say; return the problem or ''."""
+    if arguments.exact:
+        return _demo_exact.train(arguments, comm)
+    return _train(arguments) if comm is None else _demo_ranks.train(arguments, comm)
 
 
 # ---- The requirements ----

@@ -31,8 +31,9 @@ REQUIRED = SWEEPS[:4]  # of a user's module; second derivatives take affine3 of 
 MODULES = {  # imported when first used
     "reference": "arraybn.reference",
     "cpu": "arraybn.kernels.cpu",
-    "cuda": "arraybn.kernels.cuda",
-    "cuda_fused": "arraybn.kernels.cuda.fused",
+    "cuda_split": "arraybn.kernels.cuda",
+    "cuda_fused": "arraybn.kernels.cuda.fused",  # the name of before "cuda" chose these kernels
+    "cuda": "arraybn.kernels.cuda.fused",
 }
 
 
@@ -65,6 +66,7 @@ class Backend:
     evaluation_double_backward: Callable[..., tuple[Array, Array, Array]]
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
+    trainer: Callable[..., Any]  # (x, (N, C, S), an array of the layer, eps) -> `cuda.training.Trainer`, or None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
     exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
@@ -78,7 +80,7 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats` and `widened`, as in `Backend`;
+    - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
     - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
       otherwise.
     """
@@ -99,6 +101,7 @@ def as_backend(module: Module, name: str) -> Backend:
         evaluation_double_backward=functools.partial(reference.evaluation_double_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
+        trainer=_offered(module, "trainer") or _no_trainer,
         preallocate_result=_no_result if module is reference else _preallocate_result,
     )
 
@@ -189,6 +192,10 @@ def _widened(*vectors: Array | None) -> list[Array | None]:
     return [vector if vector is None else widened(vector) for vector in vectors]
 
 
+def _no_trainer(*given: object) -> None:
+    return None
+
+
 def _no_result(x: Array) -> None:
     return None
 
@@ -203,8 +210,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """Return the backend that serves the array `x`: the one asked for, otherwise the fastest that takes x.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
-    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_fused",
-    which has to be asked for. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_split",
+    two launches each way, which has to be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):

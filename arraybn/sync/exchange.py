@@ -88,7 +88,7 @@ class Exchange:
         self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
         self._lock = threading.Lock()  # one thread at a time
         self._frame = frames.frame([0] * len(frames.FIELDS), 0, 0)  # the first frame of every call
-        self._numbers = frames.body(self._frame)
+        self._numbers = tuple(frames.body(self._frame))  # its two rows
         self._used = 0  # channels of the frame that may be other than 0
         self._process = os.getpid()
         self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
@@ -130,7 +130,8 @@ class Exchange:
         `error` is what this rank sends in the place of its numbers; `more` is sent after them, in the same call.
         """
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
-        self._acquire(call)
+        if not self._lock.acquire(False):
+            self._wait_for_other_thread(call)
         try:
             self.check()
             self.reducer.open(deadline)
@@ -151,9 +152,9 @@ class Exchange:
             finally:
                 self._lock.release()
 
-    def _acquire(self, call: Call) -> None:
+    def _wait_for_other_thread(self, call: Call) -> None:
         limit = call.timeout
-        if not self._lock.acquire(False) and not self._lock.acquire(timeout=-1 if limit is None else limit):
+        if not self._lock.acquire(timeout=-1 if limit is None else limit):
             raise SyncTimeoutError(
                 f"rank {self.reducer.rank}: another thread did not leave its call within {limit:g} s, in {call}"
             )
@@ -166,7 +167,7 @@ class Exchange:
         error: BaseException | None,
         more: More | None,
         deadline: float | None,
-    ) -> tuple[Array, int]:
+    ) -> tuple[frames.Rows, int]:
         channels = len(rows[0])
         fields = call.fields(self.calls + 1, channels, self._checksum)
         flags = frames.ERROR if error else 0
@@ -181,26 +182,27 @@ class Exchange:
             self._used = frames.FIRST_FRAME_CHANNELS  # the numbers may be those of another rank
             self._raise_on_all_ranks(call, flags, channels, error, deadline)
         self._checksum = zlib.crc32(self._frame, self._checksum)
-        result = self._numbers[:, :channels].copy()
+        first, second = self._numbers
+        result = first[:channels].copy(), second[:channels].copy()
         if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
             frame = frames.frame(fields, 0, n, [row[-beyond:] for row in rows], beyond)
             self.reducer.allreduce(frame, deadline)
             self._checksum = zlib.crc32(frame, self._checksum)
-            result = np.concatenate([result, frames.body(frame)], axis=1)
+            first, second = (np.concatenate(both) for both in zip(result, frames.body(frame), strict=True))
+            result = first, second
         if more is not None:
             self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
         return result, total
 
     def _fill_frame(self, rows: frames.Rows, channels: int) -> None:
         """Write the first channels into the frame of this exchange, and 0 where an earlier call left numbers."""
-        first, second = rows
+        (first, second), (a, b) = self._numbers, rows
         if channels > frames.FIRST_FRAME_CHANNELS:
             channels = frames.FIRST_FRAME_CHANNELS
-            first, second = first[:channels], second[:channels]
-        numbers = self._numbers
-        numbers[0, :channels], numbers[1, :channels] = first, second
+            a, b = a[:channels], b[:channels]
+        first[:channels], second[:channels] = a, b
         if channels < self._used:
-            numbers[:, channels:] = 0
+            first[channels:] = second[channels:] = 0
         self._used = channels
 
     def _raise_on_all_ranks(
@@ -326,7 +328,7 @@ class Call:
         """Promise that all ranks raise the error that follows, so that none has to be told."""
         self._same_error_everywhere = True
 
-    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[Array, int]:
+    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[frames.Rows, int]:
         """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
 
@@ -359,7 +361,7 @@ class Call:
             return numbers
 
         rows, _ = self.exchange.carry_out(self, ((weight,), (weight,)), more=more)
-        return float(rows[0, 0])
+        return float(rows[0][0])
 
 
 def begin(

@@ -13,10 +13,11 @@ import numpy as np
 
 from .._arrays.namespaces import Namespace, as_dtype, as_namespace
 from .._checks import as_flag, as_integer, as_number
+from .derivatives import DERIVATIVES
 from .diagnosis import HALF, OF_SUMS, ONE_PASS, cause_of
 from .forms import ANY, Form, as_lines, check_call
 from .oracle import LONG, MANTISSA_BITS, check_longdouble
-from .properties import MOMENTUM, PROPERTIES, WITH_MASK, Measured, Property, Subject, running
+from .properties import MOMENTUM, PROPERTIES, WITH_MASK, Measured, Property, Subject, running, tangents
 from .scenarios import Batch, numpy_dtype, random_batches
 
 FEW = (1, 2, 3, 5, 8)  # samples, positions or digits of a smaller batch
@@ -66,8 +67,10 @@ class Failure:
             f"     of shape {values.shape}, with eps = {batch.eps:g},",
             f"     weight = {text(batch.weight)}, bias = {text(batch.bias)}",
         ]
-        if self.property.startswith("d"):
-            lines.append(f"     dy = {text(batch.dy.ravel())}, flattened")
+        named = {"dy": batch.dy} if self.property.startswith("d") else {}
+        if self.property.startswith(("y_dot", "jvp", "dd", "double")):
+            named |= tangents(batch)
+        lines += [f"     {name} = {text(array.ravel())}, flattened" for name, array in named.items()]
         if batch.where is not None:
             lines.append(f"     where = {text(batch.where.astype(int), separator=', ')}".replace("\n", "\n" + " " * 13))
         if self.property.startswith("running"):
@@ -166,6 +169,8 @@ def check_batch_norm(
     backward: Callable[..., Any] | None = None,
     update: Callable[..., Any] | None = None,
     *,
+    jvp: Callable[..., Any] | None = None,
+    double_backward: Callable[..., Any] | None = None,
     tolerance: float = 4.0,
     max_ratio: float = 1e6,
     dtype: str = "float32",
@@ -189,9 +194,15 @@ def check_batch_norm(
     update : callable, optional
         ``update(running_mean, running_var, x, momentum)`` returns the new running_mean and running_var, in PyTorch's
         convention: momentum is the weight of the new batch, whose variance enters unbiased.
+    jvp : callable, optional
+        ``jvp(x_dot, x, weight, weight_dot, bias_dot, eps)`` returns y_dot in the dtype of x (E8).
+    double_backward : callable, optional
+        ``double_backward(v, dy, x, weight, v_weight, v_bias, eps)`` returns ddy and ddx in the dtype of x, and
+        ddweight (E9). v, v_weight and v_bias are the gradients of a loss by dx, dweight and dbias.
     tolerance : float
         The largest allowed error of y, in ulp of `dtype` at the largest term of its formula; three times as much for
-        dx, the sum of three terms. A limit of 4 requires float64 or compensated sums.
+        dx, the sum of three terms, for y_dot, ddy and ddweight, and six times for ddx. A limit of 4 requires float64 or
+        compensated sums.
     max_ratio : float
         The largest |mean|/std that is checked, from 1 to 10⁶. Use 1 for functions that only work near zero mean.
     dtype : str
@@ -249,14 +260,17 @@ def check_batch_norm(
     """
     check_options(tolerance, max_ratio, dtype, accuracy, examples, xp)
     functions: dict[str, Any] = {"forward": forward, "backward": backward, "update": update}
+    functions |= {"jvp": jvp, "double_backward": double_backward}
     masks = as_flag("where", where)
     for role, function in functions.items():
         if function is not None or role == "forward":
             check_call(role, function, masks)
-    subject = Subject(forward, backward, update, numpy_dtype(dtype), xp, tolerance, max_ratio, masks)
+    options = numpy_dtype(dtype), xp, tolerance, max_ratio
+    subject = Subject(forward, backward, update, *options, jvp, double_backward, masks)
     subject.find_forms()
-    known = PROPERTIES + WITH_MASK if masks else PROPERTIES
-    properties = [prop for prop in known if functions[prop.needs] is not None]
+    there = {"", *(role for role, function in functions.items() if function is not None)}
+    known = (*PROPERTIES, *DERIVATIVES, *(WITH_MASK if masks else ()))
+    properties = [prop for prop in known if {prop.needs, prop.also} <= there]
     failures = []
     for prop in properties:
         if failure := _failure(prop, subject, examples):

@@ -14,7 +14,10 @@ CALLS = {  # the arguments and results of each function
     "forward": ("x, weight, bias, eps", "y"),
     "backward": ("dy, x, weight, bias, eps", "dx, dweight, dbias"),
     "update": ("running_mean, running_var, x, momentum", "running_mean, running_var"),
+    "jvp": ("x_dot, x, weight, weight_dot, bias_dot, eps", "y_dot"),
+    "double_backward": ("v, dy, x, weight, v_weight, v_bias, eps", "ddy, ddx, ddweight"),
 }
+LIKE_X = ("y", "dx", "y_dot", "ddy", "ddx")  # the results (N, C, S); all other results are (C,)
 REMEDY = "Write a function that makes the layer, sets its weight and bias, and calls it"
 
 

@@ -54,3 +54,37 @@ def bounds_of_update(batch: Batch, truth: Exact, old: Any) -> dict[str, Array]:
         "running_mean": (n + 8) * u * np.maximum(abs(old), size),
         "running_var": (n + 8) * u * np.maximum(abs(old), var) + 2 * (n * u * size) ** 2,
     }
+
+
+def bounds_of_derivatives(batch: Batch, tangents: dict[str, Array], dtype: str) -> dict[str, Array]:
+    """Return the largest errors of y_dot, ddy, ddx and ddweight if all is computed in `dtype` (`bounds_of_sums`).
+
+    With the e of `bounds_of_sums`, P(u) has an error of 8·e·p(u), p(u) = max(|u|, max(1, |xhat|)·rms(u)), as in dx. A
+    term of ddx is a product of two numbers of that kind, or of one and of a mean: 16·e times its largest value.
+    """
+    u, axes, n = np.ldexp(LONG(1), -1 - MANTISSA_BITS[dtype]), (0, 2), batch.x[:, 0].size
+    t = {name: abs(array.astype(LONG)) for name, array in tangents.items()}
+    x, g, weight = batch.x.astype(LONG), abs(batch.dy.astype(LONG)), abs(batch.weight.astype(LONG))[:, None]
+    centred = x - x.mean(axes)[:, None]
+    rstd = 1 / np.sqrt((centred**2).mean(axes) + LONG(batch.eps))[:, None]
+    e = 3 * n * u * (1 + rstd * abs(x).mean(axes)[:, None]) + 8 * u
+    at_least_1 = np.maximum(1, abs(centred * rstd))
+
+    def rms(t: Array) -> Array:
+        return np.asarray(np.sqrt((t * t).mean(axes))[:, None])
+
+    def p(t: Array) -> Array:
+        return np.asarray(np.maximum(t, at_least_1 * rms(t)))
+
+    def of_tangent(t: Array, slope: Array, constant: Array) -> Array:
+        return np.asarray(8 * e * (weight * rstd * p(t) + slope[:, None] * at_least_1 + constant[:, None]))
+
+    v, products = t["v"], rms(t["v"]) * rms(g)
+    of_q = at_least_1 * products + p(v) * rms(g) + p(g) * rms(v)
+    bounds = {
+        "y_dot": of_tangent(t["x_dot"], t["weight_dot"], t["bias_dot"]),
+        "ddy": of_tangent(v, t["v_weight"], t["v_bias"]),
+        "ddx": 16 * e * (weight * rstd**2 * of_q + t["v_weight"][:, None] * rstd * p(g)),
+        "ddweight": (16 * e * n * rstd * products)[:, 0],
+    }
+    return {name: np.maximum(bound, ulp(0, dtype)) for name, bound in bounds.items()}

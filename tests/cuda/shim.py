@@ -49,7 +49,8 @@ def all_kernels() -> list[Kernel]:
 
 def fused_kernels(direction: str) -> tuple[Kernel, ...]:
     """Return every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
-    names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
+    ways = (("resident", "planes"), ("resident", "lines"), ("pipeline", "planes"))
+    names = ((*way, dtype) for way in ways for dtype in FLOATS)
     return tuple(
         Kernel(f"{direction}_{way}_{layout}", dtype, width, fused.FILES, True)
         for way, layout, dtype in names
@@ -61,7 +62,7 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDE // itemsize, 1)
+    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
 
 
 def libraries() -> list[Path]:
@@ -151,6 +152,9 @@ class Shim(launch.Launcher):
         self._made: list[tuple[weakref.ref[Any], int, int]] = []
 
     def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def at(self, device: int) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def current(self) -> tuple[int, int]:

@@ -175,20 +175,11 @@ FUSED_CUTS: dict[str, FusedCut] = {
             {"MIN_BLOCK_BYTES": 1024, "TASK": 1024, "THREADS": 32},
         ),
         "a part in rounds": ("pipeline", (3, 2, 1024), SMALL, {"MIN_BLOCK_BYTES": 2**20, "THREADS": 32}),
-        "lines in rounds": ("pipeline", (700, 8, 1), SMALL, {"MIN_BLOCK_BYTES": 2**20, "THREADS": 32}),
         "one channel in parts": ("pipeline", (64, 1, 9), SMALL, {"MIN_BLOCK_BYTES": 256, "TASK": 256}),
         "one part a channel": ("pipeline", (4, 19, 16), SMALL, {"MIN_BLOCK_BYTES": 2**20}),
         "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 1}),
         "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 64}),
-        "lines in parts": ("pipeline", (203, 24, 1), SMALL, {"MIN_BLOCK_BYTES": 1024, "TASK": 1024}),
-        "lines in short parts": ("pipeline", (11, 16, 1), SMALL, {"MIN_BLOCK_BYTES": 128, "TASK": 128}),
-        "odd lines in parts": ("pipeline", (203, 5, 1), SMALL, {"MIN_BLOCK_BYTES": 256, "TASK": 256}),
-        "groups of lines in parts": (
-            "pipeline",
-            (60, 136, 1),
-            LONELY,
-            {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 2},
-        ),
+        "lines of large images": ("split", (700, 8, 1), NARROW, {"SINGLE_BLOCK_BYTES": 512}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()
 }
@@ -329,10 +320,9 @@ def installed(*given: Any, **options: Any) -> Iterator[shim.Shim]:
 
 def serve_all_by(module: Any, patch: pytest.MonkeyPatch) -> None:
     """Let `module` serve NumPy arrays wherever no other kernels are asked for."""
-    for room in ("functional", "statistics"):
-        patch.setattr(
-            f"arraybn.{room}.select", lambda x, kernels=None: select(x, module if kernels is None else kernels)
-        )
+    patch.setattr(
+        "arraybn.statistics.select", lambda x, kernels=None: select(x, module if kernels is None else kernels)
+    )
 
 
 # ---- Assertions ------------------------------------------------------------------------------------------------------

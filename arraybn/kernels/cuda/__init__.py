@@ -93,8 +93,14 @@ def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
 def numbers_of(
     n: int, channels: int, groups: int, parts: int, shape: tuple[int, ...], ahead: int = 0
 ) -> tuple[int, ...]:
-    """Return the numbers of a launch, in the order of `launch.NUMBERS`."""
-    return n, channels, groups, parts, *shape, ahead, *divisor(groups), *divisor(shape[2])
+    """Return the numbers of a launch, in the order of `launch.NUMBERS`, for parameters and state in float64."""
+    return n, channels, groups, parts, *shape, ahead, 0, 0, *divisor(groups), *divisor(shape[2])
+
+
+def with_kinds(numbers: tuple[int, ...], parameters: int, state: int) -> tuple[int, ...]:
+    """Return the numbers of a launch for other types of parameters and state."""
+    place = launch.NUMBERS.index("parameter_kind")
+    return *numbers[:place], parameters, state, *numbers[place + 2 :]
 
 
 def power_of_two(number: int) -> int:

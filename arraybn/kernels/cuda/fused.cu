@@ -299,9 +299,6 @@ DEVICE void pipeline(const Parameters& p) {
     }                                                                                                                  \
     template <class T, int WIDTH> DEVICE void name##_pipeline_planes(const Parameters& p) {                            \
         pipeline<T, WIDTH, sums<T>, map<T>, InPlanes<WIDTH>>(p);                                                       \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void name##_pipeline_lines(const Parameters& p) {                             \
-        pipeline<T, WIDTH, sums<T>, map<T>, InLines<WIDTH>>(p);                                                        \
     }
 
 FUSED(forward, MomentSums, Affine)

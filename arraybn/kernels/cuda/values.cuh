@@ -34,8 +34,9 @@ struct Parameters {
     double* m2;
     double* rstd;    // null: a plain sweep, without the formulas
     const double* shift;
-    const double* weight;
-    const double* bias;
+    const void* weight;  // of `parameter_kind`
+    const void* bias;
+    double* kept_weight;  // null, or where a forward keeps the weight for its backward
     double* dweight;  // or the sum of u * (x - mean) in a plain sweep
     double* dbias;    // or the sum of u
     const double* a;  // the coefficients of a plain sweep
@@ -43,6 +44,10 @@ struct Parameters {
     const double* c;
     const double* d;
     const void* v;     // (N, C, S): the third input, of affine3
+    const void* first;   // (C,) of `state_kind`: the running mean before this batch, or the gradient of weight or null
+    const void* second;  // the running var, or the gradient of bias or null
+    void* new_first;     // the same after this batch; null where it is not asked for
+    void* new_second;
     double* partials;  // for each group of channels and each of its parts, a Pair for each channel
     uint32* tickets;   // for each group; zero before and after a launch
     double eps;
@@ -57,6 +62,8 @@ struct Parameters {
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
     int64 ahead;     // tasks that are summed before the first is mapped (fused.cu)
+    int64 parameter_kind;  // the type of weight and bias: 0 float64, 1 float32, 2 float16, 3 bfloat16
+    int64 state_kind;      // the same of first and second: 0 or 1
     Divisor by_groups;
     Divisor by_plane;
 };
@@ -307,6 +314,14 @@ struct bfloat16 {
         for (int i = 0; i < WIDTH; i += 2) word[i / 2] = floats_to_bfloats(value[i], value[i + 1]);
     }
 };
+
+// The value of a vector (C,) of a kind, as struct Parameters numbers the types.
+DEVICE double value_of(const void* vector, int64 kind, int64 channel) {
+    if (kind == 0) return ((const double*)vector)[channel];
+    if (kind == 1) return (double)((const float*)vector)[channel];
+    const uint16 stored = ((const uint16*)vector)[channel];
+    return (double)(kind == 2 ? float16::value(stored) : bfloat16::value(stored));
+}
 
 // WIDTH values side by side, as they are loaded and stored at once. UNROLL such items are under way at a time.
 template <class T, int WIDTH>
