@@ -170,6 +170,31 @@ def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *
     return array
 
 
+def as_mask(where: Any, x: Array, positions: tuple[int, ...]) -> Array:
+    """Return `where`, copied if it can be written into, after a check against x and its shape (N, *S), `positions`."""
+    if not is_array_api_obj(where) or isinstance(where, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"where: expected a boolean array, True where a value counts; got {class_name(where)}")
+    if dtype_name(where.dtype) not in ("bool", "bool_"):
+        raise TypeError(
+            f"where: expected bool, True where a value counts; got {dtype_name(where.dtype)}."
+            " Compare it, for example where != 0"
+        )
+    check_home("where", where, x)
+    if is_jax_array(where) and isinstance(where, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            "where: expected a mask with values, because they are counted; got a JAX tracer. Make the mask outside of"
+            " jax.jit, from numbers that are known there"
+        )
+    shape = tuple(where.shape)
+    sizes = zip(reversed(shape), reversed(positions), strict=False)
+    if len(shape) > len(positions) or any(own not in (1, size) for own, size in sizes):
+        without = ", x without its channels" if len(shape) <= len(positions) else ", without an axis of channels"
+        raise ValueError(f"where: expected shape {positions}{without}, or one that broadcasts to it; got {shape}")
+    if isinstance(where, np.ndarray):  # True may be any byte but 0, if the mask is a view of other memory
+        return np.ascontiguousarray(where).view(np.uint8) != 0
+    return where if is_jax_array(where) else array_namespace(where).asarray(where, copy=True)
+
+
 def as_number(name: str, value: Any) -> Any:
     """Return `value` unchanged if `value` is a finite real number, else raise."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):

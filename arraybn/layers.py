@@ -199,27 +199,34 @@ class _BatchNorm(_NormBase):
         """Return the attributes for a copy or a pickle."""
         return {**super().__getstate__(), "_repeat": None}
 
-    def forward(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, where: Array | None = None) -> Array:
+        """Return `forward(x)`, or `forward(x, where=where)`."""
+        return self.forward(x) if where is None else self.forward(x, where=where)
+
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x (N, C, *S), with the batch's statistics in training and the running ones in evaluation.
 
         Returns y in the dtype and memory layout of x. In training the running statistics take in the batch.
 
+        `where` (N, *S) is a mask, True at the positions that belong to the batch, as in `arraybn.batch_norm`; y and
+        dx are given at all positions. In evaluation with running statistics a mask has no effect.
+
         Raises
         ------
         TypeError
-            x is no array of this layer's namespace, or not of a real floating dtype.
+            x or where is no array of this layer's namespace, x is not of a real floating dtype, where is not boolean.
         ValueError
-            The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
-            statistic.
+            The dimensions or channels of x are not those of this layer, where has another shape, or each channel has
+            one value, which is no statistic.
         """
         if type(x) is np.ndarray:  # without the detour
-            return self._forward(x, None)
-        if self._repeat is not None and (y := self._repeat.forward(self, x)) is not None:
+            return self._forward(x, None, where)
+        if where is None and self._repeat is not None and (y := self._repeat.forward(self, x)) is not None:
             return y
         with on_device_of(x):
-            return self._forward(x, None)
+            return self._forward(x, None, where)
 
-    def _forward(self, x: Array, call: Call | None) -> Array:
+    def _forward(self, x: Array, call: Call | None, where: Array | None) -> Array:
         """Carry out `forward` as a part of `call`, or alone."""
         x = as_floating("x", x)
         if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
@@ -230,11 +237,11 @@ class _BatchNorm(_NormBase):
         weight, bias = self._own_parameters()
         weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
         options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis, "exact": self.exact}
-        y, saved = forward_in(call, x, weight, bias, **fixed, **options)
+        y, saved = forward_in(call, x, weight, bias, where=where, **fixed, **options)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
                 call.every_rank_raises()
-            self._buffers.update(self._tracked(moments, x, tracking))
+            self._buffers.update(self._tracked(moments, x, tracking, where is not None))
         self._remember(saved)
         if call is None and type(x) is not np.ndarray:
             object.__setattr__(self, "_repeat", _Repeat.of(self, x, saved))
@@ -317,15 +324,16 @@ class _BatchNorm(_NormBase):
         var = as_channel_vector("running_var", var, x, self.num_features)
         return mean, var, as_number("momentum", momentum), count
 
-    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
+    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None, masked: bool) -> dict[str, Any]:
         """Return the buffers that this batch changes, by name."""
         if self._gather is not None:
             self._gather(moments)
             return {}
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
+            true = " with one True in where" if masked else ""
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}."
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}{true}."
                 f" Leave out the last incomplete batch, {remedy}"
             )
         if tracking is None or moments.n == 0:
@@ -719,16 +727,17 @@ class SyncBatchNorm(_BatchNorm):
 
     # ---- Forward and backward as calls of all ranks ----
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x as `BatchNorm1d` does, with the statistics of all ranks; an error is a SyncError on all ranks.
 
-        Each channel having one value over all ranks is the plain layer's ValueError, on every rank.
+        Each channel having one value over all ranks is the plain layer's ValueError, on every rank. A rank may give a
+        mask or None, and a mask without any True: the values are counted over all ranks.
         """
         call = self._begin(sync.FORWARD) if self._uses_batch_statistics() else None
         if call is None:
-            return super().forward(x)
+            return super().forward(x, where=where)
         with call, on_device_of(x):
-            return self._forward(x, call)
+            return self._forward(x, call, where)
 
     def backward(self, dy: Array) -> Array:
         """Return dx over all ranks; weight.grad and bias.grad get the sums over this rank's batch alone."""

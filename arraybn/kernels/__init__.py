@@ -22,7 +22,7 @@ from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 from .._install import requirement
-from ..reference import Moments, Pool, Sweeps, Totals
+from ..reference import Mask, Moments, Pool, Sweeps, Totals
 from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
@@ -49,14 +49,15 @@ class Backend:
     """
 
     name: str
-    moments: Callable[[Array], tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
+    masks: bool  # True where the sweeps take `where`; the reference serves masks otherwise
+    moments: Callable[..., tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
     dots: Callable[..., tuple[Array, Array]]
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
     affine3: Callable[..., Array]
-    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out, *, mask) -> batch, rstd, y
     forward_of_part: Callable[..., tuple[Array, Array]]  # (x, batch, weight, bias, eps, out) -> rstd, y
-    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
+    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out, *, where) -> dx, …
     evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
     evaluation_backward: Callable[..., tuple[Array, Array, Array]]
     jvp: Callable[..., Array]  # these four as in ``reference.py``, without their first argument
@@ -79,11 +80,15 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats`, `widened` and `trainer`, as in `Backend`.
+    - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
+    - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
+      otherwise.
     """
-    sweeps: Any = SimpleNamespace(**{name: _offered(module, name) or getattr(reference, name) for name in SWEEPS})
+    masks = bool(getattr(module, "MASKS", False))
+    sweeps: Any = SimpleNamespace(**{name: _sweep(module, name, masks) for name in SWEEPS})
     return Backend(
         name,
+        masks,
         **vars(sweeps),
         forward=_forward(sweeps, _offered(module, "forward")),
         forward_of_part=functools.partial(reference.forward_of_part, sweeps),
@@ -99,6 +104,16 @@ def as_backend(module: Module, name: str) -> Backend:
         trainer=_offered(module, "trainer") or _no_trainer,
         preallocate_result=_no_result if module is reference else _preallocate_result,
     )
+
+
+def _sweep(module: Module, name: str, masks: bool) -> Callable[..., Any]:
+    """Return a sweep of the module, or of the reference; `where` is always among the arguments."""
+    sweep: Callable[..., Any] = _offered(module, name) or getattr(reference, name)
+
+    def without_masks(*given: Any, where: None = None) -> Any:
+        return sweep(*given)
+
+    return sweep if masks or module is reference else without_masks
 
 
 @functools.cache
@@ -132,10 +147,17 @@ def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, 
         return composed
 
     def forward(
-        x: Array, weight: Array | None, bias: Array | None, eps: float, pool: Pool | None, out: Array | None
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        pool: Pool | None,
+        out: Array | None,
+        *,
+        mask: Mask | None = None,
     ) -> tuple[Moments, Array, Array]:
-        if pool is not None:
-            return composed(x, weight, bias, eps, pool, out)
+        if pool is not None or mask is not None:
+            return composed(x, weight, bias, eps, pool, out, mask=mask)
         mean, m2, rstd, y = fused(x, weight, bias, eps, out)
         return Moments(x.shape[0] * x.shape[2], mean, m2), rstd, y
 
@@ -149,10 +171,18 @@ def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, A
         return composed
 
     def backward(
-        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Totals | None, out: Array | None
+        dy: Array,
+        x: Array,
+        batch: Moments,
+        rstd: Array,
+        weight: Array | None,
+        pool: Totals | None,
+        out: Array | None,
+        *,
+        where: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        if pool is not None:
-            return composed(dy, x, batch, rstd, weight, pool, out)
+        if pool is not None or where is not None:
+            return composed(dy, x, batch, rstd, weight, pool, out, where=where)
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
@@ -207,6 +237,11 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     name = getattr(kernels, "__name__", type(kernels).__name__)
     own = {path: short for short, path in MODULES.items()}.get(name)
     return as_backend(kernels, name) if own is None else backend(own)
+
+
+def for_masks(found: Backend) -> Backend:
+    """Return the backend for a batch with a mask: `found` where its sweeps take masks, otherwise the reference."""
+    return found if found.masks else backend("reference")
 
 
 @functools.cache

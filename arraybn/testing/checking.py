@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from .._arrays.namespaces import Namespace, as_dtype, as_namespace
-from .._checks import as_integer, as_number
+from .._checks import as_flag, as_integer, as_number
 from .derivatives import DERIVATIVES
 from .diagnosis import HALF, OF_SUMS, ONE_PASS, cause_of
 from .forms import ANY, Form, as_lines, check_call
 from .oracle import LONG, MANTISSA_BITS, check_longdouble
-from .properties import MOMENTUM, PROPERTIES, Measured, Property, Subject, running, tangents
+from .properties import MOMENTUM, PROPERTIES, WITH_MASK, Measured, Property, Subject, running, tangents
 from .scenarios import Batch, numpy_dtype, random_batches
 
 FEW = (1, 2, 3, 5, 8)  # samples, positions or digits of a smaller batch
@@ -71,6 +71,8 @@ class Failure:
         if self.property.startswith(("y_dot", "jvp", "dd", "double")):
             named |= tangents(batch)
         lines += [f"     {name} = {text(array.ravel())}, flattened" for name, array in named.items()]
+        if batch.where is not None:
+            lines.append(f"     where = {text(batch.where.astype(int), separator=', ')}".replace("\n", "\n" + " " * 13))
         if self.property.startswith("running"):
             mean, var = map(text, running(batch))
             lines.append(f"     running_mean = {mean}, running_var = {var}, momentum = {MOMENTUM}")
@@ -173,6 +175,7 @@ def check_batch_norm(
     max_ratio: float = 1e6,
     dtype: str = "float32",
     accuracy: str = "full",
+    where: bool = False,
     xp: Namespace | None = None,
     examples: int = 25,
     report: Callable[[str, Failure | None], object] | None = None,
@@ -207,6 +210,10 @@ def check_batch_norm(
     accuracy : str
         "full": each result is within `tolerance`, up to `max_ratio`. "sums": larger errors are accepted if they are
         within the bounds of sums in the dtype of x, which grow with n and with |mean|/std. Other errors are not.
+    where : bool
+        True for functions that take a mask as their last argument: ``forward(x, weight, bias, eps, where)``, with where
+        (N, S) of bool, True at the positions that belong to the batch. Masked batches are then checked too, with y at
+        all positions, dy that is not 0 at masked ones, and NaN in the padding.
     xp : module, optional
         The namespace of the arrays that the functions take; NumPy if None.
     examples : int
@@ -254,13 +261,16 @@ def check_batch_norm(
     check_options(tolerance, max_ratio, dtype, accuracy, examples, xp)
     functions: dict[str, Any] = {"forward": forward, "backward": backward, "update": update}
     functions |= {"jvp": jvp, "double_backward": double_backward}
+    masks = as_flag("where", where)
     for role, function in functions.items():
         if function is not None or role == "forward":
-            check_call(role, function)
-    subject = Subject(forward, backward, update, numpy_dtype(dtype), xp, tolerance, max_ratio, jvp, double_backward)
+            check_call(role, function, masks)
+    options = numpy_dtype(dtype), xp, tolerance, max_ratio
+    subject = Subject(forward, backward, update, *options, jvp, double_backward, masks)
     subject.find_forms()
     there = {"", *(role for role, function in functions.items() if function is not None)}
-    properties = [prop for prop in (*PROPERTIES, *DERIVATIVES) if {prop.needs, prop.also} <= there]
+    known = (*PROPERTIES, *DERIVATIVES, *(WITH_MASK if masks else ()))
+    properties = [prop for prop in known if {prop.needs, prop.also} <= there]
     failures = []
     for prop in properties:
         if failure := _failure(prop, subject, examples):
@@ -371,7 +381,10 @@ def _batches(prop: Property, subject: Subject, examples: int) -> Iterator[Batch]
     lines = subject.form(prop.needs).name == "(N, C)" and prop.shrinks  # so that a small batch looks like the user's
 
     def kept(batch: Batch) -> Batch:
-        return batch._replace(x=as_lines(batch.x)[..., None], dy=as_lines(batch.dy)[..., None]) if lines else batch
+        if not lines:
+            return batch
+        where = None if batch.where is None else batch.where.reshape(-1, 1)
+        return batch._replace(x=as_lines(batch.x)[..., None], dy=as_lines(batch.dy)[..., None], where=where)
 
     kinds = [kind for kind in prop.kinds if kind != "far" or subject.max_ratio >= 30]
     yield from map(kept, prop.batches(subject))
@@ -383,9 +396,13 @@ def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
     """Return a part of the batch that still fails, with fewer samples, positions, channels and digits."""
     varied = _varies(batch)  # the part must vary too: a constant batch may fail for another reason
     for smaller in (_fewer_samples, _fewer_positions, _fewer_channels, _fewer_digits):
-        parts = (part for part in smaller(batch) if part.x[:, 0].size > 1 and _varies(part) >= varied)
+        parts = (part for part in smaller(batch) if _number(part) > 1 and _varies(part) >= varied)
         batch = next((part for part in parts if fails(part)), batch)
     return batch
+
+
+def _number(batch: Batch) -> int:
+    return int(batch.x[:, 0].size if batch.where is None else np.count_nonzero(batch.where))
 
 
 def _varies(batch: Batch) -> bool:
@@ -393,17 +410,24 @@ def _varies(batch: Batch) -> bool:
 
 
 def _fewer_samples(batch: Batch) -> list[Batch]:
-    return [batch._replace(x=batch.x[:n], dy=batch.dy[:n]) for n in FEW if n < len(batch.x)]
+    return [_part(batch, slice(n), slice(None)) for n in FEW if n < len(batch.x)]
 
 
 def _fewer_positions(batch: Batch) -> list[Batch]:
-    return [batch._replace(x=batch.x[..., :s], dy=batch.dy[..., :s]) for s in FEW if s < batch.x.shape[2]]
+    return [_part(batch, slice(None), slice(s)) for s in FEW if s < batch.x.shape[2]]
+
+
+def _part(batch: Batch, samples: slice, positions: slice) -> Batch:
+    where = None if batch.where is None else batch.where[samples, positions]
+    x, dy = batch.x[samples, :, positions], batch.dy[samples, :, positions]
+    return batch._replace(x=x, dy=dy, where=where)
 
 
 def _fewer_channels(batch: Batch) -> list[Batch]:
     c = batch.x.shape[1]
     some = [slice(i, i + count) for count in (1, 2) for i in range(c + 1 - count)]
-    return [Batch(batch.x[:, at], batch.dy[:, at], batch.weight[at], batch.bias[at], batch.eps) for at in some]
+    arrays = [(batch.x[:, at], batch.dy[:, at], batch.weight[at], batch.bias[at]) for at in some]
+    return [Batch(*of_some, batch.eps, batch.where) for of_some in arrays]
 
 
 def _fewer_digits(batch: Batch) -> list[Batch]:

@@ -44,9 +44,10 @@ ANY = Form("(N, C, S)", lambda array: array)
 FORMS = (ANY, Form("(N, C)", as_lines), Form("(N, C, H, W)", lambda array: array[..., None]))
 
 
-def check_call(role: str, function: Any) -> None:
-    """Raise a TypeError if the function cannot be called with the arguments of its role."""
+def check_call(role: str, function: Any, masks: bool = False) -> None:
+    """Raise a TypeError if the function cannot be called with the arguments of its role, a mask among them or not."""
     arguments, results = CALLS[role]
+    arguments += ", where" if masks else ""
     expected = f"{role}: expected a function of ({arguments}) that returns {results}; got"
     if inspect.isclass(function):
         raise TypeError(f"{expected} the class {function.__name__}. {REMEDY}")

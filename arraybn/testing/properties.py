@@ -52,12 +52,16 @@ class Subject:
     jvp: Callable[..., Any] | None = None
     double_backward: Callable[..., Any] | None = None
 
+    masks: bool = False  # True for functions that take a mask, after the other arguments
+
     forms: dict[str, Form] = field(default_factory=dict)  # by function; see `find_forms`
 
     def to_namespace(self, array: Array) -> Any:
         """Return a copy of `array` in the namespace of the functions."""
         if self.xp is None or (xp := as_namespace(self.xp)) is as_namespace(np):
             return array.copy()
+        if array.dtype == bool:
+            return converted("array", array, xp, None, xp.bool)
         return converted("array", array, xp, None, as_dtype(array.dtype.name, xp))
 
     def rounded(self, batch: Batch) -> Batch:
@@ -69,19 +73,23 @@ class Subject:
         """Return the shape of x that a function takes."""
         return self.forms.get(role, ANY)
 
-    def arguments(self, role: str, batch: Batch, **others: Array) -> tuple[list[Array], float]:
-        """Return the arrays, of which `others` replace some, and the number that a function is called with."""
+    def arguments(self, role: str, batch: Batch, **others: Array) -> tuple[list[Array], list[Any]]:
+        """Return the arrays, of which `others` replace some; then the number, and the mask for functions with masks."""
         arrays = {"x": batch.x, "dy": batch.dy, "weight": batch.weight, "bias": batch.bias}
         arrays |= dict(zip(("running_mean", "running_var"), running(batch), strict=True))
         arrays |= tangents(batch) | others
         names, pack = CALLS[role][0].split(", ")[:-1], self.form(role).pack
         values = [pack(arrays[name]) if arrays[name].ndim == 3 else arrays[name] for name in names]
-        return values, MOMENTUM if role == "update" else batch.eps
+        rest: list[Any] = [MOMENTUM if role == "update" else batch.eps]
+        if self.masks:
+            where = np.ones(batch.x[:, 0].shape, bool) if batch.where is None else batch.where
+            rest.append(self.to_namespace(pack(where[:, None])[:, 0]))
+        return values, rest
 
     def call(self, role: str, batch: Batch, **others: Array) -> Any:
         """Return the result of a function, in its namespace."""
-        arrays, option = self.arguments(role, batch, **others)
-        return getattr(self, role)(*map(self.to_namespace, arrays), option)
+        arrays, rest = self.arguments(role, batch, **others)
+        return getattr(self, role)(*map(self.to_namespace, arrays), *rest)
 
     def raw_y(self, batch: Batch) -> Any:
         """Return y of forward, in the namespace of the functions."""
@@ -222,6 +230,14 @@ def one_batch(subject: Subject) -> list[Batch]:
     return [scenarios.make("small", "shifted" if subject.max_ratio >= 30 else "standard")]
 
 
+def _masked(subject: Subject) -> list[Batch]:
+    return [scenarios.with_mask(batch, share) for batch in ordinary(subject) for share in (0.3, 0.8)]
+
+
+def _one_masked(subject: Subject) -> list[Batch]:
+    return [scenarios.with_mask(batch) for batch in one_batch(subject)]
+
+
 def _with_value(subject: Subject, value: float) -> list[Batch]:
     batch = scenarios.make("small")
     batch.x[1, 1, 2] = value
@@ -232,7 +248,7 @@ def _with_value(subject: Subject, value: float) -> list[Batch]:
 
 
 def _truth(batch: Batch) -> Exact:
-    return exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps)
+    return exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps, where=batch.where)
 
 
 def compared(name: str, got: Array, want: Any, scale: Any, dtype: Any, bound: Any = None) -> Measured:
@@ -315,11 +331,25 @@ def _non_finite(subject: Subject, batch: Batch) -> Measured:
     return compared("y", y[:, [0, 2]], other[:, [0, 2]], abs(other[:, [0, 2]]), subject.dtype)
 
 
+def _padding(subject: Subject, batch: Batch, function: str) -> Measured:
+    """Compare the results on batches that differ in masked values alone, where dy is 0."""
+    assert batch.where is not None
+    kept = np.broadcast_to(batch.where[:, None], batch.x.shape)
+    batch = batch._replace(dy=np.where(kept, batch.dy, batch.dy.dtype.type(0)))
+    spoiled = batch._replace(x=np.where(kept, batch.x, np.asarray(np.nan, batch.x.dtype)))
+    results = [[subject.y(one)] if function == "forward" else subject.gradients(one) for one in (batch, spoiled)]
+    errors = [
+        worst(got[kept] if got.ndim > 1 else got, want[kept] if want.ndim > 1 else want, 1.0, subject.dtype)
+        for want, got in zip(*results, strict=True)
+    ]
+    return Measured(max(errors))
+
+
 def inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
     """Return 0 if a call leaves its arguments as they are, else infinity."""
-    arrays, option = subject.arguments(function, batch)
+    arrays, rest = subject.arguments(function, batch)
     given = [subject.to_namespace(array) for array in arrays]
-    getattr(subject, function)(*given, option)
+    getattr(subject, function)(*given, *rest)
     for index, (array, after) in enumerate(zip(arrays, given, strict=True)):
         if _copied("argument", after).tobytes() != array.tobytes():
             return Measured(np.inf, f"argument {index} was written into")
@@ -329,7 +359,7 @@ def inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
 def _running(subject: Subject, batch: Batch, index: int) -> Measured:
     """Measure running_mean (index 0) or running_var (1), in ulp of float32 at the larger of old and new."""
     truth, old = _truth(batch), running(batch)[index].astype(LONG)
-    n = batch.x.shape[0] * batch.x.shape[2]
+    n = batch.x[:, 0].size if batch.where is None else np.count_nonzero(batch.where)
     new = truth.mean if index == 0 else truth.var * n / max(n - 1, 1)
     want, scale = (1 - MOMENTUM) * old + MOMENTUM * new, np.maximum(abs(old), abs(new))
     name = ("running_mean", "running_var")[index]
@@ -340,6 +370,7 @@ def _running(subject: Subject, batch: Batch, index: int) -> Measured:
 _dx, _dweight, _dbias = (partial(_gradient, name=name) for name in ("dx", "dweight", "dbias"))
 _running_mean, _running_var = partial(_running, index=0), partial(_running, index=1)
 _with_nan, _with_infinity = partial(_with_value, value=np.nan), partial(_with_value, value=np.inf)
+_padded = {name: partial(_padding, function=name) for name in ("forward", "backward")}
 _keeps_inputs = {name: partial(inputs_stay, function=name) for name in ("forward", "backward", "update")}
 
 NEAR, FAR = ("normal", "sorted"), ("far", "outlier", "nearly constant")
@@ -367,4 +398,14 @@ PROPERTIES = [
     Property("running_mean takes in the batch's mean", "update", _running_mean, ordinary, NEAR),
     Property("running_var takes in the batch's unbiased variance", "update", _running_var, ordinary, NEAR),
     Property("running_var keeps its digits where the mean is far from zero", "update", _running_var, far, FAR[:1]),
+]
+WITH_MASK = [
+    Property("y with a mask is what the definition gives", "forward", _y, _masked),
+    Property("a NaN in the padding changes no other y", "forward", _padded["forward"], _one_masked, factor=0),
+    Property("dx with a mask is what the definition gives", "backward", _dx, _masked, factor=3),
+    Property("dweight with a mask is the sum of dy·xhat over all positions", "backward", _dweight, _masked),
+    Property("dbias with a mask is the sum of dy over all positions", "backward", _dbias, _masked),
+    Property("a NaN in the padding changes no gradient", "backward", _padded["backward"], _one_masked, factor=0),
+    Property("running_mean takes in the mean of the mask", "update", _running_mean, _masked),
+    Property("running_var takes in the unbiased variance of the mask", "update", _running_var, _masked),
 ]

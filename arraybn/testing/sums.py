@@ -25,14 +25,18 @@ def bounds_of_sums(batch: Batch, truth: Exact, dtype: str) -> dict[str, Array]:
 
     No sum knows the terms that cancel in it, so y is measured at max(|weight|·max(1, |xhat|), |bias|), dx at
     |weight|·rstd·max(|dy|, max(1, |xhat|)·rms(dy)), dweight at Σ|dy|·max(1, |xhat|), dbias at Σ|dy|.
+    With a mask ⟨|x|⟩ is over its n positions, and Σ|dy|·max(1, |xhat|)/n may be larger than rms(dy).
     """
     u, axes = np.ldexp(LONG(1), -1 - MANTISSA_BITS[dtype]), (0, 2)
     weight, bias = (abs(vector.astype(LONG))[:, None] for vector in (batch.weight, batch.bias))
     x, dy, n = abs(batch.x.astype(LONG)), abs(batch.dy.astype(LONG)), batch.x[:, 0].size
     rstd = 1 / np.sqrt(truth.var + LONG(batch.eps))[:, None]
-    t = n * u * (1 + rstd * x.mean(axes)[:, None])
+    kept = np.ones(x[:, 0].shape, bool) if batch.where is None else batch.where
+    t = n * u * (1 + rstd * (x * kept[:, None]).sum(axes)[:, None] / np.count_nonzero(kept))
     e, at_least_1 = 3 * t + 8 * u, np.maximum(1, abs(truth.xhat))
     rms = np.sqrt((dy * dy).mean(axes))[:, None]
+    if batch.where is not None:
+        rms = np.maximum(rms, (dy * at_least_1).sum(axes)[:, None] / np.count_nonzero(kept))
     bounds = {
         "y": e * np.maximum(weight * at_least_1, bias),
         "dx": 8 * e * weight * rstd * np.maximum(dy, at_least_1 * rms),

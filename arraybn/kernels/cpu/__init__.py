@@ -153,7 +153,7 @@ class TiledSweeps:
         self.over_groups(one, *vectors)
         return results
 
-    def moments(self, x: _Group) -> tuple[Array, Array]:
+    def moments(self, x: _Group, where: None = None) -> tuple[Array, Array]:
         """(E1) mean and m2."""
         sample, plane, n, _, _, rows, height, _ = self.cut
         mean, m2 = np.empty((2, x.shape[1]))
@@ -170,7 +170,9 @@ class TiledSweeps:
                 break
         return mean, m2
 
-    def dots(self, u: _Group, x: _Group, mean: Array) -> tuple[Array, Array]:
+    def dots(
+        self, u: _Group, x: _Group, mean: Array, where: None = None, skip_zeros: bool = False
+    ) -> tuple[Array, Array]:
         """(E5) Σu and Σu·(x−mean)."""
         sample, plane, code = *self.cut[:2], self.code.dots
         return self._add_tiles(x, lambda r0, r1, s, q: code(self.u, self.x, sample, plane, x.first, r0, r1, mean, s, q))
@@ -181,7 +183,17 @@ class TiledSweeps:
         self._each_tile(x, lambda r0, r1: code(self.x, sample, plane, x.first, r0, r1, mean, a, c, y, in_place))
         return self.result
 
-    def affine2(self, u: _Group, x: _Group, mean: Array, a: Array, b: Array, c: Array, out: None = None) -> Array:
+    def affine2(
+        self,
+        u: _Group,
+        x: _Group,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        out: None = None,
+        where: None = None,
+    ) -> Array:
         """(E6) Write a·u + b·(x−mean) + c."""
         sample, plane, code, y, in_place = *self.cut[:2], self.code.affine2, self.y, self.in_place
         self._each_tile(
@@ -200,6 +212,7 @@ class TiledSweeps:
         c: Array,
         d: Array,
         out: None = None,
+        where: None = None,
     ) -> Array:
         """(E9) Write a·v + b·u + c·(x−mean) + d."""
         sample, plane, code, data = *self.cut[:2], self.code.affine3, (self.v, self.u, self.x)
