@@ -214,8 +214,8 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)}, that of {like_name}; got {tuple(array.shape)}")
 
 
-def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Array | None]) -> None:
-    """Raise unless `out` fits a result like x of `shape`, and shares with each input no memory, or all of it."""
+def check_out(out: Any, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless `out` fits a result like x of `shape`."""
     plain = type(out) is np.ndarray
     if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")
@@ -235,10 +235,14 @@ def check_out(out: Any, x: Array, shape: tuple[int, ...], inputs: dict[str, Arra
     strides = () if memory is None or memory.size == 0 else memory.strides
     if any(step == 0 and size > 1 for step, size in zip(strides, shape, strict=False)):
         raise ValueError(f"out: expected memory of its own for every value; got strides {strides}")
+
+
+def check_overlap(out: Array, inputs: dict[str, Array | None]) -> None:
+    """Raise unless `out` shares with each input no memory, or all of it."""
     for name, array in inputs.items():
         if array is None or array is out or not overlap(out, array):
             continue
-        if tuple(array.shape) != shape or not same_memory(out, array):
+        if tuple(array.shape) != tuple(out.shape) or not same_memory(out, array):
             raise ValueError(
                 f"out: expected memory disjoint from {name}, or {name} itself; got a partial overlap."
                 f" Pass a fresh array, for example xp.empty_like({name})"

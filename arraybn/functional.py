@@ -5,21 +5,32 @@ Each function takes arrays and returns arrays, and keeps or changes nothing else
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from . import sync
+from . import exact as exact_sums
+from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
-from .kernels import Backend, Module, select
-from .reference import Moments
+from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
+from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out, check_overlap
+from ._plan import Key, are_same, keep, key_of_backward, key_of_forward
+from .kernels import Backend, Module
+from .reference import Moments, Totals
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, select_in_mode
 from .sync import Call, Comm, RankPool
 
-_ALONE = nullcontext()
+ALONE = nullcontext()
+_FORWARDS: dict[Key | None, Layout] = {}  # plans: the layout of x; and that nothing is to be converted
+_BACKWARDS: dict[Key | None, bool] = {}
+_PARTS = """. A batch in parts takes these calls:
+    m = pool(*(moments(p) for p in parts))
+    y, saved = batch_norm(p, moments=m)       # for each part p
+    s = batch_norm_sums(dy, saved)            # for each part
+    dx, dweight, dbias = batch_norm_backward(dy, saved, sums=sum([s, …]))"""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -42,6 +53,7 @@ class Saved:
     _weight: Array | None
     _has_bias: bool
     _pool: RankPool | None  # the forward's; None where nothing was synchronized
+    _is_part: bool  # True where the moments of the whole batch were given
     _shown: Moments | None = None
 
     @property
@@ -56,21 +68,23 @@ class Saved:
         dtype = "" if self._x is None else f" dtype={dtype_name(self._x.dtype)},"
         return f"Saved(shape={self._layout.shape},{dtype} n={n}, backend={self._backend.name!r})"
 
-    def _backward_call(self) -> Call | None:
-        return None if self._pool is None else self._pool.call.backward()
+    def _backward_call(self, operation: str = sync.BACKWARD) -> Call | None:
+        return None if self._pool is None else self._pool.call.backward(operation)
 
 
 def batch_norm(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: Shaped,
+    weight: Shaped | None = None,
+    bias: Shaped | None = None,
     *,
-    mean: Array | None = None,
-    var: Array | None = None,
+    mean: Shaped | None = None,
+    var: Shaped | None = None,
+    moments: Moments | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
-    out: Array | None = None,
+    exact: bool = False,
+    out: Shaped | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of x over its batch: y = weight·(x − mean)/√(var + eps) + bias (E3).
@@ -83,6 +97,10 @@ def batch_norm(
         γ and β, of any of these dtypes; 1 and 0 where None.
     mean, var : array (C,), optional
         Fixed statistics, as in evaluation (E7). Without them the batch's own are used, var biased. Both or neither.
+    moments : Moments, optional
+        Those of the whole batch of which x is a part, as `pool` returns them: of micro-batches, or of the processes of
+        another library. Unlike mean and var they depend on x, so the backward takes the sums of all parts. Neither
+        with mean and var nor with comm.
     eps : float
         ε ≥ 0, in units of x². With eps = 0 a constant channel has xhat = 0.
     channel_axis : int
@@ -90,6 +108,10 @@ def batch_norm(
     comm : mpi4py communicator, optional
         Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
+    exact : bool
+        True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
+        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
+        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -124,7 +146,7 @@ def batch_norm(
 
     References
     ----------
-    S. Ioffe, C. Szegedy, Batch Normalization, 2015, algorithm 1.
+    Sergey Ioffe and Christian Szegedy, Batch Normalization, 2015, algorithm 1.
 
     Examples
     --------
@@ -141,11 +163,22 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
-        settings = {"eps": sync.settings_text(eps)}
+        settings = {"eps": sync.settings_text(eps), "exact": sync.settings_text(exact)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
-    with call or _ALONE, on_device_of(x):
+    with call or ALONE, on_device_of(x):
         return forward_in(
-            call, x, weight, bias, mean=mean, var=var, eps=eps, channel_axis=channel_axis, out=out, kernels=kernels
+            call,
+            x,
+            weight,
+            bias,
+            mean=mean,
+            var=var,
+            moments=moments,
+            eps=eps,
+            channel_axis=channel_axis,
+            exact=exact,
+            out=out,
+            kernels=kernels,
         )
 
 
@@ -157,45 +190,95 @@ def forward_in(
     *,
     mean: Array | None = None,
     var: Array | None = None,
+    moments: Moments | None = None,
     eps: float,
     channel_axis: int,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    x = as_floating("x", x)
-    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    channels = layout.ncs[1]
+    key = key_of_forward(x, weight, bias, mean, var, out, channel_axis)
+    layout = None if moments is not None else _FORWARDS.get(key)
+    if layout is None:
+        arrays = x, weight, bias, mean, var
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis, out)
+        if moments is None and are_same(checked, arrays):
+            keep(_FORWARDS, key, layout)
+        x, weight, bias, mean, var = checked
     eps = as_eps(eps)
-    if (mean is None) != (var is None):
-        given, missing = ("mean", "var") if var is None else ("var", "mean")
-        raise ValueError(f"{missing}: expected an array, because {given} is given; got None")
-    weight, bias = as_channel_vector("weight", weight, x, channels), as_channel_vector("bias", bias, x, channels)
-    if mean is not None:
-        mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
-        check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend = select(x, kernels)
+        check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
+    backend = select_in_mode("x", x, kernels, exact)
+    if exact and moments is not None and moments.record is None:
+        raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
+    pool = None if call is None else RankPool(call)
+    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], layout.n)
     if mean is not None:
-        moments = pool = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
-        pool = None if call is None else RankPool(call)
-        if pool is not None and target is None:  # after the exchange it is too late to find out that memory is short
-            target = backend.preallocate_result(view)
-        weight, bias = backend.widened(weight, bias)
-        moments, rstd, y = backend.forward(view, weight, bias, eps, pool, target)
-        mean = moments.mean
+        weight, widened_bias = backend.widened(weight, bias)
+        batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target)
+        mean = batch.mean
     y = _write_result(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
-    return y, Saved(moments, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool)
+    given = moments is not None
+    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given)
+
+
+def _checked(
+    call: Call | None,
+    arrays: Sequence[Array | None],
+    moments: Moments | None,
+    eps: float,
+    channel_axis: int,
+    out: Array | None,
+) -> tuple[Layout, Sequence[Array | None]]:
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of memory."""
+    x = as_floating("x", arrays[0])
+    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    as_eps(eps)
+    _check_statistics(arrays[3], arrays[4], moments, call)
+    named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
+    vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
+    if out is not None:
+        check_out(out, x, layout.shape)
+    return layout, [x, *vectors]
+
+
+def _normalized(
+    backend: Backend,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    batch: Moments | None,
+    pool: RankPool | None,
+    out: Array | None,
+) -> tuple[Moments, Array, Array]:
+    """Return the moments of the batch, rstd and y; `batch` are the moments of the whole, if they are given."""
+    if batch is not None:
+        return batch, *backend.forward_of_part(x, batch, weight, bias, eps, out)
+    if pool is not None and out is None:  # after the exchange it is too late to find out that memory is short
+        out = backend.preallocate_result(x)
+    return backend.forward(x, weight, bias, eps, pool, out)
+
+
+def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | None, call: Call | None) -> None:
+    """Raise unless the statistics come from one place."""
+    if (mean is None) != (var is None):
+        given, missing = ("mean", "var") if var is None else ("var", "mean")
+        raise ValueError(f"{missing}: expected an array, because {given} is given; got None")
+    if moments is not None and (mean is not None or call is not None):
+        other = "mean and var" if mean is not None else "comm"
+        raise ValueError(f"moments: expected None, because {other} is given; got Moments. Pass one of them")
 
 
 def batch_norm_backward(
-    dy: Array, saved: Saved, *, out: Array | None = None
+    dy: Shaped, saved: Saved, *, sums: Sums | None = None, out: Shaped | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 
@@ -206,6 +289,8 @@ def batch_norm_backward(
         a dtype that holds both; dx alone is rounded, at the end.
     saved : Saved
         From the forward, whose x must not have been changed since.
+    sums : Sums, optional
+        After a forward with `moments`, and only then: the sum of what `batch_norm_sums` returns for all parts.
     out : array, optional
         Takes dx: of its shape, dtype and device, disjoint from the inputs, or dy or x itself. Over x, this is the last
         backward of that forward.
@@ -217,14 +302,15 @@ def batch_norm_backward(
         statistics were used.
     dweight, dbias : array (C,) or None
         Σdy·xhat and Σdy, float64 where the namespace has it; None where the forward had no weight, no bias. After a
-        forward with `comm` they are the sums over this rank's part of the batch; dx knows of all parts.
+        forward with `comm` or `moments` they are the sums over this part of the batch; dx knows of all parts.
 
     Raises
     ------
     TypeError
         dy is no array of the namespace of x, or saved does not come from `batch_norm`.
     ValueError
-        dy has another shape or device than x, or `out` partly overlaps an input.
+        dy has another shape or device than x, `out` partly overlaps an input, or `sums` are missing, not asked for or
+        not those of all parts.
     RuntimeError
         x is gone: the forward, or an earlier backward, wrote over it.
     SyncError
@@ -239,75 +325,213 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbias
     (True, array([1.]))
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
-    call = saved._backward_call()
-    with call or _ALONE, on_device_of(dy):
-        return backward_in(call, dy, saved, out)
+    call = check_saved(saved)._backward_call()
+    with call or ALONE, on_device_of(dy):
+        return backward_in(call, dy, saved, out, sums)
 
 
 def backward_in(
-    call: Call | None, dy: Array, saved: Saved, out: Array | None = None
+    call: Call | None, dy: Array, saved: Saved, out: Array | None = None, sums: Sums | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
+    (dy, x), result = prepared(saved, call, out, dy=dy)
+    if saved._backend.exact is not None:
+        check_exact("dy", dy)
+    totals = totals_of(saved, call, sums)
+    weight = saved._weight
+    if saved._moments is None:
+        dx, dweight, dbias = saved._backend.evaluation_backward(dy, x, saved._mean, saved._rstd, weight, result.place)
+    else:
+        given = saved._moments, saved._rstd, weight, totals, result.place
+        dx, dweight, dbias = saved._backend.backward(dy, x, *given)
+    dx = result.write(dx, "an earlier backward wrote dx")
+    return dx, None if weight is None else dweight, dbias if saved._has_bias else None
+
+
+def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None) -> Sums:
+    """Return the sums over a part of a batch that the backward of each part needs from all parts (E5).
+
+    Parameters
+    ----------
+    dy : array (N, C, *S)
+        As in `batch_norm_backward`; x_dot for the sums that `batch_norm_jvp` needs.
+    saved : Saved
+        From a forward with `moments`.
+    v, v_weight : array (N, C, *S) and array (C,), optional
+        With v, the sums are those that `batch_norm_double_backward` needs.
+
+    Returns
+    -------
+    Sums
+        Σdy and Σdy·(x − mean) of each channel, and five more with v. The sums of disjoint parts add: ``a + b``,
+        ``sum([a, b])``.
+
+    Raises
+    ------
+    TypeError
+        dy or v is no array of the namespace of x, or saved does not come from `batch_norm`.
+    ValueError
+        A shape or device is not that of x, v_weight is given without v, or the forward had no `moments`.
+    RuntimeError
+        x is gone, as in `batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> x, dy = numpy.asarray([[0.0], [2.0], [7.0]]), numpy.asarray([[1.0], [0.0], [0.0]])
+    >>> parts = [(x[:1], dy[:1]), (x[1:], dy[1:])]
+    >>> whole = arraybn.pool(*(arraybn.moments(part) for part, _ in parts))
+    >>> saved = [arraybn.batch_norm(part, moments=whole)[1] for part, _ in parts]
+    >>> sums = sum(arraybn.batch_norm_sums(g, s) for (_, g), s in zip(parts, saved))
+    >>> dx = [arraybn.batch_norm_backward(g, s, sums=sums)[0] for (_, g), s in zip(parts, saved)]
+    >>> alone = arraybn.batch_norm_backward(dy, arraybn.batch_norm(x)[1])[0]
+    >>> bool(abs(numpy.concatenate(dx) - alone).max() < 1e-15)
+    True
+    """
+    if not check_saved(saved)._is_part:
+        raise ValueError(f"saved: expected the forward of a part, with moments=; got one without{_PARTS}")
+    if v is None and v_weight is not None:
+        raise ValueError("v: expected an array, because v_weight is given; got None")
+    backend, mean = saved._backend, saved._mean
+    with on_device_of(dy):
+        if v is None:
+            (dy, x), _ = prepared(saved, None, None, dy=dy)
+            if backend.exact is not None:
+                check_exact("dy", dy)
+                record = backend.exact.products(dy, x, mean)
+                values = exact_sums.sums_of(backend.exact, record, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), record)
+            sums = backend.dots(dy, x, mean)
+        else:
+            (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
+            (v_weight,) = widened_vectors(saved, v_weight=v_weight)
+            sums = reference.second_sums(backend, v, dy, x, mean, v_weight)
+        return Sums(saved._layout.n, array_namespace(x).stack(sums))
+
+
+# ---- The common steps of all that follows a forward ------------------------------------------------------------------
+
+
+def check_saved(saved: object) -> Saved:
+    """Return `saved`, or raise."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved: expected what batch_norm returned beside y; got {type(saved).__name__}")
+    return saved
+
+
+def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array) -> tuple[Sequence[Array], Result]:
+    """Return the given arrays and x as (N, C, S), in a dtype that holds the values of all, and the result's place."""
     if saved._overwritten is not None:
         raise RuntimeError(
             f"saved: expected a forward whose x is still there; got one without, because {saved._overwritten}."
             f" Pass another array as out, or None"
         )
     layout, x = saved._layout, saved._x
-    dy = as_floating("dy", dy)
-    check_home("dy", dy, x)
-    if tuple(dy.shape) != layout.shape:
-        raise ValueError(f"dy: expected shape {layout.shape}, that of x and y; got {tuple(dy.shape)}")
-    over_x = False
-    if out is not None:
-        check_out(out, x, layout.shape, {"dy": dy, "x": x})
-        over_x = same_memory(out, x)
-    target = None if out is None else layout.view(out)
-    wide = None if dy.dtype == x.dtype else common_dtype(dy, x)
-    if wide is not None:  # rounding dy first would lose small values of dy, and turn large ones into inf
-        dy = array_namespace(dy).astype(dy, wide, copy=False)
-    dy, x = layout.view(dy), layout.view(x)
-    if wide is None or wide == x.dtype:
-        dx, dweight, dbias = _gradients(call, saved, dy, x, target)
+    arrays = *given.values(), x
+    if (key := key_of_backward(arrays, out)) in _BACKWARDS:
+        if out is not None:
+            check_overlap(out, dict(zip((*given, "x"), arrays, strict=True)))
     else:
-        dx, dweight, dbias = _rounded_gradients(call, saved, dy, x, target)
-    dx = _write_result(dx, layout, out, target)
-    if over_x:
-        saved._x, saved._overwritten = None, "an earlier backward wrote dx over it (out=x)"
-    return dx, None if saved._weight is None else dweight, dbias if saved._has_bias else None
+        checked = _checked_like_x(x, layout, out, given)
+        if are_same(checked, arrays):
+            keep(_BACKWARDS, key, True)
+        arrays = checked
+    views = [layout.view(array) for array in arrays]
+    return views, Result(saved, call, out, views[-1])
 
 
-def _rounded_gradients(
-    call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None
-) -> tuple[Array, Array, Array]:
-    """Return dx in the dtype of x, dweight and dbias, computed in the wider dtype of dy."""
-    xp = array_namespace(x)
-    if call is not None and out is None:  # after the exchange it is too late to find out that memory is short
-        out = saved._backend.preallocate_result(x)
-    wide, dweight, dbias = _gradients(call, saved, dy, xp.astype(x, dy.dtype), None)
-    if out is None:
-        return xp.astype(wide, x.dtype), dweight, dbias
-    out[...] = xp.astype(wide, x.dtype)
-    return out, dweight, dbias
+def _checked_like_x(x: Array, layout: Layout, out: Array | None, given: dict[str, Array]) -> tuple[Array, ...]:
+    """Return the given arrays and x, in a dtype that holds the values of all, after all checks."""
+    given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
+    if out is not None:
+        check_out(out, x, layout.shape)
+        check_overlap(out, {**given, "x": x})
+    arrays = *given.values(), x
+    if all(array.dtype == x.dtype for array in arrays):
+        return arrays
+    wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
+    return tuple(array_namespace(x).astype(array, wide, copy=False) for array in arrays)
 
 
-def _gradients(call: Call | None, saved: Saved, dy: Array, x: Array, out: Array | None) -> tuple[Array, Array, Array]:
-    """Return dx, dweight and dbias (E5, E6; E7) from dy and x (N, C, S)."""
-    backend, rstd, weight = saved._backend, saved._rstd, saved._weight
-    if saved._moments is None:
-        return backend.evaluation_backward(dy, x, saved._mean, rstd, weight, out)
-    pool = None if call is None else RankPool(call, saved._pool)
-    if pool is not None and out is None:
-        out = backend.preallocate_result(x)
-    return backend.backward(dy, x, saved._moments, rstd, weight, pool, out)
+def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
+    """Return `array` as a plain array after a check against x."""
+    array = as_floating(name, array)
+    check_home(name, array, x)
+    if tuple(array.shape) != layout.shape:
+        raise ValueError(f"{name}: expected shape {layout.shape}, that of x and y; got {tuple(array.shape)}")
+    return array
+
+
+def widened_vectors(saved: Saved, **vectors: Array | None) -> Sequence[Array | None]:
+    """Return copies of the vectors (C,) in the dtype of statistics, after a check against x; None stays None."""
+    x, channels = saved._x, saved._layout.ncs[1]
+    checked = [as_channel_vector(name, vector, x, channels) for name, vector in vectors.items()]
+    return saved._backend.widened(*checked)
+
+
+class Result:
+    """The way of a result like x into the caller's layout and `out`; a sweep may write the result into `place`."""
+
+    __slots__ = ("out", "place", "saved", "target")
+
+    def __init__(self, saved: Saved, call: Call | None, out: Array | None, x: Array) -> None:
+        self.saved, self.out = saved, out
+        self.target = None if out is None else saved._layout.view(out)
+        self.place = self.target if x.dtype == saved._x.dtype else None
+        if call is not None and self.place is None:  # after the exchange it is too late to find that memory is short
+            self.place = saved._backend.preallocate_result(x)
+
+    def write(self, result: Array, cause: str) -> Array:
+        """Return the result in the dtype of x; `cause` is the clause that says what is lost where `out` is x."""
+        saved, x = self.saved, self.saved._x
+        if result.dtype != x.dtype:
+            result = array_namespace(x).astype(result, x.dtype)
+        result = _write_result(result, saved._layout, self.out, self.target)
+        if self.out is not None and same_memory(self.out, x):
+            saved._x, saved._overwritten = None, f"{cause} over it (out=x)"
+        return result
+
+
+def totals_of(saved: Saved, call: Call | None, sums: Sums | None, rows: int = 2) -> Totals | None:
+    """Return the `rows` sums over all parts: over ranks in a call, or those given; None where x is the whole."""
+    if sums is None and saved._is_part:
+        raise ValueError(f"sums: expected those of all parts, because the forward had moments=; got None{_PARTS}")
+    if sums is not None:
+        if not saved._is_part:
+            raise ValueError(f"sums: expected None, because the forward had no moments=; got some{_PARTS}")
+        return _GivenTotals(sums, saved, rows)
+    return None if call is None else RankPool(call, saved._pool)
+
+
+class _GivenTotals(Totals):
+    """The sums over all parts that the caller has added up."""
+
+    def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
+        assert saved._moments is not None
+        self._sums, self._record = check_sums("sums", sums, saved._moments, rows), sums.record
+        if saved._backend.exact is not None and rows == 2 and sums.record is None:
+            raise ValueError("sums: expected those of exact forwards, with a record; got usual ones")
+        self.kept = saved._rstd, saved._moments.mean_low
+
+    def sums(self, *parts: Array) -> Sequence[Array]:
+        """Return the given sums."""
+        return [self._sums[index, :] for index in range(len(parts))]
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the given record."""
+        assert self._record is not None
+        return self._record, n
+
+    def home(self, *vectors: Array) -> Sequence[Array]:
+        """Return the vectors, which are on the device already."""
+        return vectors
 
 
 def _write_result(result: Array, layout: Layout, out: Array | None, target: Array | None) -> Array:
     """Return `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
         return layout.restore(result)
-    if result is not target or not overlap(target, out):  # otherwise the sweep has written into `out`
+    written = result is target and (getattr(target, "base", None) is out or overlap(target, out))
+    if not written:  # by the sweep itself
         out[...] = layout.restore(result)
     return out

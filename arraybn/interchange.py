@@ -302,8 +302,10 @@ def _outgoing(
     keys = [start + name for name in _OURS]
     arrays = _arrays(given, keys, names)
     weight, bias = arrays[names[0]], arrays[names[1]]
-    if (weight is None) != (bias is None):
-        raise ValueError(f"state_dict: expected {keys[0]!r} and {keys[1]!r}, or neither; got one")
+    if weight is None and bias is not None:
+        raise ValueError(f"{keys[0]}: expected a weight beside {keys[1]!r}; got none")
+    if weight is not None and bias is None and center:  # of a layer with bias=False
+        bias = arrays[names[1]] = np.zeros_like(weight)
     for key, array, wanted, neutral in ((keys[0], weight, scale, 1), (keys[1], bias, center, 0)):
         if array is not None and not wanted and not (array == neutral).all():
             raise ValueError(f"{key}: expected {neutral} in every channel, to be left out; got {array}")

@@ -14,10 +14,19 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from . import sync
-from ._arrays.copies import filled
+from . import reference, sync
+from ._arrays.copies import filled, widened
 from ._arrays.devices import check_device, on_device, on_device_of
-from ._arrays.namespaces import Array, Namespace, array_namespace, as_dtype, as_namespace, dtype_name, namespace_name
+from ._arrays.namespaces import (
+    Array,
+    Namespace,
+    array_namespace,
+    as_dtype,
+    as_namespace,
+    class_name,
+    dtype_name,
+    namespace_name,
+)
 from ._checks import (
     as_channel_vector,
     as_eps,
@@ -43,7 +52,7 @@ class _NormBase(Module):
     """The parameters and buffers of a batch norm."""
 
     _version = 2
-    weight: Parameter  # and None with affine=False, which would be in the way of every type checker
+    weight: Parameter  # None with affine=False, bias also with bias=False: an Optional is in the way of type checkers
     bias: Parameter
     running_mean: Array | None
     running_var: Array | None
@@ -57,6 +66,8 @@ class _NormBase(Module):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -68,6 +79,7 @@ class _NormBase(Module):
         self.momentum = None if momentum is None else as_number("momentum", momentum)
         self.affine = as_flag("affine", affine)
         self.track_running_stats = as_flag("track_running_stats", track_running_stats)
+        bias, self.exact = as_flag("bias", bias), as_flag("exact", exact)
         self.channel_axis = as_integer("channel_axis", channel_axis)
         xp = as_namespace(np if xp is None else xp)
         self._check_to(dtype)
@@ -76,7 +88,7 @@ class _NormBase(Module):
         shape = (self.num_features,)
         with on_device(device):
             self.register_parameter("weight", Parameter(xp.ones(shape, **home)) if self.affine else None)
-            self.register_parameter("bias", Parameter(xp.zeros(shape, **home)) if self.affine else None)
+            self.register_parameter("bias", Parameter(xp.zeros(shape, **home)) if self.affine and bias else None)
             self.register_buffer("running_mean", xp.zeros(shape, **home) if self.track_running_stats else None)
             self.register_buffer("running_var", xp.ones(shape, **home) if self.track_running_stats else None)
         self.register_buffer("num_batches_tracked", 0 if self.track_running_stats else None)
@@ -106,10 +118,12 @@ class _NormBase(Module):
 
     def extra_repr(self) -> str:
         """Return the arguments as PyTorch prints them, then further arguments that are not the default."""
-        text = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine},"
-            f" track_running_stats={self.track_running_stats}"
-        )
+        weight, bias = self._own_parameters()
+        text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+        text += ", bias=False" if bias is None and weight is not None else ""
+        text += f", track_running_stats={self.track_running_stats}"
+        if self.exact:
+            text += ", exact=True"
         if self.channel_axis != 1:
             text += f", channel_axis={self.channel_axis}"
         if (array := self._an_array()) is not None:
@@ -177,6 +191,8 @@ _Tracking: TypeAlias = tuple[Array | None, Array | None, float, int | None]
 class _BatchNorm(_NormBase):
     """Forward and backward of a batch norm."""
 
+    _gather: Callable[[Moments], None] | None = None  # takes the moments of each batch, in place of the buffers
+
     def forward(self, x: Array) -> Array:
         """Normalize x (N, C, *S), with the batch's statistics in training and the running ones in evaluation.
 
@@ -205,7 +221,8 @@ class _BatchNorm(_NormBase):
         fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
         weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
-        y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
+        options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis, "exact": self.exact}
+        y, saved = forward_in(call, x, weight, bias, **fixed, **options)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
                 call.every_rank_raises()
@@ -266,7 +283,7 @@ class _BatchNorm(_NormBase):
             raise ValueError(
                 f"running_mean and running_var: expected either both or neither to be None; got None for {which} alone"
             )
-        if self.training or mean is None:
+        if self.training or mean is None or self._gather is not None:
             return {}
         as_channel_vector("running_mean", mean, x, self.num_features)  # `batch_norm` would name a wrong array "mean"
         as_channel_vector("running_var", var, x, self.num_features)
@@ -274,7 +291,7 @@ class _BatchNorm(_NormBase):
 
     def _tracking(self, x: Array) -> _Tracking | None:
         """Return the buffers and momentum for the batch x, checked before there is a result; None without tracking."""
-        if not (self.training and self.track_running_stats):
+        if not (self.training and self.track_running_stats) or self._gather is not None:
             return None
         buffers, momentum = self._buffers, self.momentum
         count, mean, var = buffers["num_batches_tracked"], buffers["running_mean"], buffers["running_var"]
@@ -290,6 +307,9 @@ class _BatchNorm(_NormBase):
 
     def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
         """Return the buffers that this batch changes, by name."""
+        if self._gather is not None:
+            self._gather(moments)
+            return {}
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
             raise ValueError(
@@ -314,35 +334,41 @@ class BatchNorm1d(_BatchNorm):
     Parameters
     ----------
     num_features : int
-        C.
+        The number of channels, C.
     eps : float
         ε ≥ 0, in units of x².
     momentum : float or None
         The weight of a new batch in the running statistics (E4); None for the average of all batches, 0 to leave
         mean and variance exactly as they are.
     affine : bool
-        Whether weight and bias are learned; otherwise both are None.
+        True for a layer with weight and bias; with False both are None.
     track_running_stats : bool
-        Whether the running statistics are kept. Without them the batch's own are used in evaluation as well.
+        True for a layer that keeps running statistics. Without them, evaluation uses the statistics of the batch, as
+        training does.
+    bias : bool
+        False for a layer with weight and without bias.
     channel_axis : int
         The axis of the channels; -1 for channels-last.
-    dtype, device, xp : optional
-        Of parameters and buffers: float32 or float64, a device as the namespace names it (a ``cupy.cuda.Device``), a
-        namespace such as numpy, cupy, torch or jax.numpy.
+    dtype : optional
+        The dtype of parameters and buffers: float32 (the default) or float64.
+    device : optional
+        The device of parameters and buffers, as their namespace names it, for example a ``cupy.cuda.Device``.
+    xp : module, optional
+        The namespace of parameters and buffers, such as numpy (the default), cupy, torch or jax.numpy.
 
     Attributes
     ----------
     weight, bias : Parameter (C,) or None
         γ and β.
     running_mean, running_var : array (C,) or None
-        Replaced, never written into. The variance is unbiased.
+        The running statistics. A batch replaces these arrays, and never writes into them. The variance is unbiased.
     num_batches_tracked : int or None
-        How many batches the running statistics have taken in.
+        The number of batches in the running statistics.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said.
+        An argument has a wrong type or value.
 
     Notes
     -----
@@ -356,7 +382,7 @@ class BatchNorm1d(_BatchNorm):
 
     References
     ----------
-    S. Ioffe, C. Szegedy, Batch Normalization, 2015. ``torch.nn.BatchNorm1d``.
+    Sergey Ioffe and Christian Szegedy, Batch Normalization, 2015. ``torch.nn.BatchNorm1d``.
 
     Examples
     --------
@@ -409,6 +435,60 @@ class BatchNorm3d(_BatchNorm):
             raise ValueError(f"expected 5D input (got {x.ndim}D input)")
 
 
+def fold(layer: _BatchNorm) -> tuple[Array, Array]:
+    """Return scale and shift (C,), so that the layer in evaluation is y = scale·x + shift (E3).
+
+    Parameters
+    ----------
+    layer : BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+        In evaluation, with running statistics.
+
+    Returns
+    -------
+    scale, shift : array (C,)
+        weight·rstd and bias − scale·running_mean, float64 where the namespace has it.
+
+    Raises
+    ------
+    TypeError
+        layer is no batch norm.
+    ValueError
+        The layer is in training, or has no running statistics: its statistics change with each batch.
+
+    Notes
+    -----
+    Use the result to fold the layer into its neighbour (`arraybn.network.fold_batch_norms`). Evaluated as written, in
+    the dtype of the data, it loses the digits that scale·x and shift have in common: about log₁₀(|mean|/std) of them.
+
+    References
+    ----------
+    ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> layer = arraybn.BatchNorm1d(1, eps=0).eval()
+    >>> layer.running_mean, layer.running_var = numpy.asarray([3.0]), numpy.asarray([4.0])
+    >>> arraybn.fold(layer)
+    (array([0.5]), array([-1.5]))
+    """
+    if not isinstance(layer, _BatchNorm):
+        raise TypeError(f"layer: expected a batch norm; got {class_name(layer)}")
+    if layer.training or layer.running_mean is None or layer.running_var is None:
+        got = "in training. Call layer.eval()" if layer.training else "without running statistics"
+        raise ValueError(f"layer: expected a batch norm in evaluation with running statistics; got one {got}")
+    with on_device_of(layer.running_mean):
+        mean, var, weight, bias = _widened(layer)
+        scale, shift = reference.normalize(reference.rstd(var, layer.eps), weight, bias)
+        return scale, shift - scale * mean
+
+
+def _widened(layer: _BatchNorm) -> list[Array | None]:
+    parameters = [None if parameter is None else parameter.data for parameter in layer._own_parameters()]
+    vectors = [layer.running_mean, layer.running_var, *parameters]
+    return [None if vector is None else widened(vector) for vector in vectors]
+
+
 # ---- Synchronized over ranks, and the conversion of models -----------------------------------------------------------
 
 
@@ -432,7 +512,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype, device, xp : optional
+    num_features, eps, momentum, affine, track_running_stats, bias, exact, channel_axis, dtype, device, xp : optional
         As in `BatchNorm1d`.
     process_group : mpi4py communicator, optional
         The ranks that synchronize; None for all ranks.
@@ -451,7 +531,7 @@ class SyncBatchNorm(_BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        An argument is not as said; both process_group and comm are given; a process_group that is null or an
+        An argument has a wrong type or value; both process_group and comm are given; a process_group that is null or an
         intercommunicator.
 
     Notes
@@ -501,6 +581,8 @@ class SyncBatchNorm(_BatchNorm):
         process_group: Comm | None = None,
         *,
         comm: Comm | None = None,
+        bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -508,7 +590,7 @@ class SyncBatchNorm(_BatchNorm):
         timeout: float | None = sync.TIMEOUT,
     ) -> None:
         home = {"channel_axis": channel_axis, "dtype": dtype, "device": device, "xp": xp}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **home)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, exact=exact, **home)
         sync.check_comm("comm", comm)
         if comm is not None and process_group is not None:
             raise TypeError("comm: expected process_group or comm, two names for the same communicator; got both")
@@ -570,6 +652,8 @@ class SyncBatchNorm(_BatchNorm):
             return self._backward(dy, call)
 
     def _uses_batch_statistics(self) -> bool:
+        if self._gather is not None:  # the ranks pool what they have gathered, at the end
+            return False
         evaluation = isinstance(self.training, bool | np.bool_) and not self.training  # anything else is an error
         return not evaluation or (self.running_mean is None and self.running_var is None)
 
@@ -582,6 +666,8 @@ class SyncBatchNorm(_BatchNorm):
             "eps": sync.settings_text(self.eps),
             "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
+            "bias": self.bias is not None,
+            "exact": sync.settings_text(self.exact),
             "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
             "training": sync.settings_text(self.training),

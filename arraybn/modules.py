@@ -5,9 +5,12 @@ A new value replaces an old one; no array is ever written into. A module remembe
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ContextDecorator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -17,6 +20,7 @@ from ._arrays.devices import on_device_of
 from ._arrays.namespaces import (
     Array,
     Namespace,
+    Shaped,
     array_namespace,
     check_dtype,
     class_name,
@@ -27,6 +31,7 @@ from ._arrays.namespaces import (
 from ._checks import as_flag, as_floating, as_integer, check_like, check_values
 
 M = TypeVar("M", bound="Module")
+F = TypeVar("F", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
 
@@ -166,6 +171,58 @@ class Parameter:
         self.grad = self.plus(gradient)
 
 
+_inference_depth: ContextVar[int] = ContextVar("arraybn.inference_mode", default=0)
+
+
+class inference_mode(ContextDecorator):  # noqa: N801 - used as a function, as in PyTorch
+    """Let forwards remember nothing for a backward: a context (``with inference_mode():``) or a decorator.
+
+    Results do not change, nor does the mode of a module: call `eval()` for running statistics. A backward after such a
+    forward is the RuntimeError of a module that has had no forward.
+
+    Raises
+    ------
+    TypeError
+        As the decorator of a generator or a coroutine, whose body runs later: write the block inside.
+
+    Notes
+    -----
+    The context belongs to the current thread or asyncio task; a new thread starts outside. A generator shares the
+    context of its caller: leave the block before each ``yield``.
+
+    References
+    ----------
+    ``torch.inference_mode``.
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> layer = arraybn.BatchNorm1d(1).eval()
+    >>> with arraybn.inference_mode():
+    ...     y = layer(numpy.ones((2, 1)))
+    >>> layer.backward(numpy.ones((2, 1)))
+    Traceback (most recent call last):
+    RuntimeError: BatchNorm1d.backward: expected a forward before it, ...
+    """
+
+    def __enter__(self) -> None:
+        _inference_depth.set(_inference_depth.get() + 1)  # a depth, because contexts of generators may cross
+
+    def __exit__(self, *error: object) -> None:
+        _inference_depth.set(_inference_depth.get() - 1)
+
+    def __call__(self, function: F) -> F:
+        """Return a function that does the same inside this context."""
+        if (
+            inspect.isgeneratorfunction(function)
+            or inspect.iscoroutinefunction(function)
+            or (inspect.isasyncgenfunction(function))
+        ):
+            name = getattr(function, "__name__", function)
+            raise TypeError(f"inference_mode: expected a plain function; got {name}. Write the block inside its body")
+        return super().__call__(function)
+
+
 class Module:
     """A node of a network: parameters, buffers and child modules by name, a forward and a hand-written backward.
 
@@ -207,14 +264,14 @@ class Module:
         """Return the arguments, as the printed tree shows them."""
         return ""
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Shaped) -> Array:
         """Return `forward(x)`."""
         return self.forward(x)
 
     # ---- One forward, one backward ----
 
     def _remember(self, value: Any) -> None:
-        object.__setattr__(self, "_remembered", value)
+        object.__setattr__(self, "_remembered", None if _inference_depth.get() else value)
 
     def _recall(self) -> Any:
         """Return the value of the latest `_remember`; call `_forget` once the backward has succeeded."""
@@ -222,6 +279,7 @@ class Module:
             raise RuntimeError(
                 f"{type(self).__name__}.backward: expected a forward before it, one for each backward;"
                 " got none. To use one layer twice in a pass, call arraybn.batch_norm and batch_norm_backward"
+                + (". In inference_mode() forwards remember nothing" if _inference_depth.get() else "")
             )
         return self._remembered
 

@@ -1,9 +1,10 @@
-"""The maths of batch normalization, E1 to E7, as pure functions of arrays.
+"""The maths of batch normalization, E1 to E9, as pure functions of arrays.
 
 This file and ``docs/maths.md`` are all that a reader needs. The file has four parts:
 
-1. batch norm itself: `forward`, `backward` and evaluation, which read from top to bottom as the paper does;
-2. the four sweeps, which alone touch data of the size of x;
+1. batch norm itself: `forward`, `backward`, evaluation and further derivatives, which read from top to bottom as the
+   paper does;
+2. the five sweeps, which alone touch data of the size of x;
 3. the moments of a batch, their pooling and their running average;
 4. the formulas for the vectors (C,) that the sweeps are given.
 
@@ -29,40 +30,58 @@ from ._arrays.namespaces import Array, array_namespace, dtype_name, wide_dtype
 
 
 class Sweeps(Protocol):
-    """The four sweeps over data (N, C, S) that the functions below share, under the same names as in this file."""
+    """The five sweeps over data (N, C, S) that the functions below share, under the same names as in this file."""
 
     def moments(self, x: Array) -> tuple[Array, Array]:
         """(E1) Return mean and m2."""
 
     def dots(self, u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-        """(E5) Return Σu and Σu·(x−mean)."""
+        """(E5, E8, E9) Return Σu and Σu·(x−mean)."""
 
     def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
         """(E3, E7) Return a·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
 
     def affine2(self, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-        """(E6) Return a·u + b·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
+        """(E6, E8, E9) Return a·u + b·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
+
+    def affine3(
+        self,
+        v: Array,
+        u: Array,
+        x: Array,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        d: Array,
+        out: Array | None = None,
+    ) -> Array:
+        """(E9) Return a·v + b·u + c·(x−mean) + d, in the dtype of x, perhaps written into `out`."""
 
 
-class Pool(Protocol):
+class Totals(Protocol):
+    """The sums over a batch that is in parts. Where ranks hold the parts, their vectors (C,) meet on the host."""
+
+    kept: tuple[Array, Array | None]  # rstd and mean_low of the forward, where the sums are
+
+    def sums(self, *parts: Array) -> Sequence[Array]:
+        """Return the sum of each vector over all parts, perhaps on the host."""
+
+    def home(self, *vectors: Array) -> Sequence[Array]:
+        """Return vectors from there on the device and in the dtype of the part's statistics."""
+
+
+class Pool(Totals, Protocol):
     """The ranks that hold the parts of a batch. Their vectors (C,) meet on the host, in float64."""
-
-    kept: tuple[Array, Array | None]  # rstd and mean_low on the host, from a forward to its backward
 
     def moments(self, part: Moments) -> Moments:
         """(E2) Return the moments of all parts together, on the host."""
-
-    def sums(self, *parts: Array) -> Sequence[Array]:
-        """Return the sum of each vector over all parts, on the host."""
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean, in the dtype of the part's statistics, and the rounding error or None."""
 
     def keep(self, rstd: Array, mean_low: Array | None) -> None:
         """Keep the host's statistics for the backward."""
-
-    def home(self, *vectors: Array) -> Sequence[Array]:
-        """Return the host's vectors on the device and in the dtype of the part's statistics."""
 
 
 # ---- Batch norm ------------------------------------------------------------------------------------------------------
@@ -80,11 +99,36 @@ def forward(
     """(E1–E3) The moments of the batch, rstd (C,), and y = weight·xhat + bias (N, C, S)."""
     batch = batch_moments(sweeps, x)  # (E1)
     if pool is None:
-        r = batch_rstd(batch.m2, batch.n, eps)  # (E3)
-    else:
-        batch, r = _pooled(batch, eps, pool)  # (E2, E3)
-    a, c = normalize(r, weight, bias, batch.mean_low)
-    return batch, r, sweeps.affine(x, batch.mean, a, c, out)  # (E3)
+        return batch, *forward_of_part(sweeps, x, batch, weight, bias, eps, out)
+    batch, r = _pooled(batch, eps, pool)  # (E2, E3)
+    return batch, r, _normalized(sweeps, x, batch, r, weight, bias, out)
+
+
+def forward_of_part(
+    sweeps: Sweeps,
+    x: Array,
+    batch: Moments,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """(E3) rstd (C,), and y of x (N, C, S), a part of the batch or the whole, from the moments of the batch."""
+    r = batch_rstd(batch.m2, batch.n, eps)
+    return r, _normalized(sweeps, x, batch, r, weight, bias, out)
+
+
+def _normalized(
+    sweeps: Sweeps,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+) -> Array:
+    """(E3) y = weight·xhat + bias."""
+    return sweeps.affine(x, batch.mean, *normalize(rstd, weight, bias, batch.mean_low), out)
 
 
 def backward(
@@ -94,7 +138,7 @@ def backward(
     batch: Moments,
     rstd: Array,
     weight: Array | None,
-    pool: Pool | None = None,
+    pool: Totals | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx (N, C, S), and dweight and dbias (C,), which are sums over this part of the batch alone."""
@@ -133,6 +177,101 @@ def evaluation_backward(
     return sweeps.affine(dy, zero, a, zero, out), dweight, dbias  # (E7)
 
 
+def jvp(
+    sweeps: Sweeps,
+    x_dot: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    weight_dot: Array | None,
+    bias_dot: Array | None,
+    *,
+    pool: Totals | None = None,
+    out: Array | None = None,
+) -> Array:
+    """(E8) y_dot = weight·rstd·P(x_dot) + weight_dot·xhat + bias_dot (N, C, S)."""
+    sums, low = sweeps.dots(x_dot, x, batch.mean), batch.mean_low
+    if pool is None:
+        projected = input_gradient(*parameter_gradients(*sums, rstd, low), batch.n, rstd, weight, low)
+    else:
+        projected = _pooled_input_gradient(sums, batch.n, weight, pool)
+    return sweeps.affine2(x_dot, x, batch.mean, *tangent(*projected, rstd, weight_dot, bias_dot, low), out)
+
+
+def double_backward(
+    sweeps: Sweeps,
+    v: Array,
+    dy: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    v_weight: Array | None,
+    *,
+    v_bias: Array | None = None,
+    pool: Totals | None = None,
+    out: tuple[Array | None, Array | None] = (None, None),
+) -> tuple[Array, Array, Array]:
+    """(E9) ddy and ddx (N, C, S), and ddweight (C,), which is a sum over this part of the batch alone."""
+    n, mean, low = batch.n, batch.mean, batch.mean_low
+    part = second_sums(sweeps, v, dy, x, mean, v_weight)
+    whole = part if pool is None else pool.home(*pool.sums(*part))
+    g, t, by_weight = (parameter_gradients(whole[i], whole[i + 1], rstd, low) for i in (0, 2, 4))
+    projected = input_gradient(*t, n, rstd, weight, low)
+    ddy = sweeps.affine2(v, x, mean, *tangent(*projected, rstd, v_weight, v_bias, low), out[0])
+    a, b, c, d = second_input_gradient(inner_product(whole[6], g, t, n), g, t, by_weight, n, rstd, weight, v_weight)
+    ddx = sweeps.affine3(v, dy, x, mean, a, b, c, d if low is None else d - c * low, out[1])
+    own = parameter_gradients(part[0], part[1], rstd, low)
+    return ddy, ddx, rstd * inner_product(part[6], own, t, n)
+
+
+def second_sums(
+    sweeps: Sweeps, v: Array, dy: Array, x: Array, mean: Array, v_weight: Array | None
+) -> tuple[Array, ...]:
+    """(E9) Σu and Σu·(x−mean) of u = dy, v and v_weight·dy, and Σv·dy, each (C,), of v, dy and x (N, C, S)."""
+    zero = array_namespace(mean).zeros_like(mean)
+    of_dy, scale = sweeps.dots(dy, x, mean), zero if v_weight is None else v_weight
+    _, v_dy = sweeps.dots(v, dy, zero)
+    return *of_dy, *sweeps.dots(v, x, mean), scale * of_dy[0], scale * of_dy[1], v_dy
+
+
+def evaluation_jvp(
+    sweeps: Sweeps,
+    x_dot: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    weight_dot: Array | None,
+    bias_dot: Array | None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """(E8) y_dot = weight·rstd·x_dot + weight_dot·xhat + bias_dot (N, C, S), with fixed statistics."""
+    a, zero = normalize(rstd, weight, None)
+    return sweeps.affine2(x_dot, x, mean, *tangent(a, zero, zero, rstd, weight_dot, bias_dot), out)
+
+
+def evaluation_double_backward(
+    sweeps: Sweeps,
+    v: Array,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    v_weight: Array | None,
+    *,
+    v_bias: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(E9) ddy and ddx (N, C, S), and ddweight (C,), with fixed statistics."""
+    ddy = evaluation_jvp(sweeps, v, x, mean, rstd, weight, v_weight, v_bias)
+    zero = array_namespace(mean).zeros_like(mean)
+    ddx = sweeps.affine(dy, zero, zero if v_weight is None else v_weight * rstd, zero)
+    return ddy, ddx, rstd * sweeps.dots(v, dy, zero)[1]
+
+
 def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
     """(E2, E3) The moments of all ranks, and rstd, which is computed from them on the host."""
     batch = pool.moments(part)  # (E2)
@@ -145,12 +284,14 @@ def _pooled(part: Moments, eps: float, pool: Pool) -> tuple[Moments, Array]:
     return Moments(batch.n, mean, m2, mean_low=low), r
 
 
-def _pooled_input_gradient(sums: tuple[Array, Array], n: int, weight: Array | None, pool: Pool) -> Sequence[Array]:
+def _pooled_input_gradient(
+    sums: tuple[Array, Array], n: int, weight: Array | None, pool: Totals
+) -> tuple[Array, Array, Array]:
     """(E6) a, b and c of dx: for weight 1 on the host, then, as all three are linear in it, times the weight."""
     (sum_dy, sum_dy_x), (r, low) = pool.sums(*sums), pool.kept
     totals = parameter_gradients(sum_dy, sum_dy_x, r, low)
-    coefficients = pool.home(*input_gradient(*totals, n, r, None, low))
-    return coefficients if weight is None else [weight * number for number in coefficients]
+    a, b, c = pool.home(*input_gradient(*totals, n, r, None, low))
+    return (a, b, c) if weight is None else (weight * a, weight * b, weight * c)
 
 
 # ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
@@ -174,7 +315,7 @@ def moments(x: Array) -> tuple[Array, Array]:
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5) Σu and Σu·(x−mean), each (C,), of u and x (N, C, S)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,), of u and x (N, C, S)."""
     xp = array_namespace(x)
     u, x = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
     return _sum(u), _sum(u * (x - mean[:, None]))
@@ -188,10 +329,20 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x; `out` is left alone, the result is a new array."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x; `out` is left alone."""
     xp = array_namespace(x)
     u, wide = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
     result = a[:, None] * u + (b[:, None] * (wide - mean[:, None]) + c[:, None])
+    return xp.astype(result, x.dtype, copy=False)
+
+
+def affine3(
+    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+) -> Array:
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x; `out` is left alone."""
+    xp = array_namespace(x)
+    v, u, wide = (xp.astype(t, mean.dtype, copy=False) for t in (v, u, x))
+    result = a[:, None] * v + (b[:, None] * u + (c[:, None] * (wide - mean[:, None]) + d[:, None]))
     return xp.astype(result, x.dtype, copy=False)
 
 
@@ -234,6 +385,8 @@ class Moments:
         Σ(x−mean)², in the dtype of `mean`.
     mean_low : array (C,), optional
         What is left of the mean below the precision of `mean`. Only where the namespace has no float64.
+    record : array (rows, C), optional
+        The sums that did not round (E10), of which mean and m2 are made. Only in exact mode.
 
     Examples
     --------
@@ -249,6 +402,7 @@ class Moments:
     mean: Array
     m2: Array
     mean_low: Array | None = field(default=None, repr=False, kw_only=True)
+    record: Array | None = field(default=None, repr=False, kw_only=True)
 
     def var(self, correction: int = 0) -> Array:
         """m2 / (n − correction) (C,): biased by default, unbiased with 1, NaN where n ≤ correction."""
@@ -356,3 +510,46 @@ def input_gradient(
     b = -a * rstd * (dweight / n)
     c = -a * (dbias / n)
     return a, b, c if mean_low is None else c - b * mean_low
+
+
+def tangent(
+    a: Array,
+    b: Array,
+    c: Array,
+    rstd: Array,
+    weight_dot: Array | None,
+    bias_dot: Array | None,
+    mean_low: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(E8, E9) a, b and c (C,) of a·u + b·(x−mean) + c + weight_dot·xhat + bias_dot."""
+    if weight_dot is not None:
+        slope = weight_dot * rstd
+        b, c = b + slope, c if mean_low is None else c - slope * mean_low
+    return a, b, c if bias_dot is None else c + bias_dot
+
+
+def inner_product(v_dy: Array, g: tuple[Array, Array], t: tuple[Array, Array], n: int) -> Array:
+    """(E9) n·Q = Σv·P(dy) (C,), from Σv·dy, and Σu·xhat and Σu of u = dy (g) and of u = v (t)."""
+    return v_dy - (g[0] * t[0] + g[1] * t[1]) / max(n, 1)
+
+
+def second_input_gradient(
+    product: Array,
+    g: tuple[Array, Array],
+    t: tuple[Array, Array],
+    by_weight: tuple[Array, Array],
+    n: int,
+    rstd: Array,
+    weight: Array | None,
+    v_weight: Array | None,
+) -> tuple[Array, Array, Array, Array]:
+    """(E9) a, b, c and d (C,) of ddx = a·v + b·dy + c·(x−mean) + d.
+
+    g, t and by_weight are Σu·xhat and Σu of u = dy, v and v_weight·dy; product is n·Q.
+    """
+    n = max(n, 1)
+    scale = -rstd * rstd if weight is None else -weight * rstd * rstd
+    a, b = scale * (g[0] / n), scale * (t[0] / n)
+    c = scale * (product / n) - (a * t[0] + b * g[0] + rstd * by_weight[0]) / n
+    d = -(a * t[1] + b * g[1] + rstd * by_weight[1]) / n
+    return a, b if v_weight is None else b + v_weight * rstd, c * rstd, d

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import exact as exact_sums
 from . import reference
-from ._arrays.copies import copied
+from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array
-from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
-from .kernels import Module, select
+from ._arrays.namespaces import Array, Shaped, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
+from ._checks import as_channel_vector, as_flag, as_floating, as_integer, as_number, check_home, check_like
+from .kernels import Backend, Module, select, with_exact_sums
 from .reference import Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
+def moments(x: Shaped, *, channel_axis: int = 1, exact: bool = False, kernels: str | Module | None = None) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
@@ -21,6 +26,9 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
         float16, bfloat16, float32 or float64, in any memory layout.
     channel_axis : int
         The axis that is kept; -1 for channels-last.
+    exact : bool
+        True for sums without rounding (E10), of float16, bfloat16 or float32: mean and m2 are the correctly rounded
+        ones, `pool` of such moments is exact, and all bits are those of any order and any split.
     kernels : str or module, optional
         Forces a kernel module.
 
@@ -47,8 +55,34 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
     """
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    backend = select_in_mode("x", x, kernels, exact)
     with on_device_of(x):
-        return reference.batch_moments(select(x, kernels), layout.view(x))
+        if backend.exact is not None:
+            return exact_sums.batch_moments(backend.exact, layout.view(x))
+        return reference.batch_moments(backend, layout.view(x))
+
+
+def select_in_mode(name: str, x: Array, kernels: str | Module | None, exact: bool) -> Backend:
+    """Return the backend that serves x, in exact mode or not."""
+    backend = select(x, kernels)
+    if not as_flag("exact", exact):
+        return backend
+    check_exact(name, x)
+    return with_exact_sums(backend)
+
+
+def check_exact(name: str, array: Array) -> None:
+    """Raise unless exact sums can be taken of `array`."""
+    if dtype_name(array.dtype) == "float64":
+        raise TypeError(
+            f"{name}: expected float16, bfloat16 or float32 for exact=True, because the product of two float64 has too"
+            " many bits for a float64; got float64"
+        )
+    if dtype_name(wide_dtype(array)) != "float64":
+        raise TypeError(
+            f"{name}: expected an array of a namespace with float64 for exact=True;"
+            f" got one of {namespace_name(array_namespace(array))}"
+        )
 
 
 def pool(*moments: Moments) -> Moments:
@@ -91,13 +125,22 @@ def pool(*moments: Moments) -> Moments:
             )
     pooled = moments[0]
     with on_device_of(pooled.mean):
+        if all(part.record is not None for part in moments):
+            return _pooled_records(moments)
         for part in moments[1:]:
             pooled = reference.pool(pooled, part)
     return pooled
 
 
+def _pooled_records(parts: Sequence[Moments]) -> Moments:
+    records: Any = [part.record for part in parts]
+    if len({record.shape for record in records}) > 1:
+        raise ValueError(f"moments: expected records of one shape; got {[record.shape for record in records]}")
+    return exact_sums.moments_of(exact_sums, sum(records), sum(part.n for part in parts), parts[0].mean)
+
+
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -134,7 +177,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")
@@ -155,7 +198,7 @@ def update_unchecked(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, correction: int = 1
 ) -> tuple[Array, Array]:
     """(E4) Return the running statistics after one more batch; the arguments are known to be right."""
-    update = select(moments.mean).update_running_stats
+    update = reference.update_running_stats if moments.record is not None else select(moments.mean).update_running_stats
     return update(running_mean, running_var, moments.mean, moments.var(correction), momentum)
 
 
@@ -167,3 +210,78 @@ def _check_moments(name: str, value: object) -> None:
     if value.mean.ndim != 1:
         raise ValueError(f"{name}.mean: expected shape (C,); got {tuple(value.mean.shape)}")
     check_like(f"{name}.m2", value.m2, value.mean, f"{name}.mean")
+
+
+def as_moments_of_whole(moments: Moments, x: Array, channels: int, n: int) -> Moments:
+    """Return a private copy of the moments of the batch of which x, with n values per channel, is a part."""
+    _check_moments("moments", moments)
+    parts = {"mean": moments.mean, "m2": moments.m2, "mean_low": moments.mean_low}
+    mean, m2, low = (as_channel_vector(f"moments.{name}", part, x, channels) for name, part in parts.items())
+    if moments.n < n:
+        raise ValueError(
+            f"moments: expected those of the whole batch, n ≥ {n}, the values per channel of x; got n = {moments.n}."
+            " Pool those of all parts: arraybn.pool(*(arraybn.moments(part) for part in parts))"
+        )
+    mean, m2, low = widened(mean), widened(m2), None if low is None else widened(low)
+    if low is not None and dtype_name(mean.dtype) == "float64":
+        mean, low = mean + low, None
+    return Moments(moments.n, mean, m2, mean_low=low, record=moments.record)
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """(E5) The sums of a part of a batch, which `batch_norm_sums` returns and `batch_norm_backward` takes.
+
+    The sums of disjoint parts add: ``a + b``, ``sum([a, b, c])``. They can be pickled and sent.
+
+    Attributes
+    ----------
+    n : int
+        How many values each channel was summed over.
+    values : array (2, C) or (7, C)
+        Σdy and Σdy·(x − mean), float64 where the namespace has it; with v, then the same two of v and of v_weight·dy,
+        and Σv·dy.
+    record : array (rows, C) or None
+        In exact mode, the integers of the first two sums, which do not round when they are added (E10).
+
+    Examples
+    --------
+    >>> import numpy, arraybn
+    >>> x, dy = numpy.asarray([[0.0], [2.0], [7.0]]), numpy.asarray([[1.0], [2.0], [4.0]])
+    >>> whole = arraybn.moments(x)
+    >>> saved = [arraybn.batch_norm(part, moments=whole)[1] for part in (x[:1], x[1:])]
+    >>> sum([arraybn.batch_norm_sums(dy[:1], saved[0]), arraybn.batch_norm_sums(dy[1:], saved[1])])
+    Sums(n=3, values=array([[ 7.],
+           [11.]]))
+    """
+
+    n: int
+    values: Array
+    record: Array | None = field(default=None, repr=False)
+
+    def __add__(self, other: Sums) -> Sums:
+        if not isinstance(other, Sums):
+            return NotImplemented
+        check_like("values", other.values, self.values, "the values of the sums before")
+        records: list[Any] = [self.record, other.record]
+        with on_device_of(self.values):
+            total = None if any(record is None for record in records) else sum(records)
+            return replace(self, n=self.n + other.n, values=self.values + other.values, record=total)
+
+    def __radd__(self, other: object) -> Sums:
+        """Return these sums for 0 + sums, with which `sum` begins."""
+        return self if other == 0 else NotImplemented
+
+
+def check_sums(name: str, sums: object, whole: Moments, rows: int) -> Array:
+    """Return the values (rows, C) of the sums of all parts of the batch, in the dtype of statistics, or raise."""
+    if not isinstance(sums, Sums):
+        raise TypeError(f"{name}: expected the sum of what batch_norm_sums returned; got {class_name(sums)}")
+    values = as_floating(f"{name}.values", sums.values)
+    check_home(f"{name}.values", values, whole.mean, "moments.mean")
+    if tuple(values.shape) != (expected := (rows, whole.mean.shape[0])):
+        with_v = "" if rows == 2 else ". Pass v, and v_weight, to batch_norm_sums"
+        raise ValueError(f"{name}.values: expected shape {expected}; got {tuple(values.shape)}{with_v}")
+    if as_integer(f"{name}.n", sums.n) != whole.n:
+        raise ValueError(f"{name}: expected those of all parts, n = {whole.n} as in moments; got n = {sums.n}")
+    return widened(values)

@@ -7,6 +7,7 @@ formulas into MathML, which a browser draws without script or network, and makes
 from __future__ import annotations
 
 import argparse
+import configparser
 import re
 import sys
 from functools import cache, partial
@@ -31,6 +32,17 @@ from arraybn.__main__ import COMMANDS  # noqa: E402
 
 SHOWN = re.findall(r"literalinclude\} \.\./\.\./(\S+)", (DOCS / "reference" / "source.md").read_text())
 
+
+def repository_in(setup: str) -> str:
+    """Return the address of the repository from the text of a setup.cfg; "" where the text has none."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read_string(setup)
+    metadata = settings["metadata"] if settings.has_section("metadata") else {}
+    lines = metadata.get("project_urls", "").splitlines()
+    urls = {name.strip().lower(): url.strip() for name, _, url in (line.partition("=") for line in lines)}
+    return urls.get("repository") or urls.get("source") or metadata.get("url", "")
+
+
 QUOTED = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # pages whose text is in a file beside docs/
 
 project = "arraybn"
@@ -51,13 +63,15 @@ default_role = "code"  # `x` in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings state the shapes; types do not
 napoleon_google_docstring = False
-napoleon_use_ivar = True
+napoleon_use_param = False  # `weight, bias : array` stays one entry
+napoleon_custom_sections = [("Attributes", "params_style")]  # in the form of the parameters
 napoleon_use_rtype = False
 python_display_short_literal_types = True
 add_module_names = False
 
 html_theme = "furo"
 html_title = "arraybn"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static", str(Path(ziamath.__file__).with_name("fonts") / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
@@ -87,6 +101,8 @@ def links_within_the_site(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = (ROOT / QUOTED[docname]).read_text().replace("](", "](../")
     if not (DOCS / "gpu.md").exists():
         source[0] = source[0].replace("\ngpu*\n", "\n")
+    if app.config.repository and docname == app.config.root_doc:
+        source[0] = source[0].replace("\ncontributing\n", f"\nRepository <{app.config.repository}>\ncontributing\n")
     pages = {
         r"notebooks/([\w-]+\.ipynb)": r"tutorials/\1",
         r"notebooks/(?:README\.md)?": "tutorials/index.md",
@@ -125,20 +141,31 @@ def as_mathml(self: Any, node: nodes.Element) -> None:
 
 
 def names_of_tests_break(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Allow line breaks in the long names of tests, and mark the tables that have a column of test names."""
+    """Allow line breaks in the long names of tests."""
     for literal in doctree.findall(nodes.literal):
         if (text := literal.astext()).startswith("tests/"):
             broken = re.sub(r"(_|::)", r"\1<wbr>", text)
             literal.replace_self(nodes.raw("", f'<code class="literal">{broken}</code>', format="html"))
+
+
+def tables_fit_a_phone(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Mark the tables whose cells stand below each other on a phone, and repeat the head of the column in the cells."""
     for table in doctree.findall(nodes.table):
-        if "held by" in [entry.astext() for entry in table.findall(nodes.entry)]:
-            table["classes"].append("held")
+        head, *rows = ([*row.findall(nodes.entry)] for row in table.findall(nodes.row))
+        names = [entry.astext() for entry in head]
+        if "held by" in names:
+            table["classes"] += ["stacked", "held"]
+        elif "what to do" in names:
+            table["classes"].append("stacked")
+            for entry, name in ((row[i], name) for row in rows for i, name in enumerate(names) if i):
+                entry[0].insert(0, nodes.inline("", f"{name}: ", classes=["head"]))
 
 
 def formulas_are_no_markup(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Escape (N, C, *S), or docutils reads emphasis, and |mean|, or docutils reads a substitution."""
+    """Escape (N, C, *S), |mean| and "C. Szegedy": docutils reads emphasis, a substitution, an item of a list."""
     starred = (re.sub(r"(?<![\\\w`*])\*(?=S\b)", r"\\*", line) for line in lines)
-    lines[:] = [re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred]
+    barred = (re.sub(r"\|([\w·]+)\|", r"\\|\1\\|", line) for line in starred)
+    lines[:] = [re.sub(r"^(\s*[A-Z])\.(?= |$)", r"\1\.", line) for line in barred]
 
 
 class CommandHelp(SphinxDirective):
@@ -172,9 +199,11 @@ class CapabilityTable(SphinxDirective):
 def setup(app: Sphinx) -> None:
     """Connect everything above; Sphinx calls this function first."""
     bring_lessons()
+    app.add_config_value("repository", repository_in((ROOT / "setup.cfg").read_text()), "env", str)
     app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     app.add_directive("command-help", CommandHelp)
     app.add_directive("capability-table", CapabilityTable)
     app.connect("source-read", links_within_the_site)
     app.connect("doctree-resolved", names_of_tests_break)
+    app.connect("doctree-resolved", tables_fit_a_phone)
     app.connect("autodoc-process-docstring", formulas_are_no_markup, priority=900)

@@ -2,6 +2,7 @@
 
     python notebooks/tidy.py notebooks/1-*.ipynb            # run, strip and write in place
     python notebooks/tidy.py --no-run notebooks/1-*.ipynb   # only strip and write
+    python notebooks/tidy.py --without-answers students notebooks/*.ipynb   # write copies for a class into students/
 
 The kernel is that of the running Python, whatever other kernels are installed. If a cell raises, the error is shown and
 nothing is written. Execution times, the editor's settings and all traces of the machine are removed.
@@ -23,6 +24,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 TIME_LIMIT = 300  # seconds for one cell; the first cell may have much to compile
+ANSWER = r"<details>\s*<summary>Answer</summary>.*?</details>"
 COLOURS = r"\x1b\[[0-9;]*m"  # of IPython's tracebacks
 
 
@@ -69,6 +71,18 @@ def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     return result
 
 
+def remove_answers(notebook: nbformat.NotebookNode) -> None:
+    """Remove the answers to the exercises, and put an empty cell of code below each question."""
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        question = re.sub(ANSWER, "", cell.source, flags=re.DOTALL)
+        if question != cell.source:
+            cell.source = question.strip("\n")
+            cells.append(nbformat.v4.new_code_cell("# your answer"))
+    notebook.cells = cells
+
+
 def slug(source: str) -> str:
     """Return the first words of a cell, in the letters that an id may have."""
     return "-".join(re.findall(r"[a-z][a-z0-9]+", source.lower())[:3])[:24].strip("-") or "cell"
@@ -88,12 +102,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--no-run", action="store_true", help="keep the outputs as they are")
+    help_ = "run nothing, and write copies without the answers to the exercises into this folder"
+    parser.add_argument("--without-answers", type=Path, metavar="DIR", help=help_)
     options = parser.parse_args(arguments)
+    copies = options.without_answers
+    if copies and copies.resolve() in [path.resolve().parent for path in options.notebooks]:
+        parser.error(f"--without-answers: expected another folder than that of the lessons; got {copies}")
     failed = 0
     for path in options.notebooks:
         notebook = nbformat.read(path, as_version=4)
         try:
-            if not options.no_run:
+            if copies:
+                remove_answers(notebook)
+            elif not options.no_run:
                 run(notebook, path.parent)
         except Exception as error:
             print(f"{path.name}: {re.sub(COLOURS, '', str(error))}", file=sys.stderr)
@@ -101,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         tidy(notebook, f"l{path.name.split('-')[0]}")
         nbformat.validate(notebook)
-        nbformat.write(notebook, path)
+        if copies:
+            copies.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, copies / path.name if copies else path)
     return failed
 
 

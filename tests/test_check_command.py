@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import as_installed
 from support.libraries import need
 
 import arraybn
 from arraybn.accuracy import errors as check
+from arraybn.accuracy import figure
 from arraybn.bench.contestants.registry import measured as contestants
 
 Result = subprocess.CompletedProcess[str]
@@ -44,6 +47,26 @@ def forgetful(dy, x, weight, bias, eps):
     dweight, dbias = (dy * centred * rstd).sum(axis=(0, 2)), dy.sum(axis=(0, 2))
     n = x.shape[0] * x.shape[2]
     return (weight[:, None] * rstd * (dy - dbias[:, None] / n)).astype(np.float32), dweight, dbias
+
+def plain(x, weight, bias, eps):
+    centred = x - x.mean(axis=(0, 2), keepdims=True)
+    rstd = 1 / np.sqrt(x.var(axis=(0, 2), keepdims=True) + np.float32(eps))
+    return weight[:, None] * (centred * rstd) + bias[:, None]
+
+def one_pass(x, weight, bias, eps):
+    mean = x.mean(axis=(0, 2), keepdims=True)
+    var = (x * x).mean(axis=(0, 2), keepdims=True) - mean * mean
+    return weight[:, None] * (x - mean) / np.sqrt(var + np.float32(eps)) + bias[:, None]
+
+def lines(x, gamma, beta, eps):
+    mean, var = x.mean(axis=0, dtype=np.float64), x.var(axis=0, dtype=np.float64)
+    return (gamma * (x - mean) / np.sqrt(var + eps) + beta).astype(x.dtype)
+
+def three(x, weight, bias):
+    return x
+
+class Norm:
+    pass
 
 number = 3
 """
@@ -97,7 +120,7 @@ def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any])
     for family, name in here:
         assert f"  {name} " in result.stdout, family
     for one in contestants():
-        assert (f"pip install {one.pip}" in result.stdout) == any(
+        assert (as_installed(f"pip install {one.pip}") in as_installed(result.stdout)) == any(
             other.missing for other in contestants() if other.pip == one.pip
         )
 
@@ -211,7 +234,9 @@ def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_named_before_the_work(tmp_path: Path) -> None:
     result = run("--plot", cwd=tmp_path, preparation="sys.modules['matplotlib'] = None", limit=10)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', result.stderr)
+    assert re.fullmatch(
+        r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', as_installed(result.stderr)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 256, 12544])
@@ -246,13 +271,67 @@ def test_a_fault_of_the_backward_is_named_with_its_cause(mine: Path) -> None:
     assert "usual cause: the term xhat·dweight/n of (E6) is missing" in result.stdout
 
 
+def test_float32_sums_have_a_verdict_and_a_status_of_their_own(mine: Path) -> None:
+    result = run("mine:plain", "--examples", "5", cwd=mine)
+    assert (result.returncode, result.stderr) == (3, "")
+    verdict = r"^the formula is right; accuracy is that of float32 sums: \S+ ulp at \|mean\|/std = \S+$"
+    assert re.search(verdict, result.stdout, re.MULTILINE)
+    assert "rough  y keeps its digits where the mean is far from zero\n" in result.stdout
+    assert "FAILS" not in result.stdout
+    assert "--accuracy sums" in result.stdout.splitlines()[-1]
+    accepted = run("mine:plain", "--examples", "5", "--accuracy", "sums", cwd=mine)
+    assert (accepted.returncode, accepted.stderr) == (0, "")
+    assert re.search(verdict, accepted.stdout, re.MULTILINE)
+    near = run("mine:plain", "--examples", "0", "--max-ratio", "1", "--tolerance", "32", cwd=mine)
+    assert near.returncode == 0, near.stdout
+
+
+@pytest.mark.parametrize("name", ["unbiased", "one_pass"])
+def test_a_fault_is_one_whatever_accuracy_is_accepted(mine: Path, name: str) -> None:
+    result = run(f"mine:{name}", "--examples", "0", "--accuracy", "sums", cwd=mine)
+    assert result.returncode == 1, result.stdout
+    assert result.stdout.count("usual cause") == 1
+    assert "the formula is right" not in result.stdout
+
+
+def test_an_unbiased_variance_is_told_once_and_not_blamed_on_nan(mine: Path) -> None:
+    result = run("mine:unbiased", cwd=mine)
+    assert "ok     a NaN stays in its channel\n" in result.stdout
+    assert result.stdout.count("usual cause") == result.stdout.count("on x = ") == 1
+    failing = re.findall("^FAILS  (.*)$", result.stdout, re.MULTILINE)
+    assert result.stdout.partition("it breaks:\n")[2].split("\n") == [f"    {name}" for name in failing] + [""]
+
+
+def test_functions_of_n_c_alone_are_accepted_and_told_so(mine: Path) -> None:
+    result = run("mine:lines", "--examples", "5", cwd=mine)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert "checked with x of shape (N, C) alone, which is what forward can take" in result.stdout
+
+
+def test_the_check_leaves_nothing_in_the_folder(mine: Path) -> None:
+    before = sorted(path.name for path in mine.iterdir())
+    run("mine:forward", cwd=mine)
+    assert sorted(path.name for path in mine.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(("target", "got"), [("three", "three(x, weight, bias)"), ("Norm", "the class Norm. Write a")])
+def test_other_arguments_are_refused_in_one_line(mine: Path, target: str, got: str) -> None:
+    result = run(f"mine:{target}", cwd=mine)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    expected = "check: forward: expected a function of (x, weight, bias, eps) that returns y; got "
+    assert result.stderr.startswith(expected + got)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         ("mine", "expected package.module:function; got 'mine'"),
         ("./mine.py:forward", "expected package.module:function, as in mine:forward; got './mine.py:forward', a file"),
         ("nine:forward", "no module named 'nine' in this folder"),
-        ("mine:backwards", "mine has no 'backwards'; it has forward, unbiased, forgetful"),
+        (
+            "mine:backwards",
+            "mine has no 'backwards'; it has forward, unbiased, forgetful, plain, one_pass, lines, three, Norm",
+        ),
         ("mine:number", "mine:number: expected a function; it is of type int"),
         ("broken:f", "importing broken raised ZeroDivisionError: division by zero"),
         ("needy:f", "importing needy raised ModuleNotFoundError: No module named 'nowhere'"),
@@ -284,3 +363,31 @@ def test_the_help_shows_the_signatures_and_its_example_passes(tmp_path: Path) ->
     (tmp_path / "mine.py").write_text(re.sub("^  ", "", text[start:end], flags=re.MULTILINE))
     result = run("mine:forward", "--examples", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_library_that_is_needed_twice_is_named_once() -> None:
+    for one in contestants():
+        assert len(set(one.needs)) == len(one.needs), one.name
+
+
+def drawn(rows: list[check.Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the axes of the picture, laid out."""
+    made = need("matplotlib.figure").Figure(figsize=(11.5, 7.0), layout="constrained")
+    monkeypatch.setattr(figure, "draw_picture", lambda path, size, title, subtitle, fill: fill(made))
+    figure.draw(rows, Path("unused.png"))
+    made.draw_without_rendering()
+    return made.axes[0]
+
+
+@pytest.mark.parametrize(("worst", "few"), [(1.0, True), (5e6, True), (1e9, False)])
+def test_the_picture_has_no_empty_quarter(worst: float, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [check.Row(one, curve={1.0: 1.0, 1e3: worst, 1e6: worst / 2}) for one in contestants()[: 3 if few else 12]]
+    axes = drawn(rows, monkeypatch)
+    decades = math.log10(axes.get_ylim()[1] / worst)
+    assert decades >= 0.5
+    assert not few or decades < 1.1  # a decade, so that the highest line is seen
+    assert (axes.get_position().width > 0.85) == few
+    window = axes.get_window_extent()
+    for text in axes.texts:
+        assert text.get_window_extent().y1 <= window.y1, text.get_text()
+    assert ("no digit is right" in [text.get_text() for text in axes.texts]) == (worst > 1e6)

@@ -69,6 +69,19 @@ def test_e6_the_slope_of_affine2_may_be_beyond_float32(dtype: str) -> None:
         np.testing.assert_allclose(got[inside], exact[inside], rtol=2e-7 if dtype == "float32" else 2.0**-8)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_e9_the_slope_of_affine3_may_be_beyond_float32(dtype: str) -> None:
+    x, zero = data((50, 4, 1), "float32", offset=0.0), np.zeros(4)
+    for power in (-50, 50):
+        scaled = (x.astype("f8") * 2.0**power).astype(data((1,), dtype).dtype)
+        c = np.array([1e-45, 1e42, -3e-50, 7.0]) if power > 0 else np.array([2e38, -1e50, 5e45, 0.0])
+        got = cuda.affine3(scaled, scaled, scaled, zero, zero, zero, c, zero).astype("f8")
+        exact = c[:, None] * scaled.astype("f8")
+        inside = (abs(exact) < 3e38) & (abs(exact) > 1e-36)
+        assert inside.any()
+        np.testing.assert_allclose(got[inside], exact[inside], rtol=2e-7 if dtype == "float32" else 2.0**-8)
+
+
 def test_the_four_sweeps_of_a_batch_norm_go_through_the_kernels(gpu: shim.Shim) -> None:
     x = data((8, 4, 49), "float32")
     _, saved = arraybn.batch_norm(x, *coefficients(4)[:2].astype("f4"))
@@ -443,7 +456,10 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {
     ),
     "a store off by one value": ("store(out + offset[k])", "store(out + offset[k] + 1)", "planes", "maps"),
 }
-CHECKS = {"sums": (kernels.assert_sums, ("moments", "dots")), "maps": (kernels.assert_maps, ("affine", "affine2"))}
+CHECKS = {
+    "sums": (kernels.assert_sums, ("moments", "dots")),
+    "maps": (kernels.assert_maps, ("affine", "affine2", "affine3")),
+}
 
 
 @pytest.mark.parametrize("planted", PLANTED)

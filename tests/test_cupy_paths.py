@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import as_installed
 from support.gpu import FAKE_CUPY, cupy_here
 from support.libraries import need
 from support.ranks import mpi_of, passes, variables
@@ -494,7 +495,9 @@ def test_the_demo_refuses_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     if importlib.util.find_spec("cupy") is None:
         absent = on_fake("demo", "--device", "cuda", folder=tmp_path, PYTHONPATH=str(ROOT))
         assert absent.returncode == 1
-        assert re_line(absent.stderr, "demo: --device cuda: expected CuPy", 'pip install "arraybn[cuda12]"')
+        assert re_line(
+            as_installed(absent.stderr), "demo: --device cuda: expected CuPy", 'pip install "arraybn[cuda12]"'
+        )
     assert not (tmp_path / "arraybn-demo").exists()
 
 

@@ -115,6 +115,16 @@ def test_flax_predicts_as_our_layer_does() -> None:
         assert_like(theirs.apply(interchange.to_flax(ours.state_dict()), x), ours(x))
 
 
+def test_a_weight_without_bias_goes_to_flax_with_a_bias_of_0_or_without_one() -> None:
+    x, ours = batch(), arraybn.BatchNorm1d(C, eps=EPS, channel_axis=-1, bias=False)
+    ours.load_state_dict({**values(), "num_batches_tracked": 1}, strict=False)
+    for bias in (True, False):
+        variables = interchange.to_flax(ours.state_dict(), bias=bias)
+        assert ("bias" in variables["params"]) == bias
+        assert_like(flax_layer(use_bias=bias).apply(variables, x), ours.eval()(x))
+    np.testing.assert_array_equal(interchange.to_onnx(ours.state_dict())["B"], np.zeros(C))
+
+
 def test_flax_trains_on_with_the_biased_variance() -> None:
     x, ours = batch(), layer(momentum=1 - 0.9)
     variables = interchange.to_flax(ours.state_dict())
@@ -316,7 +326,7 @@ WRONG = [
     (TO_FLAX, [{}], {}, ValueError, "running_var: expected an array (C,), of a layer with running statistics; got []"),
     (TO_FLAX, [ours(running_mean=None)], {}, ValueError,
      "running_mean: expected an array (C,), of a layer with running"),
-    (TO_FLAX, [ours(bias=None)], {}, ValueError, "state_dict: expected 'weight' and 'bias', or neither; got one"),
+    (TO_FLAX, [ours(weight=None)], {}, ValueError, "weight: expected a weight beside 'bias'; got none"),
     (TO_FLAX, [ours()], {"scale": False}, ValueError, "weight: expected 1 in every channel, to be left out; got [1."),
     (TO_KERAS, [ours()], {"center": False}, ValueError, "bias: expected 0 in every channel, to be left out; got ["),
     (TO_KERAS, [ours()], {"prefix": "bn1"}, ValueError, "bn1.running_var: expected an array (C,)"),

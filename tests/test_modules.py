@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
+import gc
 import operator
 import pickle
+import tracemalloc
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +388,126 @@ def test_an_optimizers_state_dict_is_its_own_and_a_wrong_one_changes_nothing() -
     sgd.load_state_dict({"lr": 0.5, "momentum": 0.0})
     assert list(sgd.state_dict()) == ["lr", "momentum"]
     assert (sgd.lr, sgd.momentum) == (0.5, 0.0)
+
+
+# ---- inference_mode ----
+
+
+def deep() -> Any:
+    rng = np.random.default_rng(0)
+    pieces = [arraybn.BatchNorm2d(2), network.Conv2d(2, 2, 1, rng=rng), network.ReLU(), network.Flatten()]
+    return arraybn.Sequential(*pieces, network.Linear(8, 2, rng=rng)).eval()
+
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 2, 2, 2)).astype(np.float32)
+
+
+def test_inference_remembers_nothing_and_changes_no_result() -> None:
+    model = deep()
+    wanted = model(IMAGES)
+    with arraybn.inference_mode():
+        np.testing.assert_array_equal(model(IMAGES), wanted)
+        with pytest.raises(RuntimeError, match=r"expected a forward before it.*In inference_mode\(\) forwards rem"):
+            model.backward(wanted)
+    for module in model.modules():
+        if not isinstance(module, arraybn.Sequential):
+            with pytest.raises(RuntimeError, match="expected a forward before it"):
+                module.backward(wanted)
+    model(IMAGES), model.backward(wanted)
+
+
+def test_ten_evaluated_layers_hold_no_memory_after_inference() -> None:
+    layers = [arraybn.BatchNorm1d(1024).eval() for _ in range(10)]
+    held = []
+    for mode in (contextlib.nullcontext, arraybn.inference_mode):
+        for layer in layers:
+            layer(np.ones((2, 1024), np.float32))
+        x = np.ones((1024, 1024), np.float32)
+        tracemalloc.start()
+        with mode():
+            for layer in layers:
+                x = layer(x)
+        del x
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert held[0] > 9 * 2**22  # the control: nine inputs
+    assert held[1] < 2**16
+
+
+def test_training_in_inference_mode_still_updates_the_statistics() -> None:
+    layer = arraybn.BatchNorm2d(2)
+    with arraybn.inference_mode():
+        layer(IMAGES)
+    assert layer.num_batches_tracked == 1
+
+
+def test_inference_mode_is_of_one_thread_and_of_one_task() -> None:
+    def remembers() -> bool:
+        layer = arraybn.BatchNorm2d(2).eval()
+        layer(IMAGES)
+        return layer._remembered is not None
+
+    async def other(inside: asyncio.Event) -> bool:
+        await inside.wait()
+        return remembers()
+
+    async def main() -> list[bool]:
+        inside = asyncio.Event()
+        task = asyncio.create_task(other(inside))
+        with arraybn.inference_mode():
+            inside.set()
+            return [await task, remembers()]
+
+    assert asyncio.run(main()) == [True, False]
+    with arraybn.inference_mode(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(remembers).result()
+        assert not remembers()
+    assert remembers()
+
+
+def test_inference_mode_ends_with_the_outer_block_and_after_an_error() -> None:
+    layer = arraybn.BatchNorm2d(2).eval()
+    with arraybn.inference_mode():
+        with pytest.raises(ZeroDivisionError), arraybn.inference_mode():
+            raise ZeroDivisionError
+        layer(IMAGES)
+        assert layer._remembered is None
+    layer(IMAGES)
+    assert layer._remembered is not None
+
+
+def test_generators_whose_blocks_cross_leave_no_mode_behind() -> None:
+    def generate() -> Any:
+        with arraybn.inference_mode():
+            yield
+
+    first, second, layer = generate(), generate(), arraybn.BatchNorm2d(2).eval()
+    next(first), next(second), next(first, None)
+    layer(IMAGES)
+    assert layer._remembered is None  # the second is open
+    next(second, None)
+    layer(IMAGES)
+    assert layer._remembered is not None
+
+
+def test_inference_mode_decorates_functions_that_run_at_once() -> None:
+    layer = arraybn.BatchNorm2d(2).eval()
+
+    @arraybn.inference_mode()
+    def evaluate() -> Any:
+        return layer(IMAGES), layer._remembered
+
+    def generate() -> Any:
+        yield
+
+    async def coroutine() -> None:
+        pass
+
+    async def stream() -> Any:
+        yield
+
+    assert evaluate()[1] is None
+    for function in (generate, coroutine, stream):
+        with pytest.raises(TypeError, match="inference_mode: expected a plain function; got"):
+            arraybn.inference_mode()(function)

@@ -466,3 +466,38 @@ def test_a_false_claim_stops_the_run_and_nothing_is_written(place: str, tmp_path
     assert "AssertionError" in done.stderr
     assert "7-sample.ipynb" in done.stderr
     assert read(path) == with_answers(notebook)
+
+
+# ---- Copies without answers ------------------------------------------------------------------------------------------
+
+
+def test_a_copy_for_students_has_all_but_the_answers(tmp_path: Path) -> None:
+    need("nbformat")
+    before = [path.read_bytes() for path in LESSONS]
+    done = python(TIDY, "--without-answers", tmp_path / "class", *LESSONS)
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in LESSONS] == before
+    for path in LESSONS:
+        lesson, copied = read(path), read(tmp_path / "class" / path.name)
+        shown = "\n".join(texts(copied))
+        assert "<summary>" not in shown
+        assert len(answers(lesson)) >= 3
+        assert not any(block in shown for block in answers(lesson))
+        questions = [source(cell).partition("<details>")[0].rstrip() for cell in lesson["cells"]]
+        given = [source(cell) for cell in copied["cells"]]
+        assert [words for words in given if words != "# your answer"] == questions
+        places = [i for i, cell in enumerate(lesson["cells"]) if "<details>" in source(cell)]
+        assert [given[i + gap + 1] for gap, i in enumerate(places)] == ["# your answer"] * 3
+        kept = [cell for cell in code(copied) if source(cell) != "# your answer"]
+        assert kept == code(lesson)
+        assert list(stripped(int(path.stem[0]), copied)) == []
+
+
+def test_a_copy_never_overwrites_the_lesson(tmp_path: Path) -> None:
+    need("nbformat")
+    path = tmp_path / "7-sample.ipynb"
+    path.write_text(json.dumps(sample()), encoding="utf-8")
+    done = python(TIDY, "--without-answers", tmp_path / "x" / "..", path)
+    assert done.returncode == 2
+    assert "expected another folder" in done.stderr
+    assert read(path) == sample()

@@ -648,7 +648,9 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
     assert first == (
         f"rank 0 of {ranks} waited 0.2 s for the other ranks in the forward of layer 'blocks.0.norm' (call 3 on this"
         " communicator). Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch"
-        " less, was given another process_group, or has ended"
+        " less, was given another process_group, or has ended\n"
+        f"rank{'s 0, 2 wait' if ranks == 3 else ' 0 waits'} in the forward of layer 'blocks.0.norm' (call 3); rank 1"
+        " does not answer: it has ended, or does something else"
     )
     assert again == (
         "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."
@@ -855,7 +857,9 @@ def test_evaluation_does_not_import_mpi4py() -> None:
     assert python(code + "print('mpi4py' in sys.modules)").stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}]
+)
 def test_one_rank_is_the_plain_layer_bit_for_bit(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
 

@@ -200,6 +200,33 @@ def test_repr_of_a_model_is_pytorchs_tree(torch: Any) -> None:
     assert repr(ours) == repr(theirs).replace(" bias=True,", "").replace(" bias=False,", "")
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_weight_without_bias_is_pytorchs(torch: Any, dims: int) -> None:
+    x = np.random.default_rng(dims).standard_normal((6, 3, 4, 4, 2)[: dims + 2])
+    ours, theirs = pair(torch, dims, "float64", bias=False)
+    assert ours.bias is None
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert repr(ours) == repr(theirs).replace(")", ", dtype=float64)")
+    other = torch.tensor(x, requires_grad=True)
+    y = theirs(other)
+    assert same(ours(x), y, "float64")
+    y.backward(torch.tensor(x**2))
+    assert same(ours.backward(x**2), other.grad, "float64")
+    assert same(ours.weight.grad, theirs.weight.grad, "float64")
+    assert_same_state(ours, theirs, "float64")
+    theirs.load_state_dict({name: torch.as_tensor(value) for name, value in ours.state_dict().items()})
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_state(ours, theirs, "float64")
+    with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
+        pair(torch, dims, "float64")[0].load_state_dict(ours.state_dict())
+
+
+def test_without_affine_there_is_no_bias_whatever_the_argument(torch: Any) -> None:
+    for bias in (True, False):
+        ours, theirs = arraybn.BatchNorm1d(3, affine=False, bias=bias), torch.nn.BatchNorm1d(3, affine=False, bias=bias)
+        assert ours.weight is ours.bias is theirs.bias is None
+
+
 def test_network_pieces_agree_with_pytorch(torch: Any) -> None:
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((5, 2, 6, 6)).astype("f4"), np.asarray([0, 3, 1, 1, 2])

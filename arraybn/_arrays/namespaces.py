@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 import array_api_compat.numpy
@@ -16,6 +16,17 @@ from array_api_compat import is_cupy_namespace
 
 Array: TypeAlias = Any  # an array of any namespace: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
+
+
+class Shaped(Protocol):
+    """An array as type checkers see the arguments of users: a list has no shape, and is an error before any run."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -56,10 +67,10 @@ def wide_dtype(array: Array) -> Any:
     return found.get("float64", xp.float32)
 
 
-def common_dtype(a: Array, b: Array) -> Any:
-    """Return the narrowest dtype that holds all values of two arrays of different floating dtypes."""
-    name = "float64" if "float64" in {dtype_name(a.dtype), dtype_name(b.dtype)} else "float32"
-    return getattr(array_namespace(a), name)
+def common_dtype(*arrays: Array) -> Any:
+    """Return the narrowest dtype that holds all values of arrays of different floating dtypes."""
+    name = "float64" if "float64" in {dtype_name(array.dtype) for array in arrays} else "float32"
+    return getattr(array_namespace(arrays[0]), name)
 
 
 def as_namespace(xp: Namespace) -> Namespace:

@@ -278,8 +278,8 @@ def gpu_notes(dtypes: Sequence[str]) -> str:
     sums = f"{N2['float32'][1]:g} ({OTHERS['float32']:g}) ulp of float32"
     return paragraphs(
         "Checked first, on the very shapes, on fresh random data and into NaN, against float64 on the same GPU: y and"
-        f" dx of arraybn may be off by {ours}, in ulp of the largest term; in brackets: all others; dweight and dbias"
-        f" by {sums}. Wrong results are not timed.",
+        f" dx of arraybn may be off by {ours}, in ulp of the largest term (halves: or of the result,"
+        f" if larger); in brackets: all others; dweight and dbias by {sums}. Wrong results are not timed.",
         "Medians of device time over turns taken one after another, on sets of buffers that L2 cannot hold, the calls"
         " of a sample queued before the first begins. By the host's clock: the library has a stream of its own. GB/s:"
         " the bytes that must be moved if each value is read once, by the time. of floor: the time of these bytes at"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
 from .._version import __version__
 from . import jobs, machine
 from .output import RefusedError, Run
@@ -22,7 +23,7 @@ from .sync_ranks import BACKWARD, FORWARD, GATHER, LAYER, OURS, ROWS, STEP, fast
 
 RANKS = (1, 2, 4, 8)
 TURNS, QUICK_TURNS = 9, 3
-ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth", "ladder")  # options that are not for this
+ALONE = ("shapes", "layout", "dtype", "what", "peers", "growth", "ladder", "set")  # options that are not for this
 MODULE = "arraybn.bench.sync_ranks"
 
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) not in (None, False):
             raise RefusedError(f"--{option}: expected no such option with sync, which times the exchange alone")
     if importlib.util.find_spec("mpi4py") is None:
-        raise RefusedError(f'sync needs mpi4py:  {sys.executable} -m pip install "arraybn[mpi]"')
+        raise RefusedError(f"sync needs mpi4py:  {sys.executable} -m pip install {requirement('mpi')}")
     bench = SyncBench(arguments)
     if not jobs.under_mpirun():
         return bench.carry_out()
@@ -58,7 +59,7 @@ class SyncBench(Run):
             return
         launcher = jobs.launcher()
         if launcher is None:
-            raise RefusedError('sync needs mpirun:  pip install "arraybn[mpi]", or an MPI of the system')
+            raise RefusedError(f"sync needs mpirun:  pip install {requirement('mpi')}, or an MPI of the system")
         with self.progress(len(RANKS), "job"):
             for ranks in RANKS:
                 self.status(f"{ranks} rank{'s' * (ranks > 1)}")

@@ -10,20 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..testing.oracle import MANTISSA_BITS, SMALLEST_EXPONENT, size_of_unit
 from .cases import EPS, HALVES, Case
 from .device import Array, HostDevice
 
 BLOCK = 2**22 - 3  # random values made on the host; all arrays repeat them, never beginning at the same place
-# Limits in ulp at the largest term of a formula. N1: mean and var. N2: y; dx, dweight and dbias. The factor
-# 1 + |mean|/std that N2 has in float64 is 2 or less in most channels of a random problem, and 3 at most.
+# Limits in ulp at `size_of_unit`. N1: mean and var. N2: y; dx, dweight and dbias. The factor 1 + |mean|/std that N2 has
+# in float64 is 2 or less in most channels of a random problem, and 3 at most.
 N1 = 1.0
 N2 = {"float16": (1.5, 1.5), "bfloat16": (1.5, 1.5), "float32": (4.0, 12.0), "float64": (32.0, 64.0)}
 # Limits of everyone else, who computes in float32 throughout; a result wrong by 0.1 % is off by 8,000 in float32.
 OTHERS = {"float16": 4.0, "bfloat16": 4.0, "float32": 256.0, "float64": 256.0}
 PROMISED = {"mean": N1, "var": N1, "y": N2["float32"][0], "dx": N2["float32"][1]}  # of float32
 SLOPE = 5e-4  # halves, whose ulp is 0.1 % or more: how far the best factor between result and truth may be from 1
-FORMATS = {"float16": (10, -14), "bfloat16": (7, -126), "float32": (23, -126), "float64": (52, -1022)}
-#          bits of the mantissa, exponent of the smallest normal number
 Expected = list[tuple[str, Array, Array]]  # name, exact values, units
 Truth = dict[str, Expected]  # by operation
 
@@ -134,22 +133,22 @@ def fault(xp: Any, got: list[Array], truth: Expected, case: Case, *, ours: bool,
             return f"wrong: {name}{of} has shape {tuple(array.shape)}, not {tuple(exact.shape)}"
         dtype = case.dtype if exact.ndim > 1 or case.dtype not in HALVES else "float32"
         values, most = widened(xp, array, exact.dtype), N2[dtype][name != "y"] if ours else OTHERS[dtype]
-        # in halves most of the error is the rounding of the result, which may be larger than its terms
-        error = worst(xp, values, exact, xp.maximum(units, abs(exact)) if dtype in HALVES else units, dtype)
+        error = worst(xp, values, exact, units, dtype)
         if not error <= most:
             return f"wrong: {name}{of} is off by {error:.3g} ulp of {dtype}, {most:g} are allowed"
         if dtype in HALVES:
             slope = float((values * exact).sum() / (exact * exact).sum()) - 1
-            most = SLOPE + 2.0 ** -FORMATS[dtype][0] / math.sqrt(case.elements)  # independent roundings leave a share
+            # independent roundings leave a share
+            most = SLOPE + 2.0 ** -MANTISSA_BITS[dtype] / math.sqrt(case.elements)
             if not abs(slope) <= most:
                 return f"wrong: {name}{of} is {slope:+.3%} too large on the whole, {most:.3%} is allowed"
     return ""
 
 
 def worst(xp: Any, values: Array, exact: Array, units: Array, dtype: str) -> float:
-    """Return the largest error, in ulp of `dtype` at `units`; infinite where anything is no number."""
-    mantissa, smallest = FORMATS[dtype]
-    exponents = xp.maximum(xp.frexp(units)[1], smallest + 1) - 1 - mantissa
+    """Return the largest error, in ulp of `dtype` at `size_of_unit`; infinite where anything is no number."""
+    largest = xp.frexp(size_of_unit(units, exact, dtype, xp))[1]
+    exponents = xp.maximum(largest, SMALLEST_EXPONENT[dtype] + 1) - 1 - MANTISSA_BITS[dtype]
     errors = abs(values - exact) / xp.ldexp(xp.ones(units.shape, xp.float64), exponents)
     found = float(xp.where(xp.isnan(errors), np.inf, errors).max())
     return math.inf if math.isnan(found) else found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint
+from .._install import requirement
 from . import _demo_figure, _demo_ranks
 from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
@@ -88,14 +89,14 @@ def _missing_libraries(plot: bool) -> str:
             importlib.import_module(module)
         except ImportError as error:
             problems.append(f"{name} ({error})")
-    return f'{", ".join(problems)}: {sys.executable} -m pip install "arraybn[demo]"' if problems else ""
+    return f"{', '.join(problems)}: {sys.executable} -m pip install {requirement('demo')}" if problems else ""
 
 
 def _gpu_problem() -> str:
     try:
         importlib.import_module("cupy").cuda.runtime.getDeviceCount()
     except ImportError as error:
-        install = f'{sys.executable} -m pip install "arraybn[cuda12]" (for CUDA 13: cuda13)'
+        install = f"{sys.executable} -m pip install {requirement('cuda12')} (for CUDA 13: cuda13)"
         return f"--device cuda: expected CuPy, which cannot be imported ({error}). Run: {install}"
     except RuntimeError as error:  # CuPy's own class
         return f"--device cuda: expected a GPU; CuPy finds none: {error}"

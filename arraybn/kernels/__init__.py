@@ -1,7 +1,7 @@
 """The speed: the backends, which do the sweeps over the data, and the one function that chooses among them.
 
-A kernel module offers the four sweeps of ``arraybn.reference`` under the same names and with the same arguments, for
-one kind of array. A `Backend` completes a module: it takes each operation that a batch norm needs from the module, or
+A kernel module offers the sweeps of ``arraybn.reference`` under the same names and with the same arguments, for one
+kind of array. A `Backend` completes a module: it takes each operation that a batch norm needs from the module, or
 composes the operation, as ``reference.py`` does, from the module's sweeps.
 """
 
@@ -12,25 +12,31 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import reference
+from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
-from ..reference import Moments, Pool, Sweeps
+from .._install import requirement
+from ..reference import Moments, Pool, Sweeps, Totals
+from . import results
 
-Module: TypeAlias = Any  # a module, or any object, with the four sweeps
-SWEEPS = ("moments", "dots", "affine", "affine2")
+Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
+SWEEPS = ("moments", "dots", "affine", "affine2", "affine3")
+REQUIRED = SWEEPS[:4]  # of a user's module; second derivatives take affine3 of the reference where there is none
 MODULES = {  # imported when first used
     "reference": "arraybn.reference",
     "cpu": "arraybn.kernels.cpu",
     "cuda": "arraybn.kernels.cuda",
     "cuda_fused": "arraybn.kernels.cuda.fused",
 }
+
+
+LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,17 +48,24 @@ class Backend:
     """
 
     name: str
-    moments: Callable[[Array], tuple[Array, Array]]  # the four sweeps, as in ``reference.py``
+    moments: Callable[[Array], tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
     dots: Callable[..., tuple[Array, Array]]
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
+    affine3: Callable[..., Array]
     forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    forward_of_part: Callable[..., tuple[Array, Array]]  # (x, batch, weight, bias, eps, out) -> rstd, y
     backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
     evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
     evaluation_backward: Callable[..., tuple[Array, Array, Array]]
+    jvp: Callable[..., Array]  # these four as in ``reference.py``, without their first argument
+    double_backward: Callable[..., tuple[Array, Array, Array]]
+    evaluation_jvp: Callable[..., Array]
+    evaluation_double_backward: Callable[..., tuple[Array, Array, Array]]
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
+    exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
 
 def as_backend(module: Module, name: str) -> Backend:
@@ -71,12 +84,36 @@ def as_backend(module: Module, name: str) -> Backend:
         name,
         **vars(sweeps),
         forward=_forward(sweeps, _offered(module, "forward")),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
         backward=_backward(sweeps, _offered(module, "backward")),
         evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
         evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
+        jvp=functools.partial(reference.jvp, sweeps),
+        double_backward=functools.partial(reference.double_backward, sweeps),
+        evaluation_jvp=functools.partial(reference.evaluation_jvp, sweeps),
+        evaluation_double_backward=functools.partial(reference.evaluation_double_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
         preallocate_result=_no_result if module is reference else _preallocate_result,
+    )
+
+
+@functools.cache
+def with_exact_sums(backend: Backend) -> Backend:
+    """Return the backend of exact mode (E10) for the same arrays; second derivatives keep the usual sums."""
+    sweeps: Any = importlib.import_module(f"{MODULES['cpu']}.exact") if backend.name == "cpu" else exact
+    as_sweeps = SimpleNamespace(dots=functools.partial(exact.dots, sweeps), affine=sweeps.affine)
+    return replace(
+        backend,
+        name=f"{backend.name}, exact",
+        forward=functools.partial(exact.forward, sweeps),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
+        backward=functools.partial(exact.backward, sweeps),
+        evaluate=functools.partial(reference.evaluate, sweeps),
+        evaluation_backward=functools.partial(reference.evaluation_backward, as_sweeps),
+        update_running_stats=reference.update_running_stats,
+        widened=_widened,
+        exact=sweeps,
     )
 
 
@@ -109,7 +146,7 @@ def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, A
         return composed
 
     def backward(
-        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Pool | None, out: Array | None
+        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Totals | None, out: Array | None
     ) -> tuple[Array, Array, Array]:
         if pool is not None:
             return composed(dy, x, batch, rstd, weight, pool, out)
@@ -127,9 +164,9 @@ def _no_result(x: Array) -> None:
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:
@@ -141,6 +178,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
+            if x.size >= LARGE and not _has_numba():
+                _recommend_numba()
             return backend("cpu" if _has_numba() and (x.dtype.char != "e" or _has_half()) else "reference")
         return backend("cuda" if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else "reference")
     if isinstance(kernels, str):
@@ -153,9 +192,9 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
         return backend(kernels)
     if isinstance(kernels, Backend):
         return kernels
-    if missing := [name for name in SWEEPS if not callable(getattr(kernels, name, None))]:
+    if missing := [name for name in REQUIRED if not callable(getattr(kernels, name, None))]:
         raise TypeError(
-            f"kernels: expected a module with the sweeps {', '.join(SWEEPS)};"
+            f"kernels: expected a module with the sweeps {', '.join(REQUIRED)};"
             f" got {kernels!r} without {', '.join(missing)}"
         )
     name = getattr(kernels, "__name__", type(kernels).__name__)
@@ -181,6 +220,15 @@ def _has_numba() -> bool:
         warnings.warn(f"{text}, which is many times slower", RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+@functools.cache
+def _recommend_numba() -> None:
+    """Warn, once a process, that numba is not installed; a numba that cannot be imported has its own warning."""
+    if importlib.util.find_spec("numba") is None:
+        text = "arraybn: without numba, large NumPy arrays take many times as long. Install it with: pip install"
+        text = f'{text} {requirement("cpu")}, or pass kernels="reference"'
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _has_half() -> bool:
@@ -220,7 +268,7 @@ def _check_cpu(x: Array) -> None:
         raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {name} array{move}')
     if not _has_numba():
         raise ImportError(
-            'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
+            f'kernels: expected numba to be installed for "cpu". Install it with: pip install {requirement("cpu")}'
         )
     if x.dtype.char == "e" and not _has_half():
         raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

@@ -6,17 +6,20 @@ in the first synchronized call. ``pooling.py`` is the face that the maths sees.
 
 from .communicators import check_comm, exchange_over
 from .errors import SyncError, SyncTimeoutError
-from .exchange import TIMEOUT, Call, Comm, as_timeout, begin, settings_text
-from .frames import BACKWARD, FORWARD
+from .exchange import TIMEOUT, Call, Comm, Exchange, as_timeout, begin, settings_text
+from .frames import BACKWARD, DOUBLE_BACKWARD, FORWARD, JVP
 from .pooling import RankPool
 from .replicas import average_gradients, broadcast_state
 
 __all__ = [
     "BACKWARD",
+    "DOUBLE_BACKWARD",
     "FORWARD",
+    "JVP",
     "TIMEOUT",
     "Call",
     "Comm",
+    "Exchange",
     "RankPool",
     "SyncError",
     "SyncTimeoutError",

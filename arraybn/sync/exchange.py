@@ -20,7 +20,7 @@ import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_number
-from . import frames
+from . import frames, roll
 from .errors import SyncError, SyncTimeoutError
 from .process import forked_child
 
@@ -63,6 +63,13 @@ class Reducer(Protocol):
     def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
         """Return the texts of all ranks, which have one length."""
 
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own.
+
+        The result is empty where the ranks are not connected yet. In the other ranks, the call that waits, and every
+        later one, raises a RollCallError.
+        """
+
     def close(self) -> None:
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
@@ -76,10 +83,13 @@ class Exchange:
     def __init__(self, reducer: Reducer) -> None:
         self.reducer = reducer
         self.calls = 0
-        self._checksum = 0  # of all results, whose bits have to be the same on all ranks
+        self._checksum = 0  # of all reduced frames, whose bits have to be the same on all ranks
         self._broken = ""  # the reason why no further call can be made
         self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
         self._lock = threading.Lock()  # one thread at a time
+        self._frame = frames.frame([0] * len(frames.FIELDS), 0, 0)  # the first frame of every call
+        self._numbers = frames.body(self._frame)
+        self._used = 0  # channels of the frame that may be other than 0
         self._process = os.getpid()
         self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._layers_seen = 0  # counted apart, because a layer that is collected leaves the dictionary
@@ -108,9 +118,14 @@ class Exchange:
         self._unreported_failure = text
 
     def carry_out(
-        self, call: Call, rows: Array, n: int = 0, error: BaseException | None = None, more: More | None = None
+        self,
+        call: Call,
+        rows: frames.Rows,
+        n: int = 0,
+        error: BaseException | None = None,
+        more: More | None = None,
     ) -> tuple[Array, int]:
-        """Return `rows` (2, C) and n of all ranks together, or raise a SyncError on all of them.
+        """Return two `rows` (C,) and n of all ranks together, or raise a SyncError on all of them.
 
         `error` is what this rank sends in the place of its numbers; `more` is sent after them, in the same call.
         """
@@ -122,8 +137,11 @@ class Exchange:
             return self._carry_out(call, rows, n, error, more, deadline)
         except SyncError:
             raise
-        except (TimeoutError, ConnectionError) as failure:
-            raise self._break(call, failure) from failure
+        except TimeoutError as failure:
+            raise self._give_up(call, failure, deadline) from failure
+        except ConnectionError as failure:
+            self._broken = f"rank {self.reducer.rank}: {call} failed: {failure}"
+            raise SyncError(self._broken) from failure
         except BaseException as failure:  # Ctrl-C while waiting
             self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
             raise
@@ -135,7 +153,7 @@ class Exchange:
 
     def _acquire(self, call: Call) -> None:
         limit = call.timeout
-        if not self._lock.acquire(timeout=-1 if limit is None else limit):
+        if not self._lock.acquire(False) and not self._lock.acquire(timeout=-1 if limit is None else limit):
             raise SyncTimeoutError(
                 f"rank {self.reducer.rank}: another thread did not leave its call within {limit:g} s, in {call}"
             )
@@ -143,39 +161,47 @@ class Exchange:
     def _carry_out(
         self,
         call: Call,
-        rows: Array,
+        rows: frames.Rows,
         n: int,
         error: BaseException | None,
         more: More | None,
         deadline: float | None,
     ) -> tuple[Array, int]:
-        channels = rows.shape[1]
+        channels = len(rows[0])
         fields = call.fields(self.calls + 1, channels, self._checksum)
         flags = frames.ERROR if error else 0
         if self._unreported_failure:
             error, flags = SyncError(self._unreported_failure), frames.ERROR | frames.BROKEN
-        frame = frames.frame(fields, flags, n, rows[:, : frames.FIRST_FRAME_CHANNELS])
-        self.reducer.allreduce(frame, deadline)
-        self.calls += 1
-        call.number = self.calls
-        flags, total = frames.flags_and_n(frame)
+        self._fill_frame(rows, channels)
+        frames.write_header(self._frame, fields, flags, n)
+        self.reducer.allreduce(self._frame, deadline)
+        self.calls = call.number = self.calls + 1
+        flags, total = frames.flags_and_n(self._frame)
         if flags:
+            self._used = frames.FIRST_FRAME_CHANNELS  # the numbers may be those of another rank
             self._raise_on_all_ranks(call, flags, channels, error, deadline)
-        result = self._numbers_of(frame)[:, :channels]
+        self._checksum = zlib.crc32(self._frame, self._checksum)
+        result = self._numbers[:, :channels].copy()
         if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
-            frame = frames.frame(fields, 0, n, rows[:, -beyond:], beyond)
+            frame = frames.frame(fields, 0, n, [row[-beyond:] for row in rows], beyond)
             self.reducer.allreduce(frame, deadline)
-            result = np.concatenate([result, self._numbers_of(frame)], axis=1)
+            self._checksum = zlib.crc32(frame, self._checksum)
+            result = np.concatenate([result, frames.body(frame)], axis=1)
         if more is not None:
             self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
         return result, total
 
-    def _numbers_of(self, frame: Array) -> Array:
-        """Return the numbers of a reduced frame, whose bits enter the checksum."""
-        numbers = frames.body(frame)
-        frames.canonical(numbers)
-        self._checksum = zlib.crc32(frame, self._checksum)
-        return numbers
+    def _fill_frame(self, rows: frames.Rows, channels: int) -> None:
+        """Write the first channels into the frame of this exchange, and 0 where an earlier call left numbers."""
+        first, second = rows
+        if channels > frames.FIRST_FRAME_CHANNELS:
+            channels = frames.FIRST_FRAME_CHANNELS
+            first, second = first[:channels], second[:channels]
+        numbers = self._numbers
+        numbers[0, :channels], numbers[1, :channels] = first, second
+        if channels < self._used:
+            numbers[:, channels:] = 0
+        self._used = channels
 
     def _raise_on_all_ranks(
         self, call: Call, flags: int, channels: int, error: BaseException | None, deadline: float | None
@@ -196,18 +222,28 @@ class Exchange:
             raised.add_note(note)
         raise raised
 
-    def _break(self, call: Call, failure: OSError) -> SyncError:
-        """Return the error of this rank alone, after which no further call can be made."""
+    def _give_up(self, call: Call, failure: TimeoutError, deadline: float | None) -> SyncTimeoutError:
+        """Call the roll, or answer; return the error of this rank alone, after which no further call can be made."""
         rank = f"rank {self.reducer.rank}"
-        if isinstance(failure, ConnectionError):
-            self._broken = f"{rank}: {call} failed: {failure}"
-            return SyncError(self._broken)
         self._broken = f"{rank} gave up {call}"
-        return SyncTimeoutError(
-            f"{rank} of {self.reducer.size} waited {call.timeout:g} s for the other ranks in {call}. Likely causes: a"
-            " rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
-            " process_group, or has ended"
-        )
+        late = isinstance(failure, roll.RollCallError) and failure.late
+        seconds = roll.seconds_for(call.timeout)
+        answer = roll.answer(roll.LATE if late else roll.WAITS, call.place(), seconds)
+        answers = self.reducer.call_roll(answer, seconds)
+        if late:
+            did = f"came to {call} when the time limit of another rank was over"
+        elif deadline is not None and time.monotonic() >= deadline:
+            did = f"waited {call.timeout:g} s for the other ranks in {call}"
+        else:
+            did = f"gave up {call}, because the time limit of another rank was over"
+        text = f"{rank} of {self.reducer.size} {did}. Likely causes: {_CAUSES}"
+        return SyncTimeoutError(f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text)
+
+
+_CAUSES = (
+    "a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
+    " process_group, or has ended"
+)
 
 
 class Call:
@@ -231,20 +267,28 @@ class Call:
         self.exchange, self.operation, self.layer, self.settings = exchange, operation, layer, settings
         self.batches, self.timeout, self.forward_number = batches, timeout, forward_number
         self.number = 0  # set by the exchange
+        self._settings_hash: int | None = None
         self._same_error_everywhere = False
 
     def __str__(self) -> str:
-        number = self.number or self.exchange.calls + 1
-        return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
+        return f"{self.place()[:-1]} on this communicator)"
 
-    def backward(self) -> Call:
-        """Return the call of the backward of this forward."""
+    def place(self) -> str:
+        """Return "the forward of layer '1' (call 7)"."""
+        return f"the {self.operation} of {self.layer} (call {self.number or self.exchange.calls + 1})"
+
+    def backward(self, operation: str = frames.BACKWARD) -> Call:
+        """Return the call of the backward of this forward, or of another derivative."""
         options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "forward_number": self.number}
-        return Call(self.exchange, frames.BACKWARD, self.layer, self.settings, **options)
+        call = Call(self.exchange, operation, self.layer, self.settings, **options)
+        call._settings_hash = self._settings_hash
+        return call
 
     def fields(self, number: int, channels: int, checksum: int) -> tuple[int, ...]:
         """Return the fields of the header, in the order of `frames.FIELDS`."""
-        settings = frames.hash64("\n".join(f"{name} {value}" for name, value in self.settings.items()))
+        if (settings := self._settings_hash) is None:
+            text = "\n".join([f"{name} {value}" for name, value in self.settings.items()])
+            settings = self._settings_hash = frames.hash64(text)
         batches = -1 if self.batches is None else self.batches
         layer, operation = frames.hash64(self.layer), frames.code(self.operation)
         return frames.FORMAT, number, operation, layer, channels, settings, batches, self.forward_number, checksum
@@ -263,7 +307,8 @@ class Call:
         }
 
     def __enter__(self) -> Call:
-        self.exchange.check()
+        if self.exchange._broken:
+            self.exchange.check()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -273,7 +318,7 @@ class Call:
             self.exchange.report_later(self, error)
             return
         try:
-            self.exchange.carry_out(self, np.zeros((2, 0)), error=error)
+            self.exchange.carry_out(self, frames.NO_ROWS, error=error)
         except SyncError as raised:
             raise raised from error
 
@@ -281,9 +326,20 @@ class Call:
         """Promise that all ranks raise the error that follows, so that none has to be told."""
         self._same_error_everywhere = True
 
-    def combine(self, rows: Array, n: int = 0) -> tuple[Array, int]:
-        """Return the rows (2, C) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
+    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[Array, int]:
+        """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
+
+    def add_records(self, record: Array, n: int = 0) -> tuple[Array, int]:
+        """(E10) Return the record (rows, C) of integers and n of all ranks together."""
+        total = np.ascontiguousarray(record)
+
+        def more(reducer: Reducer, deadline: float | None) -> Array:
+            reducer.add(total, deadline)
+            return total
+
+        _, n = self.exchange.carry_out(self, np.zeros((2, record.shape[1])), n, more=more)
+        return total, n
 
     def broadcast(self, octets: Array) -> None:
         """Replace the bytes by those of rank 0."""
@@ -292,7 +348,7 @@ class Call:
             reducer.broadcast(octets, deadline)
             return octets
 
-        self.exchange.carry_out(self, np.zeros((2, 0)), more=more)
+        self.exchange.carry_out(self, frames.NO_ROWS, more=more)
 
     def add(self, weight: float, numbers: Array) -> float:
         """Replace the float64 numbers by their sums over all ranks, and return the sum of the weights."""
@@ -302,7 +358,7 @@ class Call:
             frames.canonical(numbers)
             return numbers
 
-        rows, _ = self.exchange.carry_out(self, np.full((2, 1), weight), more=more)
+        rows, _ = self.exchange.carry_out(self, ((weight,), (weight,)), more=more)
         return float(rows[0, 0])
 
 
@@ -312,7 +368,6 @@ def begin(
     """Return a call of all ranks, or None where there is one rank; `layer` is a path, or a layer without a path."""
     if exchange is None:
         return None
-    exchange.check()
     return Call(exchange, operation, layer if isinstance(layer, str) else exchange.name_of(layer), settings, **options)
 
 

@@ -6,7 +6,10 @@ No other file imports mpi4py. Importing mpi4py.MPI initializes MPI, so `_mpi` do
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -18,19 +21,22 @@ from typing import Any
 import numpy as np
 
 from .._arrays.namespaces import Array, class_name
-from . import frames
+from . import frames, roll
 from .errors import SyncError
 from .exchange import Comm, Exchange
 from .process import check_alone, check_not_forked, check_rank
+from .roll import RollCallError
 
 
 def _mpi() -> Any:
     """Return mpi4py.MPI, initialized; None where mpi4py or its MPI library is missing."""
     check_rank()  # before the import, which ends a child
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
-        return None
+    MPI: Any = sys.modules.get("mpi4py.MPI")  # noqa: N806, faster than an import
+    if MPI is None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
+            return None
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise SyncError("MPI has been finalized, or has not been initialized; synchronizing needs it")
     return MPI
@@ -99,6 +105,8 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
 
     @functools.wraps(make)
     def get() -> Any:
+        if made:
+            return made[0]
         with _creating:
             if not made:
                 made.append(make())
@@ -126,13 +134,45 @@ def _op() -> Any:
     chooses no algorithm that cuts a message into parts, since a frame is a message of one element. All ranks then have
     the same bits, as the MPI standard asks, with every algorithm of Open MPI and MPICH except MPICH's recexch with
     k > 2, which a user must choose. The next call would notice different bits by the checksum in the header.
+
+    Without Numba, MPI calls Python, with the same bits.
     """
-    return _mpi().Op.Create(_combine, commute=False)
+    return _compiled_op() or _mpi().Op.Create(_combine, commute=False)
+
+
+_kept: list[Any] = []  # the compiled function, which MPI calls
+
+
+def _compiled_op() -> Any:
+    """Return the compiled twin of `frames.combine` as an operation; None without Numba or with an unusual MPI.
+
+    mpi4py makes operations of functions in Python only. So the library that mpi4py has loaded is called here, and
+    writes the handle of the new operation into an object of mpi4py.
+    """
+    mpi = _mpi()
+    try:
+        from . import compiled
+
+        create = ctypes.CDLL(mpi.__file__).MPI_Op_create  # a symbol is looked for in the libraries behind a file too
+    except (ImportError, OSError, AttributeError):
+        return None
+    if (combine := compiled.callback()) is None:
+        return None
+    op = mpi.Op()
+    create.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+    if create(combine.address, 0, mpi._addressof(op)) != mpi.SUCCESS:
+        return None
+    _kept.append(combine)
+    return op
 
 
 # ---- Interrupts, held back during an exchange ------------------------------------------------------------------------
 
 _interrupts: list[BaseException] = []  # of the main thread, the only one that runs handlers of signals
+
+
+# In `signal`, each call looks for a name of the handler, which costs more than an allreduce.
+_signal: Any = importlib.import_module("_signal" if importlib.util.find_spec("_signal") else "signal")
 
 
 def _note(number: int, stack: object) -> None:
@@ -144,11 +184,11 @@ def _hold_interrupts() -> bool:
 
     Return False, and change nothing, in a thread that is not the main one and where the handler is not Python's own.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return False
-    if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _note):
+    if _signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _note):
         return False
-    signal.signal(signal.SIGINT, _note)
+    _signal.signal(signal.SIGINT, _note)
     return True
 
 
@@ -184,22 +224,29 @@ def _whole(length: int) -> Any:
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-def _wait(request: Any, deadline: float | None) -> None:
-    """Poll, giving the processor away at first, and sleeping after 5 ms.
+def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> bool:
+    """Poll, giving the processor away at first; after 5 ms sleep, and `listen` for a roll call. Return True after that.
 
     Where there are more ranks than cores, a bare loop would keep the awaited rank from running.
     """
-    started = time.monotonic()
+    started, slept = time.monotonic(), False
     while not request.Test():
         now = time.monotonic()
         if deadline is not None and now > deadline:
             raise TimeoutError
         if now - started < 0.005:
             _yield()
-        else:
-            if now - started > 0.5:  # before, the awaited ranks may still come, and then no call is lost
-                _raise_interrupt()
-            time.sleep(min((now - started) / 100, 0.001))
+            continue
+        if listen():
+            raise RollCallError(late=not slept)
+        slept = True
+        if now - started > 0.5:  # before, the awaited ranks may still come, and then no call is lost
+            _raise_interrupt()
+        time.sleep(min((now - started) / 100, 0.001))
+    return slept
+
+
+_ROLL_CALL = 1  # the tag of its messages
 
 
 class Reducer:
@@ -209,6 +256,9 @@ class Reducer:
         self._comm, self._duplicating = comm, duplicating
         self.rank, self.size = rank, size
         self._holding = False  # True while Ctrl-C is held back
+        self._frame: Any = None  # the last one, and what an Iallreduce of it is called with
+        self._message: Any = None
+        self._any_rank = _mpi().ANY_SOURCE
 
     def open(self, deadline: float | None) -> None:
         """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
@@ -220,9 +270,13 @@ class Reducer:
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         """Replace the frame by that of all ranks together."""
-        mpi = _mpi()
-        message = [frame, 1, _whole(frame.nbytes)]
-        self._run(lambda: self._comm.Iallreduce(mpi.IN_PLACE, message, _op()), deadline, frame)
+        if frame is not self._frame:  # an exchange has one frame for all layers of at most 256 channels
+            self._message = _mpi().IN_PLACE, [frame, 1, _whole(frame.nbytes)], _op()
+            self._frame = frame
+        self._run(self._start_frame, deadline, frame)
+
+    def _start_frame(self) -> Any:
+        return self._comm.Iallreduce(*self._message)
 
     def add(self, numbers: Array, deadline: float | None) -> None:
         """Replace float64 numbers by their sums over the ranks."""
@@ -243,8 +297,11 @@ class Reducer:
         kept: list[Any] = [buffers]
         _under_way[id(kept)] = kept  # before the request starts: an interrupt may follow at once
         try:
-            kept.append(start())
-            _wait(kept[1], deadline)
+            kept.append(request := start())
+            slept = not request.Test() and _wait(request, deadline, self._hears_roll_call)
+            # Ranks that gave up had sent their part, so nothing else tells of them. MPICH's first look only fetches.
+            if self._hears_roll_call() or self._hears_roll_call():
+                raise RollCallError(late=not slept)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
@@ -256,10 +313,43 @@ class Reducer:
             raise
         del _under_way[id(kept)]
 
+    def _hears_roll_call(self) -> bool:
+        """Return True if another rank has called the roll; False as long as there is no channel."""
+        return self._duplicating is None and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
+
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own."""
+        if self._duplicating is not None:
+            return {}
+        mpi, found, until = _mpi(), {self.rank: answer}, time.monotonic() + seconds
+        with contextlib.suppress(mpi.Exception):  # then what has been heard has to do
+            _given_up.append(answer)
+            others = set(range(self.size)) - {self.rank}
+            _given_up.extend(self._comm.Isend([answer, mpi.BYTE], rank, _ROLL_CALL) for rank in others)
+            while len(found) < self.size:
+                if heard := self._heard():
+                    found.update([heard])
+                    until = min(until, time.monotonic() + roll.seconds_of(heard[1]))
+                elif time.monotonic() > until:
+                    break
+                else:
+                    _raise_interrupt()
+                    time.sleep(0.001)
+        return found
+
+    def _heard(self) -> tuple[int, bytes] | None:
+        """Return the rank and the text of an answer that has come, or None."""
+        mpi = _mpi()
+        status, octets = mpi.Status(), bytearray(roll.LENGTH)
+        if not self._comm.Iprobe(mpi.ANY_SOURCE, _ROLL_CALL, status):
+            return None
+        self._comm.Recv([octets, mpi.BYTE], status.Get_source(), _ROLL_CALL)
+        return status.Get_source(), bytes(octets)
+
     def close(self) -> None:
         """Let Ctrl-C raise again, and raise an interrupt that was held back."""
         if self._holding:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _signal.signal(signal.SIGINT, signal.default_int_handler)
             self._holding = False
         _raise_interrupt()
 

@@ -25,7 +25,8 @@ def assert_close(actual: Any, desired: Any, *, ulp: float, scale: Any = None, dt
         The largest allowed error, in units of the distance of neighbouring numbers of the dtype of `actual` at `scale`.
         Where `desired` is NaN or infinite, `actual` must have the same value.
     scale : array, optional
-        The largest term of the sum that `actual` is; abs(desired) if None.
+        The largest term of the sum that `actual` is; abs(desired) if None. In float16 and bfloat16, abs(desired) where
+        that is larger.
     dtype : optional
         The dtype (or its name) that `actual` must have. If None, that of `desired`, unless `desired` is a longdouble.
 
@@ -47,9 +48,7 @@ def assert_close(actual: Any, desired: Any, *, ulp: float, scale: Any = None, dt
     name = dtype_name(actual.dtype)
     got, want = (as_numpy(label, array) for label, array in (("actual", actual), ("desired", desired)))
     got, want = got.astype(oracle.LONG), want.astype(oracle.LONG)
-    with np.errstate(invalid="ignore"):
-        errors = abs(got - want) / oracle.ulp(np.where(np.isfinite(want), want, 1) if scale is None else scale, name)
-    errors = np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.where(np.isnan(errors), np.inf, errors))
+    errors = oracle.ulp_errors(got, want, abs(want) if scale is None else scale, name)
     if (wrong := ~(errors <= ulp)).any():
         index = tuple(int(i) for i in np.unravel_index(np.argmax(errors), errors.shape))
         raise AssertionError(

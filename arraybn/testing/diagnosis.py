@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import scenarios, suspects
-from .oracle import exact_batch_norm
+from .oracle import MANTISSA_BITS, exact_batch_norm
 from .properties import GROWING, MOMENTUM, Property, Subject, running
 from .scenarios import Batch
 
@@ -28,6 +28,8 @@ ROUNDED_VAR = (
     " (Σ(x−mean))²/n away, or keep the mean in float64 (E1)"
 )
 HALF = "the error is that of half precision: something between x and the result is kept in fewer digits than x"
+
+OF_SUMS = (FOLDED, ROUNDED, ROUNDED_VAR)  # too few digits, but the formula is right
 
 
 def cause_of(prop: Property, subject: Subject) -> str:
@@ -65,7 +67,7 @@ def _growth(prop: Property, subject: Subject) -> str:
     """Return the cause that follows from the growth of the error with |mean|/std, or ''."""
     ratios = 10.0 ** np.arange(0, 7)
     errors = [prop.error(subject, _batch_at(float(ratio)))[0] for ratio in ratios]
-    digits = int(np.finfo(subject.dtype).nmant)  # an error of 2**digits ulp leaves no correct digit
+    digits = MANTISSA_BITS[subject.dtype.name]  # an error of 2**digits ulp leaves no correct digit
     if np.isfinite(errors).all() and digits > 20 and min(errors) > 2.0 ** (digits - 13) > max(errors) / 100:
         return HALF if _is_noise(subject) else ""
     seen = [(r, e) for r, e in zip(ratios, errors, strict=True) if prop.limit(subject) < e < 2.0 ** (digits - 2)]

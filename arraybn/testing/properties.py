@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays.copies import as_numpy
-from .._arrays.namespaces import Namespace, array_namespace, as_namespace, is_array_api_obj, namespace_name
+from .._arrays.copies import as_numpy, converted
+from .._arrays.namespaces import (
+    Namespace,
+    array_namespace,
+    as_dtype,
+    as_namespace,
+    dtype_name,
+    is_array_api_obj,
+    namespace_name,
+)
 from . import scenarios
-from .oracle import LONG, Exact, exact_batch_norm, worst
+from .forms import ANY, CALLS, FORMS, Form
+from .oracle import LONG, Exact, errors_in, exact_batch_norm, worst
 from .scenarios import Batch
+from .sums import bounds_of_sums, bounds_of_update
 
 Array = np.ndarray[Any, Any]
-Measured = tuple[float, str]  # error in ulp; a text if the result is no array of numbers, else ''
 MOMENTUM = 0.25
+
+
+class Measured(NamedTuple):
+    """The error of a result."""
+
+    error: float  # in ulp
+    detail: str = ""  # a text if the result is no array of numbers
+    excess: float = np.inf  # the error in units of that which sums in the dtype of x may have; see `sums`
 
 
 @dataclass(frozen=True)
@@ -32,47 +50,88 @@ class Subject:
     tolerance: float
     max_ratio: float
 
+    forms: dict[str, Form] = field(default_factory=dict)  # by function; see `find_forms`
+
     def to_namespace(self, array: Array) -> Any:
         """Return a copy of `array` in the namespace of the functions."""
-        return array.copy() if self.xp is None else as_namespace(self.xp).asarray(array.copy())
+        if self.xp is None or (xp := as_namespace(self.xp)) is as_namespace(np):
+            return array.copy()
+        return converted("array", array, xp, None, as_dtype(array.dtype.name, xp))
 
     def rounded(self, batch: Batch) -> Batch:
         """Return the batch with x and dy in the dtype under test."""
-        return batch._replace(x=batch.x.astype(self.dtype), dy=batch.dy.astype(self.dtype))
+        with np.errstate(over="ignore"):
+            return batch._replace(x=batch.x.astype(self.dtype), dy=batch.dy.astype(self.dtype))
 
-    def y(self, batch: Batch) -> Array:
-        """Return y of forward, as a NumPy array."""
-        return _copied("y", self.raw_y(batch))
+    def form(self, role: str) -> Form:
+        """Return the shape of x that a function takes."""
+        return self.forms.get(role, ANY)
+
+    def arguments(self, role: str, batch: Batch) -> tuple[list[Array], float]:
+        """Return the arrays and the number that a function is called with."""
+        arrays = {"x": batch.x, "dy": batch.dy, "weight": batch.weight, "bias": batch.bias}
+        arrays |= dict(zip(("running_mean", "running_var"), running(batch), strict=True))
+        names, pack = CALLS[role][0].split(", ")[:-1], self.form(role).pack
+        values = [pack(arrays[name]) if arrays[name].ndim == 3 else arrays[name] for name in names]
+        return values, MOMENTUM if role == "update" else batch.eps
+
+    def call(self, role: str, batch: Batch) -> Any:
+        """Return the result of a function, in its namespace."""
+        arrays, option = self.arguments(role, batch)
+        return getattr(self, role)(*map(self.to_namespace, arrays), option)
 
     def raw_y(self, batch: Batch) -> Any:
         """Return y of forward, in the namespace of the functions."""
-        result = self.forward(*map(self.to_namespace, (batch.x, batch.weight, batch.bias)), batch.eps)
+        result = self.call("forward", batch)
         return result[0] if isinstance(result, tuple) else result
+
+    def y(self, batch: Batch) -> Array:
+        """Return y of forward, as a NumPy array."""
+        return self.form("forward").unpack(_copied("y", self.raw_y(batch)), batch.x.shape)
 
     def gradients(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Return dx, dweight and dbias of backward."""
-        assert self.backward is not None
-        arrays = map(self.to_namespace, (batch.dy, batch.x, batch.weight, batch.bias))
-        dx, dweight, dbias = self.backward(*arrays, batch.eps)
-        return _copied("dx", dx), _copied("dweight", dweight), _copied("dbias", dbias)
+        dx, dweight, dbias = self.call("backward", batch)
+        dx = self.form("backward").unpack(_copied("dx", dx), batch.x.shape)
+        return dx, _copied("dweight", dweight), _copied("dbias", dbias)
 
     def running_statistics(self, batch: Batch) -> tuple[Array, Array]:
         """Return running_mean and running_var after an update of `running(batch)` with the batch."""
-        assert self.update is not None
-        mean, var = self.update(*map(self.to_namespace, (*running(batch), batch.x)), MOMENTUM)
+        mean, var = self.call("update", batch)
         return _copied("running_mean", mean), _copied("running_var", var)
+
+    def find_forms(self) -> None:
+        """Find the shape of x that each function takes: the first for which its results have the right shapes."""
+        batch = self.rounded(scenarios.make("small"))
+        calls: dict[str, Callable[[Batch], Any]] = {
+            "forward": lambda batch: [self.y(batch)],
+            "backward": self.gradients,
+            "update": self.running_statistics,
+        }
+        for role, call in calls.items():
+            first = batch.x.shape if role != "update" else batch.weight.shape
+            wanted = [first] + [batch.weight.shape] * (len(CALLS[role][1].split(", ")) - 1)
+            for form in FORMS if getattr(self, role) is not None else ():
+                self.forms[role] = form
+                with suppress(Exception), np.errstate(all="ignore"):
+                    if [result.shape for result in call(batch)] == wanted:
+                        break
+            else:
+                self.forms[role] = ANY
 
 
 def _copied(name: str, array: Any) -> Array:
     """Return a NumPy array that the next call cannot write into."""
-    return np.array(as_numpy(name, array))
+    found = np.array(as_numpy(name, array))  # of PyTorch's bfloat16 in float32
+    narrow = dtype_name(getattr(array, "dtype", found.dtype)) == "bfloat16"
+    return found.astype(scenarios.numpy_dtype("bfloat16")) if narrow else found
 
 
 def running(batch: Batch) -> tuple[Array, Array]:
     """Return running statistics (C,) before the batch, in float32, as large as the values of x."""
     c = batch.x.shape[1]
     with np.errstate(all="ignore"):
-        size = np.nanmax(abs(batch.x), axis=(0, 2), initial=1.0).astype("f4")
+        size = np.nanmax(abs(batch.x.astype("f8")), axis=(0, 2), initial=1.0).astype("f4")
     return size * np.linspace(0.5, 1, c, dtype="f4"), np.linspace(2, 3, c, dtype="f4")
 
 
@@ -98,7 +157,7 @@ class Property:
             with np.errstate(all="ignore"):
                 return self.measure(subject, subject.rounded(batch))
         except Exception as error:
-            return np.inf, f"raised {type(error).__name__}: {error}"
+            return Measured(np.inf, f"raised {type(error).__name__}: {error}")
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
@@ -148,27 +207,31 @@ def _truth(batch: Batch) -> Exact:
     return exact_batch_norm(batch.x, batch.weight, batch.bias, batch.dy, eps=batch.eps)
 
 
-def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any) -> Measured:
+def _compared(name: str, got: Array, want: Any, scale: Any, dtype: Any, bound: Any = None) -> Measured:
     if got.shape != want.shape:
-        return np.inf, f"{name} has shape {got.shape}; expected {want.shape}"
+        return Measured(np.inf, f"{name} has shape {got.shape}; expected {want.shape}")
     if got.dtype.kind not in "fV":
-        return np.inf, f"{name} has dtype {got.dtype.name}; expected real floating numbers"
-    return worst(got, want, scale, dtype), ""
+        return Measured(np.inf, f"{name} has dtype {got.dtype.name}; expected real floating numbers")
+    excess = np.inf if bound is None else np.max(errors_in(bound, got.astype(LONG), want.astype(LONG)), initial=0)
+    return Measured(worst(got, want, scale, dtype), "", float(excess))
 
 
 def _y(subject: Subject, batch: Batch) -> Measured:
     truth = _truth(batch)
-    return _compared("y", subject.y(batch), truth.y, truth.y_scale, subject.dtype)
+    bound = bounds_of_sums(batch, truth, subject.dtype.name)["y"]
+    return _compared("y", subject.y(batch), truth.y, truth.y_scale, subject.dtype, bound)
 
 
 def _gradient(subject: Subject, batch: Batch, name: str) -> Measured:
     truth, got = _truth(batch), dict(zip(("dx", "dweight", "dbias"), subject.gradients(batch), strict=True))
+    dy = batch.dy.astype(LONG)
     largest = {
         "dx": truth.dx_scale,
-        "dweight": np.abs(batch.dy * truth.xhat).sum(axis=(0, 2)),
-        "dbias": np.abs(batch.dy.astype(LONG)).sum(axis=(0, 2)),
+        "dweight": np.abs(dy * truth.xhat).sum(axis=(0, 2)),
+        "dbias": np.abs(dy).sum(axis=(0, 2)),
     }
-    return _compared(name, got[name], getattr(truth, name), largest[name], subject.dtype)
+    bound = bounds_of_sums(batch, truth, subject.dtype.name)[name]
+    return _compared(name, got[name], getattr(truth, name), largest[name], subject.dtype, bound)
 
 
 def _y_type(subject: Subject, batch: Batch) -> Measured:
@@ -176,7 +239,7 @@ def _y_type(subject: Subject, batch: Batch) -> Measured:
         given, result = subject.to_namespace(batch.x), subject.raw_y(batch)
         names = [namespace_name(array_namespace(array)) for array in (given, result) if is_array_api_obj(array)]
         if len(names) == 2 and names[0] != names[1]:
-            return np.inf, f"y is a {names[1]} array; expected a {names[0]} array"
+            return Measured(np.inf, f"y is a {names[1]} array; expected a {names[0]} array")
     return _compared_type("y", subject.y(batch), batch.x)
 
 
@@ -186,51 +249,50 @@ def _dx_type(subject: Subject, batch: Batch) -> Measured:
 
 def _compared_type(name: str, got: Array, x: Array) -> Measured:
     if got.shape != x.shape or got.dtype != x.dtype:
-        return np.inf, f"{name} is {got.dtype.name} {got.shape}; expected {x.dtype.name} {x.shape}"
-    return 0.0, ""
+        return Measured(np.inf, f"{name} is {got.dtype.name} {got.shape}; expected {x.dtype.name} {x.shape}")
+    return Measured(0.0)
 
 
 def _repeated_call(subject: Subject, batch: Batch) -> Measured:
     raw = subject.raw_y(batch)
     first = _copied("y", raw)
-    subject.y(batch._replace(x=3 * batch.x + 1))
-    if as_numpy("y", raw).tobytes() != first.tobytes():
-        return np.inf, "y was written into by the next call: both share their memory"
-    return worst(subject.y(batch), first, first, subject.dtype), ""
+    subject.y(batch._replace(x=(3 * batch.x + 1).astype(subject.dtype)))
+    if as_numpy("y", raw).tobytes() != as_numpy("y", first).astype(as_numpy("y", raw).dtype).tobytes():
+        return Measured(np.inf, "y was written into by the next call: both share their memory")
+    return Measured(worst(_copied("y", subject.raw_y(batch)), first, first, subject.dtype))
 
 
 def _reversed_samples(subject: Subject, batch: Batch) -> Measured:
     y, turned, truth = subject.y(batch), subject.y(batch._replace(x=batch.x[::-1].copy())), _truth(batch)
-    return _compared("y", turned, y[::-1], truth.y_scale[::-1], subject.dtype)
+    bound = 2 * bounds_of_sums(batch, truth, subject.dtype.name)["y"][::-1]
+    return _compared("y", turned, y[::-1], truth.y_scale[::-1], subject.dtype, bound)
 
 
 def _separate_channels(subject: Subject, batch: Batch) -> Measured:
     spoiled = batch.x.copy()
     spoiled[:, 1] = 1000 * spoiled[:, 1] + 7
     y, other = subject.y(batch), subject.y(batch._replace(x=spoiled))
-    return worst(other[:, [0, 2]], y[:, [0, 2]], y[:, [0, 2]], subject.dtype), ""
+    return Measured(worst(other[:, [0, 2]], y[:, [0, 2]], y[:, [0, 2]], subject.dtype))
 
 
 def _non_finite(subject: Subject, batch: Batch) -> Measured:
-    truth, y = _truth(batch), subject.y(batch)
+    """Compare with the same functions on finite values, so that no other fault of theirs counts."""
+    finite = batch.x.copy()
+    finite[~np.isfinite(finite)] = 0
+    y, other = subject.y(batch), subject.y(batch._replace(x=finite))
     if numbers := np.count_nonzero(~np.isnan(y[:, 1])):
-        return np.inf, f"y has {numbers} numbers in the channel that has lost its mean"
-    return _compared("y", y[:, [0, 2]], truth.y[:, [0, 2]], truth.y_scale[:, [0, 2]], subject.dtype)
+        return Measured(np.inf, f"y has {numbers} numbers in the channel that has lost its mean")
+    return _compared("y", y[:, [0, 2]], other[:, [0, 2]], abs(other[:, [0, 2]]), subject.dtype)
 
 
 def _inputs_stay(subject: Subject, batch: Batch, function: str) -> Measured:
-    inputs: dict[str, tuple[tuple[Array, ...], float]] = {
-        "forward": ((batch.x, batch.weight, batch.bias), batch.eps),
-        "backward": ((batch.dy, batch.x, batch.weight, batch.bias), batch.eps),
-        "update": ((*running(batch), batch.x), MOMENTUM),
-    }
-    arrays, option = inputs[function]
+    arrays, option = subject.arguments(function, batch)
     given = [subject.to_namespace(array) for array in arrays]
     getattr(subject, function)(*given, option)
     for index, (array, after) in enumerate(zip(arrays, given, strict=True)):
-        if as_numpy("argument", after).tobytes() != array.tobytes():
-            return np.inf, f"argument {index} was written into"
-    return 0.0, ""
+        if _copied("argument", after).tobytes() != array.tobytes():
+            return Measured(np.inf, f"argument {index} was written into")
+    return Measured(0.0)
 
 
 def _running(subject: Subject, batch: Batch, index: int) -> Measured:
@@ -240,7 +302,8 @@ def _running(subject: Subject, batch: Batch, index: int) -> Measured:
     new = truth.mean if index == 0 else truth.var * n / max(n - 1, 1)
     want, scale = (1 - MOMENTUM) * old + MOMENTUM * new, np.maximum(abs(old), abs(new))
     name = ("running_mean", "running_var")[index]
-    return _compared(name, subject.running_statistics(batch)[index], want, scale, np.dtype("f4"))
+    bound = bounds_of_update(batch, truth, old)[name]
+    return _compared(name, subject.running_statistics(batch)[index], want, scale, np.dtype("f4"), bound)
 
 
 _dx, _dweight, _dbias = (partial(_gradient, name=name) for name in ("dx", "dweight", "dbias"))

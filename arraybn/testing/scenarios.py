@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .oracle import SMALLEST_EXPONENT, largest_number
 
 Array = np.ndarray[Any, Any]
 
@@ -103,3 +107,65 @@ def named_batches() -> dict[str, Batch]:
     table["constant"] = like._replace(x=constant)
     table["nearly constant"] = like._replace(x=nearly)
     return table
+
+
+# ---- Random batches --------------------------------------------------------------------------------------------------
+
+KINDS = ("normal", "far", "outlier", "constant", "nearly constant", "sorted", "tiny", "huge", "nan", "inf")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of that name; raise an ImportError with the remedy if "bfloat16" needs ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        bfloat16: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError as error:
+        raise ImportError('dtype: bfloat16 needs ml_dtypes: pip install "arraybn[cpu]"') from error
+    return bfloat16
+
+
+def _channel(kind: str, n: int, ratio: float, dtype: str, rng: np.random.Generator) -> Array:
+    """Return n values of a channel of that kind, in float64."""
+    values, kept = rng.standard_normal(n), numpy_dtype(dtype).type
+    if kind == "far":
+        values = values + ratio * rng.choice([-1, 1])
+    elif kind == "outlier":
+        values[rng.integers(n)] = ratio
+    elif kind in ("constant", "nearly constant"):
+        values = np.full(n, rng.standard_normal() * ratio).astype(kept).astype("f8")
+        if kind == "nearly constant":
+            values[0] = np.nextafter(values[0].astype(kept), kept(np.inf))
+    elif kind == "sorted":
+        values = np.sort(values)
+    elif kind == "tiny":  # mostly subnormal
+        values = values * 2.0 ** (SMALLEST_EXPONENT[dtype] - 2)
+    elif kind == "huge":  # within a factor of two of the largest number
+        values = np.clip(values, -1, 1) * float(largest_number(dtype)) * 0.75
+    elif kind in ("nan", "inf"):
+        values[rng.integers(n)] = np.nan if kind == "nan" else np.inf * rng.choice([-1, 1])
+    return values
+
+
+def of_kinds(
+    kinds: Sequence[str], shape: tuple[int, int, int], ratio: float, dtype: str, rng: np.random.Generator
+) -> Batch:
+    """Return a random batch whose x has `dtype`, with a channel of each kind; `ratio` is the |mean|/std of "far"."""
+    n = shape[0] * shape[2]
+    columns = [_channel(kind, n, ratio, dtype, rng) if n else np.zeros(0) for kind in kinds]
+    with np.errstate(over="ignore"):
+        x = np.stack(columns).reshape(shape[1], shape[0], shape[2]).transpose(1, 0, 2).astype(numpy_dtype(dtype))
+    dy = rng.standard_normal(shape) + 0.5
+    weight, bias = (rng.uniform(-2, 2, shape[1]).astype("f4") for _ in range(2))
+    return Batch(x, dy, weight, bias)
+
+
+def random_batches(count: int, kinds: Sequence[str], max_ratio: float, dtype: str) -> Iterator[Batch]:
+    """Yield random batches of 2 to 81 values in each channel; the same ones at each call."""
+    rng = np.random.default_rng(0)
+    most = np.log10(min(max_ratio, float(largest_number(dtype)) / 16))
+    for _ in range(count):
+        n, c, s = (int(size) for size in rng.integers(1, 10, 3))
+        shape = (max(n, 2) if s == 1 else n, c, s)
+        batch = of_kinds(rng.choice(kinds, c).tolist(), shape, 10.0 ** rng.uniform(0, most), dtype, rng)
+        yield batch._replace(eps=float(rng.choice([1e-5, 1e-3, 0.5])))

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+
+from .._install import requirement
 
 try:
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError('arraybn.testing.strategies needs hypothesis: pip install "arraybn[test]"') from error
+    raise ImportError(f"arraybn.testing.strategies needs hypothesis: pip install {requirement('test')}") from error
 
-from .scenarios import Array, Batch
-
-KINDS = ("normal", "far", "outlier", "constant", "nearly constant", "sorted", "tiny", "huge", "nan", "inf")
-
-
-def _channel(kind: str, n: int, ratio: float, dtype: Any, rng: np.random.Generator) -> Array:
-    """Return n values of a channel of that kind."""
-    values = rng.standard_normal(n)
-    limits = np.finfo(dtype)
-    if kind == "far":
-        values = values + ratio * rng.choice([-1, 1])
-    elif kind == "outlier":
-        values[rng.integers(n)] = ratio
-    elif kind in ("constant", "nearly constant"):
-        values = np.full(n, rng.standard_normal() * ratio).astype(dtype).astype("f8")
-        if kind == "nearly constant":
-            values[0] = np.nextafter(values[0].astype(dtype), dtype(np.inf))
-    elif kind == "sorted":
-        values = np.sort(values)
-    elif kind == "tiny":  # mostly subnormal
-        values = values * float(limits.smallest_normal) / 4
-    elif kind == "huge":  # within a factor of two of the largest number
-        values = np.clip(values, -1, 1) * float(limits.max) * 0.75
-    elif kind in ("nan", "inf"):
-        values[rng.integers(n)] = np.nan if kind == "nan" else np.inf * rng.choice([-1, 1])
-    return values
+from .oracle import MANTISSA_BITS, largest_number
+from .scenarios import KINDS, Array, Batch, numpy_dtype, of_kinds
 
 
 @st.composite
@@ -55,7 +32,7 @@ def batches(
     Parameters
     ----------
     dtype : str
-        The dtype of x and dy: "float16", "float32" or "float64".
+        The dtype of x and dy: "float16", "bfloat16" (needs ml_dtypes), "float32" or "float64".
     kinds : sequence of str
         Some of `KINDS`: "normal", "far" (|mean|/std up to max_ratio), "outlier", "constant", "nearly constant" (one
         value is the next larger number), "sorted", "tiny" (subnormal), "huge" (near overflow), "nan", "inf".
@@ -74,26 +51,22 @@ def batches(
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"kinds: expected some of {KINDS}; got {unknown[0]!r}")
-    if dtype not in ("float16", "float32", "float64"):
-        raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64'; got {dtype!r}")
+    if dtype not in MANTISSA_BITS:
+        raise ValueError(f"dtype: expected one of {', '.join(MANTISSA_BITS)}; got {dtype!r}")
     if not (0 <= least <= most**2 and max_ratio >= 1):
         raise ValueError(f"expected 0 ≤ least ≤ most² and max_ratio ≥ 1; got {least}, {most} and {max_ratio}")
-    max_ratio = min(max_ratio, float(np.finfo(dtype).max) / 16)
+    max_ratio = min(max_ratio, float(largest_number(dtype)) / 16)
     shape = draw(
         st.tuples(*(st.integers(low, most) for low in (min(least, 1), 1, min(least, 1)))).filter(
             lambda shape: shape[0] * shape[2] >= least
         )
     )
-    n, scalar = shape[0] * shape[2], np.dtype(dtype).type
-    channels = draw(st.lists(st.sampled_from(kinds), min_size=shape[1], max_size=shape[1]))
+    chosen = draw(st.lists(st.sampled_from(kinds), min_size=shape[1], max_size=shape[1]))
     exponent = draw(st.floats(0, float(np.log10(max_ratio))))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    columns = [_channel(kind, n, 10.0**exponent, scalar, rng) if n else np.zeros(0) for kind in channels]
-    with np.errstate(over="ignore"):
-        x = np.stack(columns).reshape(shape[1], shape[0], shape[2]).transpose(1, 0, 2).astype(dtype)
-    dy = (rng.standard_normal(shape) + 0.5).astype(dtype)
-    weight, bias = (rng.uniform(-2, 2, shape[1]).astype("f4") for _ in range(2))
-    return Batch(x, dy, weight, bias, draw(st.sampled_from([1e-5, 1e-3, 0.5])))
+    eps = draw(st.sampled_from([1e-5, 1e-3, 0.5]))
+    batch = of_kinds(chosen, shape, 10.0**exponent, dtype, rng)._replace(eps=eps)
+    return batch._replace(dy=batch.dy.astype(numpy_dtype(dtype)))
 
 
 def _read_only(array: Array) -> Array:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 
+from arraybn import kernels as kernel_modules
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
 from arraybn.kernels.cuda import fused, launch
@@ -36,7 +37,7 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 def all_kernels() -> list[Kernel]:
     """Return every kernel of the sweeps, for every dtype and width."""
-    sweeps = itertools.product(("moments", "dots", "affine", "affine2"), ("planes", "lines"), _ITEMSIZE)
+    sweeps = itertools.product(kernel_modules.SWEEPS, ("planes", "lines"), _ITEMSIZE)
     kernels = [
         Kernel(f"{sweep}_{layout}", dtype, width)
         for sweep, layout, dtype in sweeps

@@ -37,8 +37,8 @@ def data(shape: tuple[int, ...], dtype: str, seed: int = 0, offset: float = 3.0)
     return values.astype(need("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
 
 
-def coefficients(channels: int) -> Any:
-    return np.random.default_rng(9).standard_normal((4, channels))
+def coefficients(channels: int, number: int = 4) -> Any:
+    return np.random.default_rng(9).standard_normal((number, channels))
 
 
 def exact_of(*arrays: Any) -> list[Any]:
@@ -201,6 +201,7 @@ class _Reference:
 
     moments, dots = staticmethod(reference.moments), staticmethod(reference.dots)
     affine, affine2 = staticmethod(reference.affine), staticmethod(reference.affine2)
+    affine3 = staticmethod(reference.affine3)
 
     @staticmethod
     def forward(x: Any, weight: Any, bias: Any, eps: float, out: Any = None) -> Any:
@@ -375,7 +376,7 @@ def assert_sums(case: Case, dtype: str) -> None:
 
 
 def assert_maps(case: Case, dtype: str) -> None:
-    """(E3, E6) Assert that `affine` and `affine2` are right for data of this case."""
+    """(E3, E6, E9) Assert that `affine`, `affine2` and `affine3` are right for data of this case."""
     u, x = data(case.shape, dtype, 1, 0.5), data(case.shape, dtype)
     exact_u, exact_x = exact_of(u, x)
     mean, a, b, c = (vector[:, None] for vector in coefficients(case.shape[1]))
@@ -384,6 +385,10 @@ def assert_maps(case: Case, dtype: str) -> None:
     assert_map(got, a * d + c, abs(a * d) + abs(c), x.dtype, rounding)
     got = case.ops.affine2(u, x, mean[:, 0], a[:, 0], b[:, 0], c[:, 0])
     assert_map(got, a * exact_u + b * d + c, abs(a * exact_u) + abs(b * d) + abs(c), x.dtype, rounding)
+    v = data(case.shape, dtype, 2, -0.5)
+    terms = [b * exact_of(v)[0], c * exact_u, a * d, mean]
+    vectors = (vector[:, 0] for vector in (mean, b, c, a, mean))
+    assert_map(case.ops.affine3(v, u, x, *vectors), sum(terms), sum(map(abs, terms)), x.dtype, rounding)
 
 
 def assert_forward(case: Case, dtype: str) -> None:

@@ -16,7 +16,7 @@ from numba import config
 
 from ... import reference
 from ..._arrays.namespaces import Array
-from .. import threads
+from .. import results, threads
 from .entries import compiled, serve
 from .half import HALF as HALF
 from .tiles import BLOCK, LONG, PIECE, Cut
@@ -60,13 +60,14 @@ def _contiguous(array: Array) -> Array:
 class _Job:
     """The arrays of a call as lines, how the work on them is cut, and the helpers."""
 
-    __slots__ = ("code", "cut", "in_place", "result", "u", "words", "x", "y")
+    __slots__ = ("code", "cut", "in_place", "result", "u", "v", "words", "x", "y")
 
-    def __init__(self, x: Array, u: Array | None = None) -> None:
+    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None) -> None:
         self.cut = cut = _cut(x.shape, x.itemsize)
         self.code = compiled(x.dtype.char)
         self.x = self._line(x)
         self.u = self.x if u is None else self._line(u)
+        self.v = self.u if v is None else self._line(v)
         shared = cut.groups * cut.tiles > 1 and not config.DISABLE_JIT
         self.words = threads.helpers(serve(), x.nbytes) if shared else threads.ALONE
 
@@ -79,9 +80,10 @@ class _Job:
         self.in_place = 0
         if out is not None and out.flags.c_contiguous and out.flags.aligned:
             self.result, self.y = out, self._line(out)
-            self.in_place = int(np.may_share_memory(self.y, self.x) or np.may_share_memory(self.y, self.u))
+            lines = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
+            self.in_place = int(any(np.may_share_memory(self.y, line) for line in lines))
         else:
-            self.result = np.empty(x.shape, x.dtype)
+            self.result = results.empty(x.shape, x.dtype)
             self.y = self._line(self.result)
 
     def vectors(self, number: int) -> Array:
@@ -128,6 +130,17 @@ def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: 
     return job.result
 
 
+def affine3(
+    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+) -> Array:
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    job = _Job(x, u, v)
+    job.write_to(x, out)
+    if job.cut.n:
+        job.code.affine3(job.words, job.v, job.u, job.x, job.cut, mean, a, b, c, d, job.y, job.in_place)
+    return job.result
+
+
 # ---- Two sweeps, a group of channels through both before the next ----------------------------------------------------
 
 
@@ -159,12 +172,29 @@ def backward(
     return job.result, dweight, dbias
 
 
+def evaluate(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array | None, Array]:
+    """(E3, E7) Copies of mean, rstd and weight (C,), and y = weight·xhat + bias, with fixed statistics."""
+    mean, var, weight, bias = widened(mean, var, weight, bias)
+    rstd, a, c = np.empty((3, mean.size))
+    ones = np.ones(mean.size) if weight is None else weight
+    zeros = np.zeros(mean.size) if bias is None else bias
+    compiled(x.dtype.char).fixed(var, ones, zeros, eps, rstd, a, c)
+    return mean, rstd, weight, affine(x, mean, a, c, out)
+
+
+def widened(*vectors: Array | None) -> list[Array | None]:
+    """Return float64 copies of vectors (C,); None for None."""
+    return [None if vector is None else vector.astype(_F8) for vector in vectors]
+
+
 def update_running_stats(
     running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float
 ) -> tuple[Array, Array]:
     """(E4) The running statistics (C,) after one more batch, in their dtypes."""
-    dtype = running_mean.dtype
-    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or {mean.dtype, var.dtype} != {_F8}:
+    dtype, wide = running_mean.dtype, mean.dtype == var.dtype == _F8
+    if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or not wide:
         return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
     old_mean, old_var, mean, var = map(_contiguous, (running_mean, running_var, mean, var))

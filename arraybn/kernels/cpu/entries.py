@@ -11,7 +11,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from ... import reference
+from ... import exact, reference
 from ..._arrays.namespaces import Array
-from . import half, jobs, scalars, tiles
+from . import compiling, half, jobs, scalars, tiles
 from .half import HALF, wide
 from .jobs import AGAIN, BACKWARDS, ONWARDS, address_of, mark, place, program, share
 from .tiles import (
@@ -31,6 +31,8 @@ from .tiles import (
     Cut,
     affine2_of_lines,
     affine2_of_planes,
+    affine3_of_lines,
+    affine3_of_planes,
     affine_of_lines,
     affine_of_planes,
     dots_of_lines,
@@ -90,7 +92,7 @@ def _rstd_compiled(var: Array, eps: float) -> Array:
     return reference.rstd
 
 
-_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_rstd, _batch_rstd, _normalize = plain(reference.rstd), plain(reference.batch_rstd), plain(reference.normalize)
 _update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
@@ -130,7 +132,7 @@ def _spread(tile, group, x, cut, shift, sums):
 
 
 def _dots(tile, group, u, x, cut, mean, sums):
-    """(E5) Σu and Σu·(x−mean)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean)."""
     c0, c1, r0, r1 = _tile(cut, group, tile)
     s, q = sums[0, tile, c0:c1], sums[1, tile, c0:c1]
     if cut.plane >= LONG:
@@ -150,13 +152,23 @@ def _affine(tile, group, x, cut, mean, a, c, out, in_place):
 
 
 def _affine2(tile, group, u, x, cut, mean, a, b, c, out, in_place):
-    """(E6) a·u + b·(x−mean) + c."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c."""
     c0, c1, r0, r1 = _tile(cut, group, tile)
     mean, a, b, c = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1]
     if cut.plane >= LONG:
         affine2_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
         affine2_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+def _affine3(tile, group, v, u, x, cut, mean, a, b, c, d, out, in_place):
+    """(E9) a·v + b·u + c·(x−mean) + d."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, b, c, d = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1], d[c0:c1]
+    if cut.plane >= LONG:
+        affine3_of_planes(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+    else:
+        affine3_of_lines(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
 
 
 @plain
@@ -282,6 +294,13 @@ def _affine2_alone(at, words, u, x, cut, mean, a, b, c, out, in_place):
     _do(words, cut, work, stages, board, mean)
 
 
+def _affine3_alone(at, words, v, u, x, cut, mean, a, b, c, d, out, in_place):
+    work, affine3 = at
+    board = _board(cut)
+    stages = ((affine3, place((v, u, x, cut, mean, a, b, c, d, out, in_place)), cut.tiles, BACKWARDS),)
+    _do(words, cut, work, stages, board, mean)
+
+
 def _forward(at, words, x, cut, weight, bias, eps, mean, m2, rstd, out, in_place):
     """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
     work, shift, spread, mean_m2, normalized, affine = at
@@ -312,6 +331,13 @@ def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in
         (affine2, place((dy, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, memory)
+
+
+def _fixed(var, weight, bias, eps, rstd, a, c):
+    """(E3) Set rstd, a and c for fixed statistics."""
+    for j in range(rstd.size):
+        rstd[j] = _rstd(var[j], eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
 def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
@@ -347,12 +373,14 @@ class Compiled:
             "affine": (_affine, (x, _CUT, given, given, given, out, number)),
             "gradients": (_gradients, (_CUT, sums, given, given, found, found, found, found, found)),
             "affine2": (_affine2, (x, x, _CUT, given, given, given, given, out, number)),
+            "affine3": (_affine3, (x, x, x, _CUT, *(given,) * 5, out, number)),
         }
         self._jobs = {
             "moments": (_moments, (x, _CUT, found, found), ("shift", "spread", "mean_m2")),
             "dots": (_dots_alone, (x, x, _CUT, given, found, found), ("dots", "total")),
             "affine": (_affine_alone, (x, _CUT, given, given, given, out, number), ("affine",)),
             "affine2": (_affine2_alone, (x, x, _CUT, given, given, given, given, out, number), ("affine2",)),
+            "affine3": (_affine3_alone, (x, x, x, _CUT, *(given,) * 5, out, number), ("affine3",)),
             "forward": (
                 _forward,
                 (x, _CUT, given, given, eps, found, found, found, out, number),
@@ -364,11 +392,14 @@ class Compiled:
                 ("dots", "gradients", "affine2"),
             ),
         }
-        self._running = (_running, (x, x, given, given, eps, out, out))
+        self._others = {
+            "fixed": (_fixed, (given, given, given, eps, found, found, found)),
+            "running": (_running, (x, x, given, given, eps, out, out)),
+        }
 
     def __getattr__(self, name: str) -> Any:
-        if name == "running":
-            entry = _compile(*self._running)
+        if name in self._others:
+            entry = _compile(*self._others[name])
         elif name in self._jobs:
             function, arguments, stages = self._jobs[name]
             at = (_work_address(), *(_address(*self._stages[stage]) for stage in stages))
@@ -382,7 +413,7 @@ class Compiled:
 
     def names(self) -> list[str]:
         """Return the names of the entries."""
-        return [*self._jobs, "running"]
+        return [*self._jobs, *self._others]
 
 
 @functools.cache
@@ -446,12 +477,22 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
+        found = None
         try:
-            return super().load_overload(signature, context)
+            found = super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
             with suppress(OSError):
                 self.flush()
-            return None
+        if found is None:
+            compiling.announce(self.cache_path)
+        return found
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return the context in which to load or compile: nobody waits for code that is kept already."""
+        with suppress(EOFError, pickle.UnpicklingError, OSError):
+            if self._cache_file._load_index():
+                return nullcontext()
+        return compiling.turn(f"{self._cache_file._index_path}.lock")
 
     def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
@@ -463,7 +504,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, jobs.__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
+    own = (__file__, jobs.__file__, tiles.__file__, half.__file__, scalars.__file__)
+    files = (*own, reference.__file__, exact.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -472,14 +514,16 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)
-    entry = plain(nogil=True)(function)
+    entry, turn = plain(nogil=True)(function), nullcontext()
     try:
         entry._cache = _Cache(function, arguments)
+        turn = entry._cache.turn()
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         _warn_no_cache("there is no folder to keep them in")
-    entry.compile(arguments)
+    with turn:
+        entry.compile(arguments)
     entry.disable_compile()
     return entry
 

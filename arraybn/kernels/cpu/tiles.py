@@ -162,6 +162,20 @@ def _affine2_across(u, x, start, stop, mean, a, b, c, out, o):
         out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
 
 
+@_map
+def _affine3_along(v, u, x, start, stop, mean, a, b, c, d, out, o):
+    for i in range(start, stop):
+        out[i - o] = narrow(a * wide(v[i]) + (b * wide(u[i]) + (c * (wide(x[i]) - mean) + d)), out)
+
+
+@_map
+def _affine3_across(v, u, x, start, stop, lines, out, o):
+    mean, a, b, c, d = lines[0], lines[1], lines[2], lines[3], lines[4]
+    for j in range(stop - start):
+        i = start + j
+        out[i - o] = narrow(a[j] * wide(v[i]) + (b[j] * wide(u[i]) + (c[j] * (wide(x[i]) - mean[j]) + d[j])), out)
+
+
 @plain
 def _copy(buffer, start, stop, out):
     for i in range(start, stop):
@@ -350,3 +364,41 @@ moments_of_planes, moments_of_lines = _sums_along(_moments_along), _sums_across(
 dots_of_planes, dots_of_lines = _sums_along(_dots_along), _sums_across(_dots_across, _dots_across_4, 4)
 affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across)
 affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across)
+
+
+@plain
+def affine3_of_planes(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
+    """Do as `_map_along` for the map of four coefficients."""
+    buffer = np.empty(in_place * PIECE, out.dtype)
+    target = buffer if in_place else out
+    for r in range(r0, r1):
+        row, length = _row(r, sample, plane)
+        for j in range(mean.size):
+            start = np.uintp(row + (c0 + j) * plane)
+            stop = start + np.uintp(length)
+            o = start * np.uintp(in_place)
+            _affine3_along(v, u, x, start, stop, mean[j], a[j], b[j], c[j], d[j], target, o)
+            if in_place:
+                _copy(buffer, start, stop, out)
+
+
+@plain
+def affine3_of_lines(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
+    """Do as `_map_across` for the map of four coefficients."""
+    together, times = _together(mean.size, sample, plane)
+    lines = _lines(5, together * times * plane)
+    buffer = np.empty(in_place * together * times * plane, out.dtype)
+    target = buffer if in_place else out
+    for j in range(0, mean.size, together):
+        k = min(together, mean.size - j)
+        _repeat(mean[j : j + k], plane, times, lines[0])
+        _repeat(a[j : j + k], plane, times, lines[1])
+        _repeat(b[j : j + k], plane, times, lines[2])
+        _repeat(c[j : j + k], plane, times, lines[3])
+        _repeat(d[j : j + k], plane, times, lines[4])
+        for r in range(r0, r1, times):
+            start = np.uintp(r * sample + (c0 + j) * plane)
+            stop = start + np.uintp(min(times, r1 - r) * k * plane)
+            _affine3_across(v, u, x, start, stop, lines, target, start * np.uintp(in_place))
+            if in_place:
+                _copy(buffer, start, stop, out)

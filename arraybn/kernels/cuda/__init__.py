@@ -136,11 +136,12 @@ class LaunchArguments:
         self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
         self.size = x.size
         self.kept: list[Array] = []
-        self.x = self._data(x)
-        self.u = 0 if u is None else self._data(u)
+        self.x = self.data(x)
+        self.u = 0 if u is None else self.data(u)
         self.y = 0
 
-    def _data(self, array: Array) -> int:
+    def data(self, array: Array) -> int:
+        """Return the address of an array like x, or of its copy."""
         address = self.gpu.pointer(array)
         if _usable(array, address):
             return address
@@ -179,7 +180,7 @@ class LaunchArguments:
         if not self.size:
             return
         y = self.y if sweep.startswith("affine") else 0
-        address = (self.x | self.u | y) % 16
+        address = (self.x | self.u | vectors.get("v", 0) | y) % 16
         kernel, found = _plan(sweep, self.shape, self.dtype.char, self.dtype.itemsize, address)
         pointers = (self.x, self.u, y, *map(vectors.get, VECTORS, NO_VECTORS))
         self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
@@ -221,7 +222,7 @@ def moments(x: Array) -> tuple[Array, Array]:
 
 
 def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
     gpu = launch.launcher()
     with gpu.on(x):
         work = LaunchArguments(gpu, x, u)
@@ -241,12 +242,25 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     gpu = launch.launcher()
     with gpu.on(x):
         work = LaunchArguments(gpu, x, u)
         result = work.writes(out)
         work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
+        return result
+
+
+def affine3(
+    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+) -> Array:
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    gpu = launch.launcher()
+    with gpu.on(x):
+        work = LaunchArguments(gpu, x, u)
+        result = work.writes(out)
+        vectors = {"mean": mean, "a": a, "b": b, "c": c, "d": d}
+        work.run("affine3", v=work.data(v), **{name: work.vector(vector) for name, vector in vectors.items()})
         return result
 
 

@@ -45,6 +45,7 @@ from . import (
     LaunchArguments,
     affine,
     affine2,
+    affine3,
     backward_by,
     cut,
     dots,
@@ -58,7 +59,18 @@ from . import (
 )
 from .launch import SWEEPS, Device, Grid, Kernel
 
-__all__ = ["affine", "affine2", "backward", "dots", "evaluate", "forward", "moments", "update_running_stats", "widened"]
+__all__ = [
+    "affine",
+    "affine2",
+    "affine3",
+    "backward",
+    "dots",
+    "evaluate",
+    "forward",
+    "moments",
+    "update_running_stats",
+    "widened",
+]
 
 FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32

@@ -25,7 +25,7 @@ SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
 
 # The fields of struct Parameters in values.cuh.
 POINTERS = (
-    "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "dweight", "dbias", "a", "b", "c",
+    "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "dweight", "dbias", "a", "b", "c", "d", "v",
     "partials", "tickets",
 )  # fmt: skip
 FLOATS = ("eps", "momentum")

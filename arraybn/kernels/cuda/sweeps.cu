@@ -1,4 +1,4 @@
-// The four sweeps, for data whose planes are long (channels-first) and for planes of one value (channels-last).
+// The five sweeps, for data whose planes are long (channels-first) and for planes of one value (channels-last).
 //
 // A block has one part of one group of channels. Sums: the last block of a group to arrive pools the parts in their
 // order, so the result does not depend on which block was last, and applies the formulas. Maps: the blocks take the
@@ -136,25 +136,37 @@ DEVICE bool sums_of_planes(const Parameters& p, const Task& task) {
     return finish<Sums>(p, task, 1, WIDTH, channel, part, room);
 }
 
+// A map of as many inputs as it has; three take the registers of twice as many loads.
+template <class Map, class Value>
+DEVICE Value mapped(const Map& map, Value x, Value u, Value v) {
+    if constexpr (Map::INPUTS == 3) {
+        return map.of(x, u, v);
+    } else {
+        return map.of(x, u);
+    }
+}
+
 template <class T, int WIDTH, class Map>
 DEVICE void map_of_planes(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
-    enum { UNROLL = Item::UNROLL };
+    enum { UNROLL = Map::INPUTS == 3 ? Item::UNROLL / 2 : Item::UNROLL };
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    const typename T::Stored* v = (const typename T::Stored*)p.v;
     typename T::Stored* out = (typename T::Stored*)p.out;
     const int64 channel = task.group;
     const int thread = threadIdx.x, threads = blockDim.x;
     Walk<WIDTH> walk(p, channel, task.first + thread);
     const Map map(p, channel);
     for (int i = thread; i < task.count; i += UNROLL * threads) {
-        Item of_x[UNROLL], of_u[UNROLL];
+        Item of_x[UNROLL], of_u[UNROLL], of_v[UNROLL];
         int64 offset[UNROLL];
 #pragma unroll
         for (int k = 0; k < UNROLL; ++k) {
             if (i + k * threads < task.count) {
                 offset[k] = walk.offset;
                 of_x[k].load_last(x + walk.offset);
-                if (Map::INPUTS == 2) of_u[k].load_last(u + walk.offset);
+                if (Map::INPUTS >= 2) of_u[k].load_last(u + walk.offset);
+                if (Map::INPUTS == 3) of_v[k].load_last(v + walk.offset);
                 walk.next();
             }
         }
@@ -163,7 +175,10 @@ DEVICE void map_of_planes(const Parameters& p, const Task& task) {
             if (i + k * threads < task.count) {
                 typename T::Value result[WIDTH];
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) result[j] = map.of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : 0);
+                for (int j = 0; j < WIDTH; ++j) {
+                    const typename T::Value of_w = Map::INPUTS >= 2 ? of_u[k][j] : 0;
+                    result[j] = mapped(map, of_x[k][j], of_w, Map::INPUTS == 3 ? of_v[k][j] : 0);
+                }
                 of_x[k].set(result);
                 of_x[k].store(out + offset[k]);
             }
@@ -255,8 +270,9 @@ DEVICE bool sums_of_lines(const Parameters& p, const Task& task) {
 template <class T, int WIDTH, class Map>
 DEVICE void map_of_lines(const Parameters& p, const Task& task) {
     typedef Item<T, WIDTH> Item;
-    enum { UNROLL = Item::UNROLL };
+    enum { UNROLL = Map::INPUTS == 3 ? Item::UNROLL / 2 : Item::UNROLL };
     const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
+    const typename T::Stored* v = (const typename T::Stored*)p.v;
     typename T::Stored* out = (typename T::Stored*)p.out;
     const Column<WIDTH> column(p, task);
     if (!column.inside) return;
@@ -265,13 +281,14 @@ DEVICE void map_of_lines(const Parameters& p, const Task& task) {
     for (int j = 0; j < WIDTH; ++j) map[j] = Map(p, column.channel + j);
     int64 offset = column.offset;
     for (int i = column.row; i < task.count; i += UNROLL * column.rows) {
-        Item of_x[UNROLL], of_u[UNROLL];
+        Item of_x[UNROLL], of_u[UNROLL], of_v[UNROLL];
         const int64 start = offset;
 #pragma unroll
         for (int k = 0; k < UNROLL; ++k) {
             if (i + k * column.rows < task.count) {
                 of_x[k].load_last(x + offset);
-                if (Map::INPUTS == 2) of_u[k].load_last(u + offset);
+                if (Map::INPUTS >= 2) of_u[k].load_last(u + offset);
+                if (Map::INPUTS == 3) of_v[k].load_last(v + offset);
                 offset += column.step;
             }
         }
@@ -281,7 +298,8 @@ DEVICE void map_of_lines(const Parameters& p, const Task& task) {
                 typename T::Value result[WIDTH];
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) {
-                    result[j] = map[j].of(of_x[k][j], Map::INPUTS == 2 ? of_u[k][j] : 0);
+                    const typename T::Value of_w = Map::INPUTS >= 2 ? of_u[k][j] : 0;
+                    result[j] = mapped(map[j], of_x[k][j], of_w, Map::INPUTS == 3 ? of_v[k][j] : 0);
                 }
                 of_x[k].set(result);
                 of_x[k].store(out + start + k * column.step);
@@ -303,6 +321,8 @@ KERNEL(affine_planes, map_of_planes, Affine, map_task)
 KERNEL(affine_lines, map_of_lines, Affine, map_task)
 KERNEL(affine2_planes, map_of_planes, Affine2, map_task)
 KERNEL(affine2_lines, map_of_lines, Affine2, map_task)
+KERNEL(affine3_planes, map_of_planes, Affine3, map_task)
+KERNEL(affine3_lines, map_of_lines, Affine3, map_task)
 
 // (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
 template <class T, int WIDTH>

@@ -41,6 +41,8 @@ struct Parameters {
     const double* a;  // the coefficients of a plain sweep
     const double* b;
     const double* c;
+    const double* d;
+    const void* v;     // (N, C, S): the third input, of affine3
     double* partials;  // for each group of channels and each of its parts, a Pair for each channel
     uint32* tickets;   // for each group; zero before and after a launch
     double eps;

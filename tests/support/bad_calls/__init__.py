@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import commands, functions, layers, modules, ranks, states
+from . import checks, commands, functions, layers, modules, ranks, states
 
 ROOMS = (
     functions.FUNCTIONS,
@@ -14,6 +14,7 @@ ROOMS = (
     modules.NETWORK,
     states.FILES,
     commands.COMMANDS,
+    checks.CHECKS,
     ranks.SYNC,
 )
 TABLE = [row for room in ROOMS for row in room]

@@ -45,6 +45,13 @@ COMMANDS = [
         for value in ("-1", "1.5", "many", "99999999999")
     ],
     Bad(
+        "run('check', 'mine:forward', '--accuracy', 'some')",
+        CommandError,
+        r"python -m arraybn check: error: argument --accuracy: invalid choice: 'some' \(choose from .*\)",
+        "--accuracy",
+        pattern=True,
+    ),
+    Bad(
         "run('demo', '--epochs')",
         CommandError,
         "python -m arraybn demo: error: argument --epochs: expected one argument",

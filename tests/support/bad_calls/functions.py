@@ -41,6 +41,12 @@ OVERLAP = (
 )
 
 SAVED = "saved = batch_norm(X, W, W)[1]"
+PART = "saved = batch_norm(X[:2], W, moments=M)[1]; sums = batch_norm_sums(DY[:2], saved)"
+PARTS = """. A batch in parts takes these calls:
+    m = pool(*(moments(p) for p in parts))
+    y, saved = batch_norm(p, moments=m)       # for each part p
+    s = batch_norm_sums(dy, saved)            # for each part
+    dx, dweight, dbias = batch_norm_backward(dy, saved, sums=sum([s, …]))"""
 
 
 class Frame:
@@ -424,5 +430,172 @@ BACKWARD = [
         "saved",
         "Pass another array as out",
         f"{SAVED}; batch_norm_backward(DY, saved, out=X)",
+    ),
+    # a batch in parts
+    Bad(
+        "batch_norm(X, moments=X)",
+        TypeError,
+        "moments: expected Moments, as arraybn.moments returns; got ndarray",
+        "moments",
+    ),
+    Bad(
+        "batch_norm(X, mean=W, var=W, moments=M)",
+        ValueError,
+        "moments: expected None, because mean and var is given; got Moments. Pass one of them",
+        "moments",
+        "Pass one of them",
+    ),
+    Bad(
+        "batch_norm(X[:, :2], moments=M)",
+        ValueError,
+        "moments.mean: expected shape (2,), one value per channel of x; got (3,)",
+        "moments",
+    ),
+    Bad(
+        "batch_norm(strict.ones((4, 3)), moments=M)",
+        TypeError,
+        other_home("moments.mean", "array_api_strict", "numpy"),
+        "moments",
+        MOVE,
+        needs="array_api_strict",
+    ),
+    Bad(
+        "batch_norm(X, moments=moments(X[:3]))",
+        ValueError,
+        "moments: expected those of the whole batch, n ≥ 4, the values per channel of x; got n = 3."
+        " Pool those of all parts: arraybn.pool(*(arraybn.moments(part) for part in parts))",
+        "moments",
+        "Pool those of all parts",
+    ),
+    Bad(
+        "batch_norm_sums(DY, saved)",
+        ValueError,
+        f"saved: expected the forward of a part, with moments=; got one without{PARTS}",
+        "saved",
+        "sums=sum(",
+        SAVED,
+    ),
+    Bad(
+        "batch_norm_sums(DY, None)",
+        TypeError,
+        "saved: expected what batch_norm returned beside y; got NoneType",
+        "saved",
+    ),
+    Bad(
+        "batch_norm_sums(DY, saved)",
+        ValueError,
+        "dy: expected shape (2, 3), that of x and y; got (4, 3)",
+        "dy",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_backward(DY[:2], saved)",
+        ValueError,
+        f"sums: expected those of all parts, because the forward had moments=; got None{PARTS}",
+        "sums",
+        "sums=sum(",
+        PART,
+    ),
+    Bad(
+        "batch_norm_backward(DY, whole, sums=sums)",
+        ValueError,
+        f"sums: expected None, because the forward had no moments=; got some{PARTS}",
+        "sums",
+        "sums=sum(",
+        f"{PART}; whole = batch_norm(X)[1]",
+    ),
+    Bad(
+        "batch_norm_backward(DY[:2], saved, sums=sums)",
+        ValueError,
+        "sums: expected those of all parts, n = 4 as in moments; got n = 2",
+        "sums",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_backward(DY[:2], saved, sums=(1, 2))",
+        TypeError,
+        "sums: expected the sum of what batch_norm_sums returned; got tuple",
+        "sums",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, v_weight=W)",
+        ValueError,
+        "v: expected an array, because v_weight is given; got None",
+        "v",
+        setup=PART,
+    ),
+    # further derivatives
+    Bad("batch_norm_jvp(None, saved)", TypeError, no_array("x_dot", "NoneType"), "x_dot", CONVERT, SAVED),
+    Bad(
+        "batch_norm_jvp(X, None)",
+        TypeError,
+        "saved: expected what batch_norm returned beside y; got NoneType",
+        "saved",
+    ),
+    Bad(
+        "batch_norm_jvp(X[:2], saved)",
+        ValueError,
+        "x_dot: expected shape (4, 3), that of x and y; got (2, 3)",
+        "x_dot",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_jvp(X, saved, W[:2])",
+        ValueError,
+        SHAPE_3.format("weight_dot", "x", "(2,)"),
+        "weight_dot",
+        setup=SAVED,
+    ),
+    Bad("batch_norm_jvp(X, saved, None, 1.0)", TypeError, no_array("bias_dot", "float"), "bias_dot", CONVERT, SAVED),
+    Bad("batch_norm_jvp(X, saved, out=LONG)", ValueError, NO_OUT.format("(12,) and <f4"), "out", setup=SAVED),
+    Bad(
+        "batch_norm_jvp(X[:2], saved)",
+        ValueError,
+        f"sums: expected those of all parts, because the forward had moments=; got None{PARTS}",
+        "sums",
+        "sums=sum(",
+        PART,
+    ),
+    Bad("batch_norm_double_backward(None, DY, saved)", TypeError, no_array("v", "NoneType"), "v", CONVERT, SAVED),
+    Bad("batch_norm_double_backward(X, DY > 0, saved)", TypeError, no_float("dy", "bool"), "dy", ASTYPE, SAVED),
+    Bad(
+        "batch_norm_double_backward(X, DY[:, :2], saved)",
+        ValueError,
+        "dy: expected shape (4, 3), that of x and y; got (4, 2)",
+        "dy",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved, X)",
+        ValueError,
+        SHAPE_3.format("v_weight", "x", "(4, 3)"),
+        "v_weight",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved, W, strict.ones(3))",
+        TypeError,
+        other_home("v_bias", "numpy", "array_api_strict"),
+        "v_bias",
+        MOVE,
+        SAVED,
+        "array_api_strict",
+    ),
+    Bad(
+        "batch_norm_double_backward(X[:2], DY[:2], saved, sums=sums + rest)",
+        ValueError,
+        "sums.values: expected shape (7, 3); got (2, 3). Pass v, and v_weight, to batch_norm_sums",
+        "sums",
+        "to batch_norm_sums",
+        f"{PART}; rest = batch_norm_sums(DY[2:], batch_norm(X[2:], moments=M)[1])",
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved)",
+        RuntimeError,
+        OVERWRITTEN.format("an earlier batch_norm_jvp wrote y_dot over it (out=x)"),
+        "saved",
+        "Pass another array as out",
+        f"{SAVED}; batch_norm_jvp(DY, saved, out=X)",
     ),
 ]
