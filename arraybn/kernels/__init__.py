@@ -82,7 +82,9 @@ def as_backend(module: Module, name: str) -> Backend:
     - `evaluate`, as in ``reference.py``, without its first argument;
     - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
     - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
-      otherwise.
+      otherwise;
+    - `masked_forward(x, weight, bias, eps, out, mask) -> batch, rstd, y` and `masked_backward(dy, x, batch, rstd,
+      weight, out, where) -> dx, dweight, dbias`, like `forward` and `backward`.
     """
     masks = bool(getattr(module, "MASKS", False))
     sweeps: Any = SimpleNamespace(**{name: _sweep(module, name, masks) for name in SWEEPS})
@@ -90,9 +92,9 @@ def as_backend(module: Module, name: str) -> Backend:
         name,
         masks,
         **vars(sweeps),
-        forward=_forward(sweeps, _offered(module, "forward")),
+        forward=_forward(sweeps, _offered(module, "forward"), _offered(module, "masked_forward")),
         forward_of_part=functools.partial(reference.forward_of_part, sweeps),
-        backward=_backward(sweeps, _offered(module, "backward")),
+        backward=_backward(sweeps, _offered(module, "backward"), _offered(module, "masked_backward")),
         evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
         evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
         jvp=functools.partial(reference.jvp, sweeps),
@@ -140,7 +142,7 @@ def _offered(module: Module, name: str) -> Any:
     return None if module is reference else getattr(module, name, None)
 
 
-def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, Array]]:
+def _forward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Moments, Array, Array]]:
     """Return the forward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.forward, sweeps)
     if fused is None:
@@ -156,15 +158,17 @@ def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, 
         *,
         mask: Mask | None = None,
     ) -> tuple[Moments, Array, Array]:
-        if pool is not None or mask is not None:
+        if pool is not None or (mask is not None and masked is None):
             return composed(x, weight, bias, eps, pool, out, mask=mask)
+        if mask is not None:
+            return masked(x, weight, bias, eps, out, mask)  # type: ignore[no-any-return]
         mean, m2, rstd, y = fused(x, weight, bias, eps, out)
         return Moments(x.shape[0] * x.shape[2], mean, m2), rstd, y
 
     return forward
 
 
-def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, Array]]:
+def _backward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Array, Array, Array]]:
     """Return the backward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.backward, sweeps)
     if fused is None:
@@ -181,8 +185,10 @@ def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, A
         *,
         where: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        if pool is not None or where is not None:
+        if pool is not None or (where is not None and masked is None):
             return composed(dy, x, batch, rstd, weight, pool, out, where=where)
+        if where is not None:
+            return masked(dy, x, batch, rstd, weight, out, where)  # type: ignore[no-any-return]
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
