@@ -32,7 +32,6 @@ from .tiles import (
     _add_up,
     _copy,
     _lines,
-    _loops_of,
     _map,
     _pieces,
     _repeat,
@@ -40,6 +39,7 @@ from .tiles import (
     _sum,
     _together,
     minus,
+    named_after,
     plain,
 )
 
@@ -209,7 +209,7 @@ def _set_marks(where, r, samples, channels, plane, marks):
 def _sums_along(run: Any) -> Any:
     """Do as ``tiles._sums_along``."""
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, where, sample, plane, c0, r0, r1, mean, s, q):
         s_block, q_block = np.empty(mean.size), np.empty(mean.size)
         s[:] = 0.0
@@ -236,7 +236,7 @@ def _sums_along(run: Any) -> Any:
 def _sums_across(run: Any) -> Any:
     """Return the loops of a reduction over short planes; `run` adds to two lines of sums what `marks` lets count."""
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, where, sample, plane, c0, r0, r1, mean, s, q):
         together, times = _together(mean.size, sample, plane)
         lines, marks = _lines(3, together * times * plane), np.empty(together * times * plane, np.uint8)
@@ -265,7 +265,7 @@ def _sums_across(run: Any) -> Any:
 def _sums_of_rows(run: Any, several: Any, height: int) -> Any:
     """Return the loops of a reduction over the rows of channels-last data that count; `several` adds `height` rows."""
 
-    @_loops_of(several)
+    @named_after(several)
     def reduce(u, x, where, sample, c0, r0, r1, mean, s, q):
         lines, starts = _lines(2, mean.size), np.empty(height, np.uintp)
         s_line, q_line = lines[0, : mean.size], lines[1, : mean.size]
