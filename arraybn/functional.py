@@ -492,7 +492,7 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
         check_out(out, x, layout.shape)
         check_overlap(out, {**given, "x": x})
     arrays = [*given.values(), x]
-    if any(array.dtype != x.dtype for array in arrays):
+    if len({array.dtype for array in arrays}) > 1:
         wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
         arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
     views = [layout.view(array) for array in arrays]

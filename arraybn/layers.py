@@ -197,7 +197,9 @@ class _BatchNorm(_NormBase):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle."""
-        return {**super().__getstate__(), "_repeat": None}
+        state = super().__getstate__()
+        state.pop("_repeat", None)
+        return state
 
     def __call__(self, x: Array, *, where: Array | None = None) -> Array:
         """Return `forward(x)`, or `forward(x, where=where)`."""

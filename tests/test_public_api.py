@@ -33,6 +33,7 @@ PUBLIC = [
     "Module",
     "Moments",
     "Parameter",
+    "RankLostError",
     "Sequential",
     "SyncBatchNorm",
     "SyncError",

@@ -9,6 +9,7 @@ import itertools
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from arraybn.testing import ThreadComm
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 KINDS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 SHAPES = [(4, 3), (4, 3, 2), (2, 3, 2, 2)]
+ROOT = Path(__file__).parents[1]
 EPS = 1e-2
 STRICT = {"rtol": 1e-5, "atol": 1e-7}  # of differences in float64; PyTorch's own would not see a thousandth
 
@@ -537,3 +539,12 @@ def test_two_processes_of_mpi_are_one_with_the_whole_batch(torch: Any) -> None:
     if mpi is None:
         pytest.skip("there is no mpirun")
     passes(mpi, 2, "torch_ranks.py", "step", "forward_mode", "wrong")
+
+
+def test_every_public_name_has_its_sections_and_is_in_the_reference(ours: Any) -> None:
+    page = (ROOT / "docs" / "reference" / "pytorch.md").read_text()
+    for name in ours.__all__:
+        text = getattr(ours, name).__doc__
+        assert f"arraybn.pytorch.{name}\n" in page
+        assert "Examples\n    --------" in text
+        assert ("Raises\n    ------" in text) == name.islower()

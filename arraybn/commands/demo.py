@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import checkpoint
 from .._install import requirement
-from . import _demo_exact, _demo_figure, _demo_ranks
+from . import _demo_exact, _demo_figure, _demo_lost, _demo_ranks
 from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
@@ -40,8 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " local batch norm, beside one process with all of them; draws ranks.png"
     )
     add("--data-parallel", nargs="?", type=images, const=2, metavar="IMAGES", help=text)
+    one = parser.add_mutually_exclusive_group().add_argument
+    text = (
+        "under mpirun --with-ft ulfm: kill a rank in step 50, go on with the others, and compare with a training that"
+        " had only them from that step on; draws nothing"
+    )
+    one("--lose-a-rank", action="store_true", help=text)
     text = "with --data-parallel: train with exact sums, and print a checksum, the same for 1, 2, 3, … ranks"
-    add("--exact", action="store_true", help=text)
+    one("--exact", action="store_true", help=text)
 
 
 def _integer(text: str, low: int, high: int) -> int:
@@ -76,6 +82,8 @@ def _trained(arguments: argparse.Namespace, comm: Any) -> str:
     """Train as the options say; return the problem or ''."""
     if arguments.exact:
         return _demo_exact.train(arguments, comm)
+    if arguments.lose_a_rank:
+        return _demo_lost.train(arguments, comm)
     return _train(arguments) if comm is None else _demo_ranks.train(arguments, comm)
 
 
@@ -84,7 +92,8 @@ def _trained(arguments: argparse.Namespace, comm: Any) -> str:
 
 def _missing(arguments: argparse.Namespace, comm: Any) -> str:
     """Return the first requirement that is missing on any rank, or ''; create the folder."""
-    problem = _missing_libraries(not arguments.no_plot)
+    problem = _demo_lost.problem(comm) if arguments.lose_a_rank else ""
+    problem = problem or _missing_libraries(not (arguments.no_plot or arguments.lose_a_rank))
     if arguments.device == "cuda":
         problem = problem or _gpu_problem()
     if comm is None or comm.rank == 0:

@@ -13,15 +13,16 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_number
 from . import frames, roll
-from .errors import SyncError, SyncTimeoutError
+from .errors import RankLostError, SyncError, SyncTimeoutError
 from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
@@ -47,6 +48,11 @@ class Reducer(Protocol):
 
     rank: int
     size: int
+    hint: str  # a sentence that says how to get `recovery`; '' where it is there, or cannot be
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The further operations under fault tolerance; None where the other ranks cannot go on when a rank dies."""
 
     def open(self, deadline: float | None) -> None:
         """Wait until the ranks are connected; called before each exchange."""
@@ -74,7 +80,34 @@ class Reducer(Protocol):
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
 
+class Recovery(Protocol):
+    """The further operations of a `Reducer` under fault tolerance."""
+
+    def agree(self, deadline: float | None) -> None:
+        """Return on all ranks where every rank has come here without a failure, or raise on all ranks."""
+
+    def revoke(self) -> None:
+        """Let every call of every rank over these ranks raise, except `recover`."""
+
+    def recover(self, limit: float | None) -> tuple[Sequence[int], Comm]:
+        """Return the ranks that have died, and a communicator of those that are left; a call of all that are left."""
+
+
+E = TypeVar("E", bound=SyncError)
 More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
+
+
+class OpenStep:
+    """A step under way (`arraybn.sync.step`): the calls of all ranks that are undone together if a rank dies."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange  # over all ranks of the step
+        self.used = {exchange}  # and over parts of them
+        self.ends = False  # True in the call at its end, which alone the ranks agree on
+        self.lost = False
+
+
+STEP: ContextVar[OpenStep | None] = ContextVar("STEP", default=None)
 
 
 class Exchange:
@@ -135,14 +168,16 @@ class Exchange:
         try:
             self.check()
             self.reducer.open(deadline)
-            return self._carry_out(call, rows, n, error, more, deadline)
+            found = self._carry_out(call, rows, n, error, more, deadline)
+            if self.reducer.recovery is not None:
+                self._agree(self.reducer.recovery, deadline)
+            return found
         except SyncError:
             raise
         except TimeoutError as failure:
             raise self._give_up(call, failure, deadline) from failure
         except ConnectionError as failure:
-            self._broken = f"rank {self.reducer.rank}: {call} failed: {failure}"
-            raise SyncError(self._broken) from failure
+            raise self.unreachable(call, failure, call.timeout) from failure
         except BaseException as failure:  # Ctrl-C while waiting
             self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
             raise
@@ -239,7 +274,52 @@ class Exchange:
         else:
             did = f"gave up {call}, because the time limit of another rank was over"
         text = f"{rank} of {self.reducer.size} {did}. Likely causes: {_CAUSES}"
-        return SyncTimeoutError(f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text)
+        text = f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text
+        return self._with_hint(SyncTimeoutError(text))
+
+    def _with_hint(self, error: E) -> E:
+        if self.reducer.hint:
+            error.add_note(self.reducer.hint)
+        return error
+
+    # ---- A lost rank ----
+
+    def _agree(self, recovery: Recovery, deadline: float | None) -> None:
+        """Raise on all ranks that are left if this call has failed on one; within a step, only at the step's end."""
+        step = STEP.get()
+        if step is not None:
+            step.used.add(self)
+        if step is None or step.ends:
+            recovery.agree(deadline)
+
+    def unreachable(self, doing: object, failure: BaseException, limit: float | None) -> SyncError:
+        """Return the error where a rank cannot be reached: a RankLostError where the other ranks can go on.
+
+        No further call can be made over these ranks, nor over others that the step has used.
+        """
+        self._broken = f"rank {self.reducer.rank}: {doing} failed: {failure}"
+        step = STEP.get() or OpenStep(self)
+        whole = step.exchange.reducer
+        if (recovery := whole.recovery) is None:
+            return self._with_hint(SyncError(self._broken))
+        step.lost = True
+        step.used.add(self)
+        for exchange in step.used:
+            if exchange.reducer.recovery is not None:
+                exchange.reducer.recovery.revoke()
+        lost, survivors = recovery.recover(limit)
+        if not lost:
+            return SyncError(self._broken)
+        who = frames.ranks_text(lost)
+        for exchange in step.used:
+            exchange._broken = f"{who} died; go on over the communicator RankLostError.survivors"
+        undone = "the call has changed nothing" if STEP.get() is None else "the step is undone"
+        return RankLostError(
+            f"{who} of {whole.size} died, as rank {whole.rank} noticed in {doing}; {undone}. The other {survivors.size}"
+            " can go on over the communicator RankLostError.survivors",
+            lost,
+            survivors,
+        )
 
 
 _CAUSES = (

@@ -15,13 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._arrays.namespaces import Array, class_name
-from . import frames, roll
+from . import frames, roll, ulfm
 from .errors import SyncError
 from .exchange import Comm, Exchange
 from .process import check_alone, check_not_forked, check_rank
@@ -61,6 +61,12 @@ def check(name: str, comm: object) -> None:
         raise ValueError(f"{name}: expected an intracommunicator; got {kind}. Only None means the world")
 
 
+def is_failure(error: BaseException) -> bool:
+    """Return True for an exception that MPI has raised."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and isinstance(error, mpi.Exception)
+
+
 # ---- The exchange of a communicator, kept as an attribute of the communicator ----------------------------------------
 
 
@@ -90,8 +96,7 @@ def _duplicated(comm: Comm) -> Any:
     with _creating:
         if (found := comm.Get_attr(_key())) is None:
             _op()  # compile before the time limit of the first call begins
-            duplicate, request = comm.Idup()
-            found = Exchange(Reducer(duplicate, request, comm.rank, comm.size))
+            found = Exchange(Reducer(comm))
             comm.Set_attr(_key(), found)
     return found
 
@@ -251,6 +256,19 @@ def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> b
 _ROLL_CALL = 1  # the tag of its messages
 
 
+_HINT = (
+    f"Under Open MPI, started as {ulfm.COMMAND}, the other ranks can go on when a rank dies (docs/how-to/lost-rank.md)"
+)
+
+
+@_once
+def _fault_tolerant() -> bool:
+    """Return True where the other ranks can go on when a rank dies; prepare the end of this process for that."""
+    if found := ulfm.is_on(_mpi()):
+        ulfm.end_without_finalize(_mpi())
+    return found
+
+
 @_once
 def _looks_twice() -> bool:
     """Return True where the first look for a message may only fetch the message, as with MPICH."""
@@ -260,21 +278,39 @@ def _looks_twice() -> bool:
 class Reducer:
     """The operations of the protocol over MPI, which are polled until a deadline."""
 
-    def __init__(self, comm: Comm, duplicating: Any, rank: int, size: int) -> None:
-        self._comm, self._duplicating = comm, duplicating
-        self.rank, self.size = rank, size
+    def __init__(self, users: Comm) -> None:
+        self._comm: Comm
+        self._duplicating: Any
+        self.rank, self.size = users.rank, users.size
+        self.recovery = self if _fault_tolerant() else None
+        self.hint = _HINT if self.recovery is None else ""
         self._holding = False  # True while Ctrl-C is held back
         self._frame: Any = None  # the last one, and what an Iallreduce of it is called with
         self._message: Any = None
         self._any_rank = _mpi().ANY_SOURCE
+        self._agreed = False  # True where this rank has taken part in an agreement that failed
+        self._users = users
+        try:
+            self._comm, self._duplicating = users.Idup()
+        except _mpi().Exception as error:
+            if self.recovery is None:
+                raise
+            self._comm, self._duplicating = None, error
 
     def open(self, deadline: float | None) -> None:
         """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
         self._holding = _hold_interrupts()
         if self._duplicating is not None:
-            self._run(lambda: self._duplicating, deadline)
-            self._duplicating = None
+            self._run(self._duplicate, deadline)
             self._comm.Set_errhandler(_mpi().ERRORS_RETURN)
+            if self.recovery is not None:
+                self.agree(deadline)  # or a rank could wait on a duplicate that another rank does not have
+            self._duplicating = None
+
+    def _duplicate(self) -> Any:
+        if isinstance(self._duplicating, Exception):
+            raise self._duplicating
+        return self._duplicating
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         """Replace the frame by that of all ranks together."""
@@ -316,7 +352,7 @@ class Reducer:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
                 del _under_way[id(kept)]  # MPI has refused to start the request
-            else:
+            elif not (failed and self.recovery):
                 _give_up(kept)
             if failed:
                 raise ConnectionError(str(error)) from error
@@ -324,8 +360,11 @@ class Reducer:
         del _under_way[id(kept)]
 
     def _hears_roll_call(self) -> bool:
-        """Return True if another rank has called the roll; False as long as there is no channel."""
-        return self._duplicating is None and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
+        """Return True if another rank has called the roll; False as long as there is no channel.
+
+        An agreement is not disturbed: its result is the same on all ranks, and must not become an error on one.
+        """
+        return self._duplicating is None and not self._agreed and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
 
     def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
         """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own."""
@@ -366,8 +405,39 @@ class Reducer:
 
     def free(self) -> None:
         """Free the duplicate, because the user frees the communicator."""
-        if self._duplicating is None and not _given_up:
+        if self._duplicating is None and not _given_up and not self._comm_is_revoked():
             self._comm.Free()
+
+    # ---- A lost rank ----
+
+    def agree(self, deadline: float | None) -> None:
+        """Return on all ranks where every rank has come here without a failure, or raise on all ranks."""
+        flag, comm = np.ones(1, np.intc), self._agreeing()
+        self._agreed = True
+        self._run(lambda: comm.Iagree(flag), deadline, flag)
+        if not flag[0]:
+            raise ConnectionError("the call failed on another rank")
+        self._agreed = False
+
+    def revoke(self) -> None:
+        """Let every call of every rank over these ranks raise, those on the user's communicator too."""
+        for comm in (self._users, self._agreeing()):
+            with contextlib.suppress(_mpi().Exception):  # the user may have freed the communicator
+                comm.Revoke()
+
+    def recover(self, limit: float | None) -> tuple[Sequence[int], Comm]:
+        """Return the ranks that have died, and a communicator of those that are left; a call of all that are left."""
+        mpi, comm = _mpi(), self._agreeing()
+        with ulfm.watched(limit, f"rank {self.rank}: to find out which ranks are left"):
+            left = ulfm.shrunk(mpi, comm, self._agreed)
+        return ulfm.missing(mpi, comm, left), left
+
+    def _agreeing(self) -> Comm:
+        """Return the communicator of agreements: the user's until all ranks have the duplicate."""
+        return self._comm if self._duplicating is None else self._users
+
+    def _comm_is_revoked(self) -> bool:
+        return self.recovery is not None and bool(self._comm.Is_revoked())
 
 
 _under_way: dict[int, Any] = {}  # requests and their buffers, by id
@@ -391,6 +461,9 @@ def _end_job(pid: int) -> None:
 
     if os.getpid() == pid and not MPI.Is_finalized():
         sys.stdout.flush()
-        print("arraybn: a synchronized call was given up; ending all ranks", file=sys.stderr, flush=True)
+        who = "this rank" if _fault_tolerant() else "all ranks"
+        print(f"arraybn: a synchronized call was given up; ending {who}", file=sys.stderr, flush=True)
+        if _fault_tolerant():
+            ulfm.end(failed=True)  # the other ranks notice, and go on
         time.sleep(0.2)  # for the launcher to pass the printed line on before it ends all ranks
         MPI.COMM_WORLD.Abort(1)

@@ -45,10 +45,11 @@ class RankPool(Pool):
         if len(parts) == 2:
             both: Sequence[Array] = self.call.combine(vectors)[0]
             return both
-        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * len(parts[0])))
-        rows.reshape(-1, len(parts[0]))[: len(parts)] = vectors
+        channels = parts[0].shape[0]
+        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * channels))
+        rows.reshape(-1, channels)[: len(parts)] = vectors
         together: Array = np.stack(self.call.combine(rows)[0])
-        return list(together.reshape(-1, len(parts[0]))[: len(parts)])
+        return list(together.reshape(-1, channels)[: len(parts)])
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""

@@ -430,22 +430,8 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-CHECKS = (
-    exact,
-    control,
-    bits,
-    twins,
-    derivatives,
-    counts,
-    wrong,
-    users,
-    copies,
-    patience,
-    interrupts,
-    begun,
-    noticed,
-    broken,
-)
+CHECKS = (exact, control, bits, twins, derivatives, counts, wrong, users)
+CHECKS += (copies, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":

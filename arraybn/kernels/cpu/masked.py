@@ -32,7 +32,6 @@ from .tiles import (
     _add_up,
     _copy,
     _lines,
-    _loops_of,
     _map,
     _pieces,
     _repeat,
@@ -40,6 +39,7 @@ from .tiles import (
     _sum,
     _together,
     minus,
+    named_after,
     plain,
 )
 
@@ -169,6 +169,12 @@ def _affine2_across(u, x, marks, start, stop, mean, a, b, c, out, o):
 
 
 @_map
+def _scaled_across(u, start, stop, a, out, o):
+    for j in range(stop - start):
+        out[start + j - o] = narrow(a[j] * wide(u[start + j]), out)
+
+
+@_map
 def _affine3_along(v, u, x, where, start, stop, at, mean, a, b, c, d, out, o):
     for i in range(stop - start):
         t = b * wide(u[start + i])
@@ -209,7 +215,7 @@ def _set_marks(where, r, samples, channels, plane, marks):
 def _sums_along(run: Any) -> Any:
     """Do as ``tiles._sums_along``."""
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, where, sample, plane, c0, r0, r1, mean, s, q):
         s_block, q_block = np.empty(mean.size), np.empty(mean.size)
         s[:] = 0.0
@@ -236,7 +242,7 @@ def _sums_along(run: Any) -> Any:
 def _sums_across(run: Any) -> Any:
     """Return the loops of a reduction over short planes; `run` adds to two lines of sums what `marks` lets count."""
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, where, sample, plane, c0, r0, r1, mean, s, q):
         together, times = _together(mean.size, sample, plane)
         lines, marks = _lines(3, together * times * plane), np.empty(together * times * plane, np.uint8)
@@ -265,7 +271,7 @@ def _sums_across(run: Any) -> Any:
 def _sums_of_rows(run: Any, several: Any, height: int) -> Any:
     """Return the loops of a reduction over the rows of channels-last data that count; `several` adds `height` rows."""
 
-    @_loops_of(several)
+    @named_after(several)
     def reduce(u, x, where, sample, c0, r0, r1, mean, s, q):
         lines, starts = _lines(2, mean.size), np.empty(height, np.uintp)
         s_line, q_line = lines[0, : mean.size], lines[1, : mean.size]
@@ -326,6 +332,22 @@ def _affine2_of_lines(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out
             _affine2_across(u, x, marks, start, stop, lines[0], lines[1], lines[2], lines[3], target, o)
             if in_place:
                 _copy(buffer, start, stop, out)
+
+
+@plain
+def _affine2_of_rows(u, x, where, sample, c0, r0, r1, mean, a, b, c, out, in_place):
+    size = np.uintp(mean.size)
+    buffer = np.empty(in_place * mean.size, out.dtype)
+    target = buffer if in_place else out
+    for r in range(r0, r1):
+        start = np.uintp(r * sample + c0)
+        stop, o = start + size, start * np.uintp(in_place)
+        if where[np.uintp(r)] != 0:
+            tiles._affine2_across(u, x, start, stop, mean, a, b, c, target, o)
+        else:
+            _scaled_across(u, start, stop, a, target, o)
+        if in_place:
+            _copy(buffer, start, stop, out)
 
 
 @plain
@@ -434,6 +456,8 @@ def _affine2(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_plac
     """(E6) a·u + b·(x−mean) + c, or a·u where `where` is 0."""
     if plane >= LONG:
         _affine2_of_planes(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    elif plane == 1 and mean.size >= FEW:
+        _affine2_of_rows(u, x, where, sample, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
         _affine2_of_lines(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
 
