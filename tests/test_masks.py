@@ -209,6 +209,31 @@ def test_any_memory_layout_of_x_and_of_the_mask_gives_the_same_statistics(layout
         np.testing.assert_allclose(got, exact, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
+MANY_TILES = [(20, 64, 784), (2000, 70, 20), (30000, 24, 1), (6000, 600, 1), (5, 3, 100000), (70000, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", MANY_TILES)
+def test_many_tiles_on_any_number_of_threads_give_what_the_reference_gives(shape: tuple[int, ...]) -> None:
+    need("numba")
+    t = drawn(shape, share=0.5)
+    kept = np.broadcast_to(t.where[:, None], shape)
+    for name in ("x", "dy", "v", "x_dot"):
+        setattr(t, name, np.asarray(getattr(t, name), "f4"))
+    t.x, t.dy = np.where(kept, t.x, np.float32(np.nan)), np.where(kept, t.dy, np.float32(0))
+    results, threads = [], arraybn.get_num_threads()
+    try:
+        for number in (1, 3):
+            arraybn.set_num_threads(number)
+            results.append(all_results(t, kernels="cpu"))
+    finally:
+        arraybn.set_num_threads(threads)
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    for name, got, want in zip(NAMES, results[0], all_results(t, kernels="reference"), strict=True):
+        finite = np.isfinite(want)
+        np.testing.assert_array_equal(np.isfinite(got), finite)
+        assert abs(got - want)[finite].max() <= 1e-6 * abs(want[finite]).max(), name
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (4, 1), (1, 1), (3, 4, 5)])
 def test_a_mask_is_broadcast_to_the_positions(shape: tuple[int, ...], backend: str) -> None:
     where = np.random.default_rng(0).random(shape) < 0.7

@@ -169,6 +169,12 @@ def _affine2_across(u, x, marks, start, stop, mean, a, b, c, out, o):
 
 
 @_map
+def _scaled_across(u, start, stop, a, out, o):
+    for j in range(stop - start):
+        out[start + j - o] = narrow(a[j] * wide(u[start + j]), out)
+
+
+@_map
 def _affine3_along(v, u, x, where, start, stop, at, mean, a, b, c, d, out, o):
     for i in range(stop - start):
         t = b * wide(u[start + i])
@@ -329,6 +335,22 @@ def _affine2_of_lines(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out
 
 
 @plain
+def _affine2_of_rows(u, x, where, sample, c0, r0, r1, mean, a, b, c, out, in_place):
+    size = np.uintp(mean.size)
+    buffer = np.empty(in_place * mean.size, out.dtype)
+    target = buffer if in_place else out
+    for r in range(r0, r1):
+        start = np.uintp(r * sample + c0)
+        stop, o = start + size, start * np.uintp(in_place)
+        if where[np.uintp(r)] != 0:
+            tiles._affine2_across(u, x, start, stop, mean, a, b, c, target, o)
+        else:
+            _scaled_across(u, start, stop, a, target, o)
+        if in_place:
+            _copy(buffer, start, stop, out)
+
+
+@plain
 def _affine3_of_planes(v, u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
     buffer = np.empty(in_place * PIECE, out.dtype)
     target = buffer if in_place else out
@@ -434,6 +456,8 @@ def _affine2(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_plac
     """(E6) a·u + b·(x−mean) + c, or a·u where `where` is 0."""
     if plane >= LONG:
         _affine2_of_planes(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    elif plane == 1 and mean.size >= FEW:
+        _affine2_of_rows(u, x, where, sample, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
         _affine2_of_lines(u, x, where, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
 
