@@ -356,6 +356,16 @@ def test_only_the_values_of_the_mask_count_and_not_its_bytes(backend: str) -> No
         assert all(same_bits(a, b) for a, b in zip(all_results(t, kernels=backend), want, strict=True))
 
 
+@pytest.mark.parametrize("value", [3e7, 0.1, -1.0 / 3])
+def test_n3_a_channel_that_is_constant_over_the_mask_gives_exactly_bias(value: float, backend: str) -> None:
+    t = drawn((7, 3, 11), share=0.5)
+    t.x = np.where(t.where[:, None], value, t.x)
+    y, saved = arraybn.batch_norm(t.x, t.weight, t.bias, where=t.where, kernels=backend)
+    assert (np.moveaxis(y, 1, -1)[t.where] == t.bias).all()
+    assert (saved.moments.m2 == 0).all()
+    assert (saved.moments.mean == value).all()
+
+
 def test_a_forward_keeps_a_mask_of_its_own(backend: str) -> None:
     t = drawn((4, 3, 6))
     want = all_results(t, kernels=backend)
