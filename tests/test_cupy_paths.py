@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -80,7 +81,8 @@ def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: st
     """A launch takes about 5 µs of the host's time."""
     x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
     layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
-    layer(x), layer.backward(x), layer.zero_grad()  # kernels are built, and room is made, once
+    for mode in (False, True):  # kernels are built, and room is made, once
+        layer.train(mode)(x), layer.backward(x), layer.zero_grad()
     _, forward = logged(cupy, layer, x)
     _, backward = logged(cupy, layer.backward, x)
     _, evaluation = logged(cupy, layer.eval(), x)
@@ -280,6 +282,39 @@ def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
     saved.moments.mean[...] = 100
     np.testing.assert_array_equal(arraybn.batch_norm_backward(y, saved)[0].get(), before[1])
     assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
+
+
+def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no constants")
+    from arraybn.bench import tune
+    from arraybn.kernels import cuda
+    from arraybn.kernels.cuda import fused
+
+    monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
+    present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
+    backward = fused.backward
+
+    def wrong_with_few_tasks(*arguments: Any) -> Any:
+        dx, *rest = backward(*arguments)
+        dx[0] *= 1.0 + (present["TASK"] > fused.TASK)
+        return dx, *rest
+
+    def timed(call: Any, calls: int, hold: float) -> tuple[float, bool]:
+        call()
+        return (0.5 if cuda.CHUNK == 2**14 or present["TASK"] > fused.TASK else 1.0), False
+
+    monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
+    device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)
+    best = tune.tune(device, sys.stdout, ((2, 8, 3, 4),), 1)
+    assert best == {**present, "CHUNK": 2**14}
+    assert {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()} == present
+    printed = capsys.readouterr().out
+    assert re.search(r"CHUNK +16384 +0.500 ×", printed)
+    assert re.search(r"TASK +32768 +wrong", printed)
+    assert re.search(r"TASK +49152 +best", printed)
 
 
 # ---- Which kernels ---------------------------------------------------------------------------------------------------
