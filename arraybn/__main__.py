@@ -1,4 +1,4 @@
-"""The command line ``python -m arraybn``, which calls the modules in ``arraybn.commands``."""
+"""The command line ``python -m arraybn``, or ``arraybn``, which calls the modules in ``arraybn.commands``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ._version import __version__
 from .commands import bench, check, demo, info
@@ -17,9 +18,9 @@ COMMANDS = {"info": info, "demo": demo, "check": check, "bench": bench}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (by default, of the command line) and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m arraybn", description="Batch normalization that people can read, trust and run anywhere."
-    )
+    program = "arraybn" if Path(sys.argv[0]).stem == "arraybn" else "python -m arraybn"
+    text = "Batch normalization that people can read, trust and run anywhere."
+    parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--version", action="version", version=f"arraybn {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="command")
     for name, command in COMMANDS.items():

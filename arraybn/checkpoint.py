@@ -27,6 +27,7 @@ import numpy as np
 
 from ._arrays.copies import as_numpy
 from ._arrays.namespaces import class_name, dtype_name
+from ._install import requirement
 from .modules import Module, StateDict
 
 _LIMIT = 2**22  # bytes of names and shapes (some 20 000 arrays); as Python objects they need up to 20 times as many
@@ -191,7 +192,7 @@ def _bfloat16(name: str) -> Any:
     try:
         return importlib.import_module("ml_dtypes").bfloat16
     except ImportError as error:
-        raise ImportError(f'{name}: bfloat16 needs ml_dtypes: pip install "arraybn[cpu]"') from error
+        raise ImportError(f"{name}: bfloat16 needs ml_dtypes: pip install {requirement('cpu')}") from error
 
 
 def _safetensors() -> Any:
@@ -202,7 +203,7 @@ def _safetensors() -> Any:
         library.TensorSpec  # noqa: B018
         return library
     except (ImportError, AttributeError) as error:
-        raise ImportError('.safetensors files need safetensors >= 0.8: pip install "arraybn[demo]"') from error
+        raise ImportError(f".safetensors files need safetensors >= 0.8: pip install {requirement('demo')}") from error
 
 
 def _replace(path: Path, write: Callable[..., None], *content: Any) -> None:

@@ -9,19 +9,32 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from . import exact as exact_sums
 from . import reference, sync
 from ._arrays.copies import copied
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
-from ._arrays.namespaces import Array, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out
-from .kernels import Backend, Module, select
-from .reference import Moments, Totals
-from .statistics import Sums, as_moments_of_whole, check_sums
+from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
+from ._checks import (
+    as_channel_vector,
+    as_eps,
+    as_flag,
+    as_floating,
+    as_integer,
+    check_home,
+    check_out,
+    check_overlap,
+    is_plain_like,
+)
+from ._plan import Key, are_same, keep, key_of
+from .kernels import Backend, Module, for_masks
+from .reference import Mask, Moments, Totals
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, mask_of, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
+_PLANS: dict[Key | None, Layout] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -50,6 +63,7 @@ class Saved:
     _has_bias: bool
     _pool: RankPool | None  # the forward's; None where nothing was synchronized
     _is_part: bool  # True where the moments of the whole batch were given
+    _mask: Mask | None = None  # of batch statistics alone
     _shown: Moments | None = None
 
     @property
@@ -58,6 +72,10 @@ class Saved:
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
+
+    @property
+    def _where(self) -> Array | None:
+        return None if self._mask is None else self._mask.where
 
     def __repr__(self) -> str:
         n = self._layout.n if self._moments is None else self._moments.n
@@ -89,17 +107,19 @@ class SavedRows(Saved):
 
 
 def batch_norm(
-    x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    x: Shaped,
+    weight: Shaped | None = None,
+    bias: Shaped | None = None,
     *,
-    mean: Array | None = None,
-    var: Array | None = None,
+    mean: Shaped | None = None,
+    var: Shaped | None = None,
     moments: Moments | None = None,
+    where: Shaped | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
-    out: Array | None = None,
+    exact: bool = False,
+    out: Shaped | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of x over its batch: y = weight·(x − mean)/√(var + eps) + bias (E3).
@@ -116,6 +136,10 @@ def batch_norm(
         Those of the whole batch of which x is a part, as `pool` returns them: of micro-batches, or of the processes of
         another library. Unlike mean and var they depend on x, so the backward takes the sums of all parts. Neither
         with mean and var nor with comm.
+    where : array (N, *S) of bool, optional
+        A mask, or an array that broadcasts to one: True at the positions that belong to the batch, False at padding.
+        The statistics are those of the positions with True, and n is the number of True, over all ranks. y is given
+        at every position. No effect with fixed statistics.
     eps : float
         ε ≥ 0, in units of x². With eps = 0 a constant channel has xhat = 0.
     channel_axis : int
@@ -123,6 +147,10 @@ def batch_norm(
     comm : mpi4py communicator, optional
         Its ranks call this together, each with a part of the batch, which may be empty; the statistics are those of
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
+    exact : bool
+        True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
+        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
+        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -155,6 +183,10 @@ def batch_norm(
     Over `comm` the moments of the ranks are pooled in one collective of fixed length, which is exact for parts of any
     size (E2); more than 256 channels take a second. All ranks have the same bits in `saved.moments`.
 
+    A value where `where` is False may be NaN or inf, and changes no result at another position. The backward takes dy
+    at every position, because every y depends on the statistics. Let dy be 0 where y is not used: with
+    ``numpy.where(mask, dy, 0)``, as ``mask * dy`` keeps a NaN.
+
     References
     ----------
     Sergey Ioffe and Christian Szegedy, Batch Normalization, 2015, algorithm 1.
@@ -174,7 +206,7 @@ def batch_norm(
     """
     call = None
     if comm is not None and (mean is None or var is None):  # mean without var is an error, and needs no exchange
-        settings = {"eps": sync.settings_text(eps)}
+        settings = {"eps": sync.settings_text(eps), "exact": sync.settings_text(exact)}
         call = sync.begin(sync.exchange_over("comm", comm), sync.FORWARD, "batch_norm", settings)
     with call or ALONE, on_device_of(x):
         return forward_in(
@@ -185,8 +217,10 @@ def batch_norm(
             mean=mean,
             var=var,
             moments=moments,
+            where=where,
             eps=eps,
             channel_axis=channel_axis,
+            exact=exact,
             out=out,
             kernels=kernels,
         )
@@ -201,38 +235,64 @@ def forward_in(
     mean: Array | None = None,
     var: Array | None = None,
     moments: Moments | None = None,
+    where: Array | None = None,
     eps: float,
     channel_axis: int,
+    exact: bool = False,
     out: Array | None = None,
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    x = as_floating("x", x)
-    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
-    channels = layout.ncs[1]
+    key = key_of(x, weight, bias, mean, var, channel_axis)
+    layout = None if moments is not None else _PLANS.get(key)
+    if layout is None:
+        arrays = x, weight, bias, mean, var
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis)
+        if moments is None and are_same(checked, arrays):
+            keep(_PLANS, key, layout)
+        x, weight, bias, mean, var = checked
     eps = as_eps(eps)
-    _check_statistics(mean, var, moments, call)
-    weight, bias = as_channel_vector("weight", weight, x, channels), as_channel_vector("bias", bias, x, channels)
-    if mean is not None:
-        mean, var = as_channel_vector("mean", mean, x, channels), as_channel_vector("var", var, x, channels)
     if out is not None:
-        check_out(out, x, layout.shape, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend = select(x, kernels)
+        check_out(out, x, layout.shape)
+        check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
+    backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout, exact)
+    if exact and moments is not None and moments.record is None:
+        raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     pool = None if call is None else RankPool(call)
-    batch = None if moments is None else as_moments_of_whole(moments, x, channels, layout.n)
+    n = layout.n if mask is None else mask.n
+    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], n)
     if mean is not None:
+        mask = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
+        backend = backend if mask is None else for_masks(backend)
         weight, widened_bias = backend.widened(weight, bias)
-        batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target)
+        batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target, mask)
         mean = batch.mean
     y = _write_result(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
     given = moments is not None
-    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given)
+    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given, mask)
+
+
+def _checked(
+    call: Call | None,
+    arrays: Sequence[Array | None],
+    moments: Moments | None,
+    eps: float,
+    channel_axis: int,
+) -> tuple[Layout, Sequence[Array | None]]:
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of `out`."""
+    x = as_floating("x", arrays[0])
+    layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    as_eps(eps)
+    _check_statistics(arrays[3], arrays[4], moments, call)
+    named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
+    vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
+    return layout, [x, *vectors]
 
 
 def _normalized(
@@ -244,13 +304,16 @@ def _normalized(
     batch: Moments | None,
     pool: RankPool | None,
     out: Array | None,
+    mask: Mask | None,
 ) -> tuple[Moments, Array, Array]:
     """Return the moments of the batch, rstd and y; `batch` are the moments of the whole, if they are given."""
     if batch is not None:
         return batch, *backend.forward_of_part(x, batch, weight, bias, eps, out)
     if pool is not None and out is None:  # after the exchange it is too late to find out that memory is short
         out = backend.preallocate_result(x)
-    return backend.forward(x, weight, bias, eps, pool, out)
+    if mask is None:
+        return backend.forward(x, weight, bias, eps, pool, out)
+    return backend.forward(x, weight, bias, eps, pool, out, mask=mask)
 
 
 def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | None, call: Call | None) -> None:
@@ -264,7 +327,7 @@ def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | 
 
 
 def batch_norm_backward(
-    dy: Array, saved: Saved, *, sums: Sums | None = None, out: Array | None = None
+    dy: Shaped, saved: Saved, *, sums: Sums | None = None, out: Shaped | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Return the gradients of a loss by x, weight and bias, from its gradient dy by y (E5, E6; E7 if fixed).
 
@@ -285,7 +348,7 @@ def batch_norm_backward(
     -------
     dx : array (N, C, *S)
         In the dtype and memory layout of x; sums to zero over each channel, to rounding, where the batch's own
-        statistics were used.
+        statistics were used. At a position outside of the batch (`where`) dx is weight·rstd·dy.
     dweight, dbias : array (C,) or None
         Σdy·xhat and Σdy, float64 where the namespace has it; None where the forward had no weight, no bias. After a
         forward with `comm` or `moments` they are the sums over this part of the batch; dx knows of all parts.
@@ -321,28 +384,36 @@ def backward_in(
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
     (dy, x), result = prepared(saved, call, out, dy=dy)
+    if saved._backend.exact is not None:
+        check_exact("dy", dy)
     totals = totals_of(saved, call, sums)
     weight = saved._weight
     if saved._moments is None:
         dx, dweight, dbias = saved._backend.evaluation_backward(dy, x, saved._mean, saved._rstd, weight, result.place)
     else:
         given = saved._moments, saved._rstd, weight, totals, result.place
-        dx, dweight, dbias = saved._backend.backward(dy, x, *given)
+        masked = {} if saved._mask is None else {"where": saved._mask.where}
+        dx, dweight, dbias = saved._backend.backward(dy, x, *given, **masked)
     dx = result.write(dx, "an earlier backward wrote dx")
     return dx, None if weight is None else dweight, dbias if saved._has_bias else None
 
 
-def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None) -> Sums:
+def batch_norm_sums(
+    dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None, tangent: bool = False
+) -> Sums:
     """Return the sums over a part of a batch that the backward of each part needs from all parts (E5).
 
     Parameters
     ----------
     dy : array (N, C, *S)
-        As in `batch_norm_backward`; x_dot for the sums that `batch_norm_jvp` needs.
+        As in `batch_norm_backward`; x_dot, with tangent=True, for the sums that `batch_norm_jvp` needs.
     saved : Saved
         From a forward with `moments`.
     v, v_weight : array (N, C, *S) and array (C,), optional
         With v, the sums are those that `batch_norm_double_backward` needs.
+    tangent : bool
+        True for the sums of x_dot, which count only where `where` is True; those of dy count everywhere. Without
+        `where` both are the same.
 
     Returns
     -------
@@ -355,7 +426,8 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
     TypeError
         dy or v is no array of the namespace of x, or saved does not come from `batch_norm`.
     ValueError
-        A shape or device is not that of x, v_weight is given without v, or the forward had no `moments`.
+        A shape or device is not that of x, v_weight is given without v, v with tangent, or the forward had no
+        `moments`.
     RuntimeError
         x is gone, as in `batch_norm_backward`.
 
@@ -376,16 +448,25 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
         raise ValueError(f"saved: expected the forward of a part, with moments=; got one without{_PARTS}")
     if v is None and v_weight is not None:
         raise ValueError("v: expected an array, because v_weight is given; got None")
-    backend, mean = saved._backend, saved._mean
+    if as_flag("tangent", tangent) and v is not None:
+        raise ValueError("v: expected None, because tangent is True; got an array")
+    backend, mean, where = saved._backend, saved._mean, saved._where
     with on_device_of(dy):
         if v is None:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
-            sums = backend.dots(dy, x, mean)
+            if backend.exact is not None:
+                check_exact("dy", dy)
+                record = backend.exact.products(dy, x, mean)
+                values = exact_sums.sums_of(backend.exact, record, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), tangent, record)
+            of_dy = reference.gradient_sums
+            sums = backend.dots(dy, x, mean, where=where) if tangent else of_dy(backend, dy, x, mean, where)
         else:
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
             (v_weight,) = widened_vectors(saved, v_weight=v_weight)
-            sums = reference.second_sums(backend, v, dy, x, mean, v_weight)
-        return Sums(saved._layout.n, array_namespace(x).stack(sums))
+            sums = reference.second_sums(backend, v, dy, x, mean, v_weight, where)
+        n = saved._layout.n if saved._mask is None else saved._mask.n
+        return Sums(n, array_namespace(x).stack(sums), tangent)
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------
@@ -408,9 +489,10 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
     layout, x = saved._layout, saved._x
     given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
     if out is not None:
-        check_out(out, x, layout.shape, {**given, "x": x})
+        check_out(out, x, layout.shape)
+        check_overlap(out, {**given, "x": x})
     arrays = [*given.values(), x]
-    if any(array.dtype != x.dtype for array in arrays):
+    if len({array.dtype for array in arrays}) > 1:
         wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
         arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
     views = [layout.view(array) for array in arrays]
@@ -419,6 +501,8 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
     """Return `array` as a plain array after a check against x."""
+    if is_plain_like(array, x, layout.shape):
+        return array
     array = as_floating(name, array)
     check_home(name, array, x)
     if tuple(array.shape) != layout.shape:
@@ -472,12 +556,19 @@ class _GivenTotals(Totals):
 
     def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None
-        self._sums = check_sums("sums", sums, saved._moments, rows)
+        self._sums, self._record = check_sums("sums", sums, saved._moments, rows), sums.record
+        if saved._backend.exact is not None and rows == 2 and sums.record is None:
+            raise ValueError("sums: expected those of exact forwards, with a record; got usual ones")
         self.kept = saved._rstd, saved._moments.mean_low
 
     def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the given sums."""
         return [self._sums[index, :] for index in range(len(parts))]
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """Return the given record."""
+        assert self._record is not None
+        return self._record, n
 
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the vectors, which are on the device already."""
@@ -488,6 +579,7 @@ def _write_result(result: Array, layout: Layout, out: Array | None, target: Arra
     """Return `result` in the caller's layout, in `out` where one was given; `target` is `out` as (N, C, S)."""
     if out is None:
         return layout.restore(result)
-    if result is not target or not overlap(target, out):  # otherwise the sweep has written into `out`
+    written = result is target and (getattr(target, "base", None) is out or overlap(target, out))
+    if not written:  # by the sweep itself
         out[...] = layout.restore(result)
     return out

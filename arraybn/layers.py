@@ -68,6 +68,7 @@ class _NormBase(Module):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -79,7 +80,7 @@ class _NormBase(Module):
         self.momentum = None if momentum is None else as_number("momentum", momentum)
         self.affine = as_flag("affine", affine)
         self.track_running_stats = as_flag("track_running_stats", track_running_stats)
-        bias = as_flag("bias", bias)
+        bias, self.exact = as_flag("bias", bias), as_flag("exact", exact)
         self.channel_axis = as_integer("channel_axis", channel_axis)
         xp = as_namespace(np if xp is None else xp)
         self._check_to(dtype)
@@ -122,6 +123,8 @@ class _NormBase(Module):
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
         text += ", bias=False" if bias is None and weight is not None else ""
         text += f", track_running_stats={self.track_running_stats}"
+        if self.exact:
+            text += ", exact=True"
         if self.channel_axis != 1:
             text += f", channel_axis={self.channel_axis}"
         if (array := self._an_array()) is not None:
@@ -194,29 +197,38 @@ class _BatchNorm(_NormBase):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle."""
-        return {**super().__getstate__(), "_repeat": None}
+        state = super().__getstate__()
+        state.pop("_repeat", None)
+        return state
 
-    def forward(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, where: Array | None = None) -> Array:
+        """Return `forward(x)`, or `forward(x, where=where)`."""
+        return self.forward(x) if where is None else self.forward(x, where=where)
+
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x (N, C, *S), with the batch's statistics in training and the running ones in evaluation.
 
         Returns y in the dtype and memory layout of x. In training the running statistics take in the batch.
 
+        `where` (N, *S) is a mask, True at the positions that belong to the batch, as in `arraybn.batch_norm`; y and
+        dx are given at all positions. In evaluation with running statistics a mask has no effect.
+
         Raises
         ------
         TypeError
-            x is no array of this layer's namespace, or not of a real floating dtype.
+            x or where is no array of this layer's namespace, x is not of a real floating dtype, where is not boolean.
         ValueError
-            The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
-            statistic.
+            The dimensions or channels of x are not those of this layer, where has another shape, or each channel has
+            one value, which is no statistic.
         """
         if type(x) is np.ndarray:  # without the detour
-            return self._forward(x, None)
-        if self._repeat is not None and (y := self._repeat.forward(self, x)) is not None:
+            return self._forward(x, None, where)
+        if where is None and self._repeat is not None and (y := self._repeat.forward(self, x)) is not None:
             return y
         with on_device_of(x):
-            return self._forward(x, None)
+            return self._forward(x, None, where)
 
-    def _forward(self, x: Array, call: Call | None) -> Array:
+    def _forward(self, x: Array, call: Call | None, where: Array | None) -> Array:
         """Carry out `forward` as a part of `call`, or alone."""
         x = as_floating("x", x)
         if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
@@ -226,11 +238,12 @@ class _BatchNorm(_NormBase):
         fixed, tracking = self._fixed_statistics(x), self._tracking(x)
         weight, bias = self._own_parameters()
         weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
-        y, saved = forward_in(call, x, weight, bias, **fixed, eps=self.eps, channel_axis=self.channel_axis)
+        options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis, "exact": self.exact}
+        y, saved = forward_in(call, x, weight, bias, where=where, **fixed, **options)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
                 call.every_rank_raises()
-            self._buffers.update(self._tracked(moments, x, tracking))
+            self._buffers.update(self._tracked(moments, x, tracking, where is not None))
         self._remember(saved)
         if call is None and type(x) is not np.ndarray:
             object.__setattr__(self, "_repeat", _Repeat.of(self, x, saved))
@@ -313,15 +326,16 @@ class _BatchNorm(_NormBase):
         var = as_channel_vector("running_var", var, x, self.num_features)
         return mean, var, as_number("momentum", momentum), count
 
-    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
+    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None, masked: bool) -> dict[str, Any]:
         """Return the buffers that this batch changes, by name."""
         if self._gather is not None:
             self._gather(moments)
             return {}
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
+            true = " with one True in where" if masked else ""
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}."
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}{true}."
                 f" Leave out the last incomplete batch, {remedy}"
             )
         if tracking is None or moments.n == 0:
@@ -603,7 +617,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype, device, xp : optional
+    num_features, eps, momentum, affine, track_running_stats, bias, exact, channel_axis, dtype, device, xp : optional
         As in `BatchNorm1d`.
     process_group : mpi4py communicator, optional
         The ranks that synchronize; None for all ranks.
@@ -673,6 +687,7 @@ class SyncBatchNorm(_BatchNorm):
         *,
         comm: Comm | None = None,
         bias: bool = True,
+        exact: bool = False,
         channel_axis: int = 1,
         dtype: Any = None,
         device: Any = None,
@@ -680,7 +695,7 @@ class SyncBatchNorm(_BatchNorm):
         timeout: float | None = sync.TIMEOUT,
     ) -> None:
         home = {"channel_axis": channel_axis, "dtype": dtype, "device": device, "xp": xp}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, **home)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias, exact=exact, **home)
         sync.check_comm("comm", comm)
         if comm is not None and process_group is not None:
             raise TypeError("comm: expected process_group or comm, two names for the same communicator; got both")
@@ -714,16 +729,17 @@ class SyncBatchNorm(_BatchNorm):
 
     # ---- Forward and backward as calls of all ranks ----
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x as `BatchNorm1d` does, with the statistics of all ranks; an error is a SyncError on all ranks.
 
-        Each channel having one value over all ranks is the plain layer's ValueError, on every rank.
+        Each channel having one value over all ranks is the plain layer's ValueError, on every rank. A rank may give a
+        mask or None, and a mask without any True: the values are counted over all ranks.
         """
         call = self._begin(sync.FORWARD) if self._uses_batch_statistics() else None
         if call is None:
-            return super().forward(x)
+            return super().forward(x, where=where)
         with call, on_device_of(x):
-            return self._forward(x, call)
+            return self._forward(x, call, where)
 
     def backward(self, dy: Array) -> Array:
         """Return dx over all ranks; weight.grad and bias.grad get the sums over this rank's batch alone."""
@@ -757,6 +773,7 @@ class SyncBatchNorm(_BatchNorm):
             "momentum": sync.settings_text(self.momentum),
             "affine": self.weight is not None,
             "bias": self.bias is not None,
+            "exact": sync.settings_text(self.exact),
             "track_running_stats": sync.settings_text(self.track_running_stats),
             "running statistics": self.running_mean is not None,
             "training": sync.settings_text(self.training),

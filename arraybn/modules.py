@@ -20,6 +20,7 @@ from ._arrays.devices import on_device_of
 from ._arrays.namespaces import (
     Array,
     Namespace,
+    Shaped,
     array_namespace,
     check_dtype,
     class_name,
@@ -286,7 +287,7 @@ class Module:
         """Return the arguments, as the printed tree shows them."""
         return ""
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Shaped) -> Array:
         """Return `forward(x)`."""
         return self.forward(x)
 

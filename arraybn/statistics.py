@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+from array_api_compat import is_jax_array
+
+from . import exact as exact_sums
 from . import reference
 from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
-from ._arrays.namespaces import Array, class_name, dtype_name
-from ._checks import as_channel_vector, as_floating, as_integer, as_number, check_home, check_like
-from .kernels import Module, select
-from .reference import Moments
+from ._arrays.namespaces import Array, Shaped, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
+from ._checks import as_channel_vector, as_flag, as_floating, as_integer, as_mask, as_number, check_home, check_like
+from .kernels import Backend, Module, for_masks, select, with_exact_sums
+from .reference import Mask, Moments
 
 
-def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = None) -> Moments:
+def moments(
+    x: Shaped,
+    *,
+    where: Shaped | None = None,
+    channel_axis: int = 1,
+    exact: bool = False,
+    kernels: str | Module | None = None,
+) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
     ----------
     x : array (N, C, *S)
         float16, bfloat16, float32 or float64, in any memory layout.
+    where : array (N, *S) of bool, optional
+        True at the positions that count, as in `batch_norm`. n is the number of True.
     channel_axis : int
         The axis that is kept; -1 for channels-last.
+    exact : bool
+        True for sums without rounding (E10), of float16, bfloat16 or float32: mean and m2 are the correctly rounded
+        ones, `pool` of such moments is exact, and all bits are those of any order and any split.
     kernels : str or module, optional
         Forces a kernel module.
 
@@ -34,7 +53,7 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm` for x, channel_axis and kernels.
+        As `batch_norm` for x, where, channel_axis and kernels.
 
     Notes
     -----
@@ -46,11 +65,58 @@ def moments(x: Array, *, channel_axis: int = 1, kernels: str | Module | None = N
     >>> import numpy, arraybn
     >>> arraybn.moments(numpy.asarray([[1.0, 3.0, 5.0]]), channel_axis=0).mean
     array([3.])
+    >>> padded = numpy.asarray([[1.0, 3.0, numpy.nan]])
+    >>> arraybn.moments(padded, channel_axis=0, where=numpy.asarray([True, True, False])).mean
+    array([2.])
     """
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
+    backend = select_in_mode("x", x, kernels, exact)
     with on_device_of(x):
-        return reference.batch_moments(select(x, kernels), layout.view(x))
+        mask = mask_of(where, x, layout, exact)
+        if backend.exact is not None:
+            return exact_sums.batch_moments(backend.exact, layout.view(x))
+        return reference.batch_moments(backend if mask is None else for_masks(backend), layout.view(x), mask)
+
+
+def mask_of(where: Array | None, x: Array, layout: Layout, exact: bool) -> Mask | None:
+    """Return the mask that `where` makes, after a check against x; None where each position of x counts."""
+    if where is None:
+        return None
+    if exact:
+        raise ValueError("where: expected None, because exact=True does not take a mask yet; got a mask")
+    where, positions = as_mask(where, x, layout.positions), math.prod(layout.positions)
+    n = positions // math.prod(where.shape) * _trues(where) if positions else 0
+    return None if n == layout.n else Mask(layout.view_of_mask(where), n)
+
+
+def _trues(where: Array) -> int:
+    if isinstance(where, np.ndarray) or is_jax_array(where):  # in jax.jit, JAX's own sum would have no value yet
+        return int(np.count_nonzero(np.asarray(where)))
+    return int(array_namespace(where).count_nonzero(where))
+
+
+def select_in_mode(name: str, x: Array, kernels: str | Module | None, exact: bool) -> Backend:
+    """Return the backend that serves x, in exact mode or not."""
+    backend = select(x, kernels)
+    if not as_flag("exact", exact):
+        return backend
+    check_exact(name, x)
+    return with_exact_sums(backend)
+
+
+def check_exact(name: str, array: Array) -> None:
+    """Raise unless exact sums can be taken of `array`."""
+    if dtype_name(array.dtype) == "float64":
+        raise TypeError(
+            f"{name}: expected float16, bfloat16 or float32 for exact=True, because the product of two float64 has too"
+            " many bits for a float64; got float64"
+        )
+    if dtype_name(wide_dtype(array)) != "float64":
+        raise TypeError(
+            f"{name}: expected an array of a namespace with float64 for exact=True;"
+            f" got one of {namespace_name(array_namespace(array))}"
+        )
 
 
 def pool(*moments: Moments) -> Moments:
@@ -93,13 +159,22 @@ def pool(*moments: Moments) -> Moments:
             )
     pooled = moments[0]
     with on_device_of(pooled.mean):
+        if all(part.record is not None for part in moments):
+            return _pooled_records(moments)
         for part in moments[1:]:
             pooled = reference.pool(pooled, part)
     return pooled
 
 
+def _pooled_records(parts: Sequence[Moments]) -> Moments:
+    records: Any = [part.record for part in parts]
+    if len({record.shape for record in records}) > 1:
+        raise ValueError(f"moments: expected records of one shape; got {[record.shape for record in records]}")
+    return exact_sums.moments_of(exact_sums, sum(records), sum(part.n for part in parts), parts[0].mean)
+
+
 def update_running_stats(
-    running_mean: Array, running_var: Array, moments: Moments, momentum: float, *, correction: int = 1
+    running_mean: Shaped, running_var: Shaped, moments: Moments, momentum: float, *, correction: int = 1
 ) -> tuple[Array, Array]:
     """Return the running statistics after one more batch: (1 − momentum)·running + momentum·batch (E4).
 
@@ -136,7 +211,7 @@ def update_running_stats(
     """
     _check_moments("moments", moments)
     channels = moments.mean.shape[0]
-    running = {"running_mean": running_mean, "running_var": running_var}
+    running: dict[str, Array] = {"running_mean": running_mean, "running_var": running_var}
     for name, array in running.items():
         if array is None:
             raise TypeError(f"{name}: expected an array ({channels},); got None")
@@ -157,7 +232,7 @@ def update_unchecked(
     running_mean: Array, running_var: Array, moments: Moments, momentum: float, correction: int = 1
 ) -> tuple[Array, Array]:
     """(E4) Return the running statistics after one more batch; the arguments are known to be right."""
-    update = select(moments.mean).update_running_stats
+    update = reference.update_running_stats if moments.record is not None else select(moments.mean).update_running_stats
     return update(running_mean, running_var, moments.mean, moments.var(correction), momentum)
 
 
@@ -184,7 +259,7 @@ def as_moments_of_whole(moments: Moments, x: Array, channels: int, n: int) -> Mo
     mean, m2, low = widened(mean), widened(m2), None if low is None else widened(low)
     if low is not None and dtype_name(mean.dtype) == "float64":
         mean, low = mean + low, None
-    return Moments(moments.n, mean, m2, mean_low=low)
+    return Moments(moments.n, mean, m2, mean_low=low, record=moments.record)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +275,10 @@ class Sums:
     values : array (2, C) or (7, C)
         Σdy and Σdy·(x − mean), float64 where the namespace has it; with v, then the same two of v and of v_weight·dy,
         and Σv·dy.
+    tangent : bool
+        True for the sums of x_dot, over the positions of the batch alone.
+    record : array (rows, C) or None
+        In exact mode, the integers of the first two sums, which do not round when they are added (E10).
 
     Examples
     --------
@@ -214,13 +293,19 @@ class Sums:
 
     n: int
     values: Array
+    tangent: bool = field(default=False, repr=False)
+    record: Array | None = field(default=None, repr=False)
 
     def __add__(self, other: Sums) -> Sums:
         if not isinstance(other, Sums):
             return NotImplemented
         check_like("values", other.values, self.values, "the values of the sums before")
+        if self.tangent != other.tangent:
+            raise ValueError("tangent: expected the same in all sums; got True and False")
+        records: list[Any] = [self.record, other.record]
         with on_device_of(self.values):
-            return replace(self, n=self.n + other.n, values=self.values + other.values)
+            total = None if any(record is None for record in records) else sum(records)
+            return replace(self, n=self.n + other.n, values=self.values + other.values, record=total)
 
     def __radd__(self, other: object) -> Sums:
         """Return these sums for 0 + sums, with which `sum` begins."""

@@ -22,6 +22,8 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+os.environ.setdefault("ARRAYBN_QUIET", "1")  # the line of the compiler would be in the stderr that tests look at
+
 # Scripts that test_mpi.py starts under mpirun, stand-ins for CuPy and a GPU, and helpers: none has tests.
 collect_ignore = ["mpi", "cuda", "support"]
 

@@ -18,23 +18,24 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import bare
+from support.commands import as_installed, bare
 from support.libraries import need
 
 import arraybn
 from arraybn import reference
 from arraybn.__main__ import main
-from arraybn.bench import cases, cpu, growth, ladder, machine, report
+from arraybn.bench import cases, cpu, growth, ladder, machine, networks, report
 from arraybn.bench import session as session_module
 from arraybn.bench import truth as check
 from arraybn.bench.cases import Case
-from arraybn.bench.contestants import Contestant, Library, formulas
+from arraybn.bench.contestants import Calls, Contestant, Library, formulas
 from arraybn.bench.contestants import ours as contestants
 from arraybn.bench.contestants.registry import ARRAYBN, PEERS
 from arraybn.bench.device import HostDevice
@@ -152,10 +153,14 @@ def make_problem(case: Case) -> Problem:
         (["--shapes", "8,,4"], "got '8,,4'"),
         (["--shapes", "1,2,3,4,5,6"], "got '1,2,3,4,5,6'"),
         (["--shapes", "1,64,1"], "expected more than one value per channel, or there is no std; got '1,64,1'"),
-        (["--peers", "pytorch"], "expected some of reference, numpy, torch, jax, tensorflow, or none; got 'pytorch'"),
+        (
+            ["--peers", "pytorch"],
+            "expected some of reference, numpy, torch, aten, jax, tensorflow, exact, or none; got 'pytorch'",
+        ),
         (["--repeats", "0"], "argument --repeats: expected an integer ≥ 1; got '0'"),
         (["--growth", "10"], "argument --growth: expected a number of elements from 1e3 to 1e10; got '10'"),
         (["--growth", "much"], "got 'much'"),
+        (["--set", "alexnet"], "argument --set: invalid choice: 'alexnet'"),
         (["--layout", "middle"], "argument --layout: invalid choice: 'middle'"),
         (["--dtype", "complex64"], "argument --dtype: invalid choice: 'complex64'"),
         (["--what", "forwards"], "argument --what: invalid choice: 'forwards'"),
@@ -183,7 +188,8 @@ def test_a_bad_option_is_named_with_what_was_expected(
             "--peers belongs to the table and to --growth; the ladder is arraybn's alone",
         ),
         (["--peers", "none", "numpy"], "--peers: expected none alone, or names without it; got none numpy"),
-        (["--dtype", "float16"], "--dtype: expected some of float32, float64, or --device cuda; got float16"),
+        (["--set", "cache", "--shapes", "8,4"], "--set: expected neither --shapes nor --growth nor --ladder beside it"),
+        (["--set", "cache", "--growth"], "--set: expected neither --shapes nor --growth nor --ladder beside it"),
         (["--json", "."], "--json .: expected a file in a folder that is there"),
         (["--json", "nowhere/found.json"], "--json nowhere/found.json: expected a file in a folder that is there"),
     ],
@@ -219,7 +225,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(
     assert main(["bench", "--plot", "some.png"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', err)
+    assert re.search(r'bench: --plot needs matplotlib .*pip install "arraybn\[demo\]"', as_installed(err))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +273,14 @@ def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() ->
         "(1, 64, 8, 8) float32, channels-first",
     ]
     names = [library.name for library in section.libraries]
-    assert names == ["arraybn", *(p.name for p in PEERS if p.name != "reference" and not p.missing)]
+    assert names == ["arraybn", *(p.name for p in PEERS if p.name not in ("exact", "reference") and not p.missing)]
+
+
+def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
+    need("numba")
+    (section,) = cpu.plan(parsed(*["--shapes", "20,6", "--peers", "exact"]))
+    assert [library.name for library in section.libraries] == ["arraybn", "exact"]
+    assert "exact" not in [peer.name for peer in cpu.peers(None)]
 
 
 def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice() -> None:
@@ -404,17 +417,30 @@ def test_arraybn_its_reference_and_plain_formulas_pass_the_check(
     assert {len(cell.seconds) for cell in result.cells} == {3}
 
 
-@pytest.mark.parametrize(("name", "row"), [("torch", "PyTorch"), ("jax", "JAX"), ("tensorflow", "TensorFlow")])
+REFUSED = {"tensorflow": "its fused op takes no float64", "exact": "its sums take no float64"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("torch", "PyTorch"),
+        ("aten", "PyTorch operators"),
+        ("jax", "JAX"),
+        ("tensorflow", "TensorFlow"),
+        ("exact", "arraybn exact, out="),
+    ],
+)
 def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: str, row: str) -> None:
     (peer,) = [peer for peer in PEERS if peer.name == name]
     if peer.missing:
-        need(name)
+        need(peer.needs[0])
+    operations = tuple(one for one in ALL if one in peer.contestants[0].operations)
     with session(peer, rounds=1) as running:
         for case in (Case((20, 6), operations=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
             result = measure(running, case)
-            refused = name == "tensorflow" and case.dtype == "float64"
-            assert {cell.failed for cell in result.cells} == {"its fused op takes no float64" if refused else ""}
-            assert {(cell.row, cell.operation) for cell in result.cells} == {(row, what) for what in ALL}
+            refused = case.dtype == "float64" and REFUSED.get(name)
+            assert {cell.failed for cell in result.cells} == {refused or ""}
+            assert {(cell.row, cell.operation) for cell in result.cells} == {(row, what) for what in operations}
         running.check(Case(cases.CHECKED[4], "last", operations=ALL))
         assert {text for text in running.faults.values() if "no float64" not in text} == set()
 
@@ -507,11 +533,11 @@ def test_a_case_that_memory_has_no_room_for_is_skipped_with_a_word(monkeypatch: 
     with Session([fakes("right")], 2, progress=progress) as running:
         result = measure(running, Case((1000, 1000)))
         small = measure(running, Case((20, 4), operations=("forward",)))
-    assert result.skipped == "skipped: needs about 0.0 GB of memory, 0.0 GB are available"
+    assert result.skipped == "skipped: needs about 0.1 GB of memory, 0.0 GB are available"
     assert (result.cells, len(rounds)) == ([], 4)
     assert result.skipped in report.cpu_block(result, 2)
     assert [len(cell.seconds) for cell in small.cells] == [2]
-    assert memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * 3 + 8) * 4 * 10**6
+    assert memory_needed(Case((1000, 1000)), [ARRAYBN, *PEERS[1:3]]) == (3 * (3 + 16) + 8) * 4 * 10**6
 
 
 # ---- What follows from the samples -----------------------------------------------------------------------------------
@@ -670,15 +696,9 @@ def test_growth_and_ladder_are_tables_and_pictures_of_their_own(tmp_path: Path) 
     result = run(*options, cwd=tmp_path, preparation=small)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)  # and nothing else is there
-    assert [tuple(one["shape"]) for one in found["growth"]] == [
-        (10, 10, 10),
-        (32, 10, 10),
-        (100, 10, 10),
-        (10, 32, 10),
-        (10, 100, 10),
-        (10, 10, 32),
-        (10, 10, 100),
-    ]
+    shapes = [(10, 10, 10), (32, 10, 10), (100, 10, 10), (10, 32, 10), (10, 100, 10), (10, 10, 32), (10, 10, 100)]
+    for layout in cases.LAYOUTS:
+        assert [tuple(one["shape"]) for one in found["growth"] if one["layout"] == layout] == shapes
     (case,) = found["ladder"]
     copies = {row["row"]: row["median"] for row in case["rows"] if row["what"] == "copy"}
     assert [(rung["row"], rung["what"]) for rung in found["rungs"]] == [
@@ -756,8 +776,8 @@ def test_growth_goes_from_a_thousand_to_as_many_elements_as_are_asked_for_along_
         assert np.prod(shapes[-1]) == 10**8
         assert all(shape[i] == 10 for shape in shapes for i in range(3) if i != index)
         assert [int(np.prod(shape)) for shape in shapes][::2] == [10**power for power in range(3, 9)]
-    assert len(growth.cases(10**8)) == 3 * 11 - 2  # (10, 10, 10) once
-    assert growth.cases(10**3) == [Case((10, 10, 10), operations=("forward", "backward"))]
+    assert len(growth.cases(10**8)) == 2 * (3 * 11 - 2)  # (10, 10, 10) once in each layout
+    assert growth.cases(10**3) == [Case((10, 10, 10), one, operations=("forward", "backward")) for one in cases.LAYOUTS]
 
 
 def test_growth_along_an_axis_is_time_by_elements() -> None:
@@ -766,9 +786,13 @@ def test_growth_along_an_axis_is_time_by_elements() -> None:
     lines = growth.table(results).splitlines()
     along = [line for line in lines if line.startswith("(10, 10, ")]
     assert [line.split()[3:] for line in along if "skipped" not in line] == [
-        *[["1.0e3", "–", "1e+03", "–"]] * 3,  # the first of each axis is the same case
+        *[["1.0e3", "–", "1e+03", "–"]] * 5,  # the first of each axis is the same case
+        ["3.2e3", "–", "312", "–"],
+        ["1.0e4", "–", "100", "–"],
+        ["1.0e3", "–", "1e+03", "–"],
         ["3.2e3", "–", "312", "–"],
     ]
+    assert sum("channels-first" in line for line in lines) == sum("channels-last" in line for line in lines) == 3
     assert f"(10, 10, 100)              1.0e4   {results[-1].skipped}" in lines
 
 
@@ -872,3 +896,101 @@ def test_the_sweeps_of_the_ladder_do_without_the_driver_and_alone_means_one_thre
     before = _threads.get_num_threads()
     assert ladder.on_one_thread(_threads.get_num_threads)() == 1
     assert _threads.get_num_threads() == before
+
+
+# ---- Sets: the layers of networks ------------------------------------------------------------------------------------
+
+
+def test_the_layers_of_a_network_come_at_four_batches_in_both_layouts() -> None:
+    (section,) = cpu.plan(parsed("--set", "resnet18", "resnet50", "--peers", "none"))
+    found = [(case.shape, case.layout) for case in section.cases]
+    assert len(found) == len(set(found)) == 12 * 4 * 2  # ResNet-50 has every layer that ResNet-18 has
+    assert {shape[0] for shape, _ in found} == {1, 4, 8, 32}
+    assert {layout for _, layout in found} == {"first", "last"}
+    assert ((1, 2048, 7, 7), "last") in found
+    assert {case.operations for case in section.cases} == {("forward", "backward", "eval")}
+    (section,) = cpu.plan(parsed(*shlex.split("--set cache --layout last --dtype bfloat16 --what eval --peers none")))
+    assert [(case.shape, case.layout, case.operations) for case in section.cases] == [
+        (shape, "first" if len(shape) == 2 else "last", ("eval",)) for shape in networks.CACHE
+    ]
+
+
+@pytest.mark.parametrize(("line", "names"), [("--set cache", ["arraybn", "aten"]), ("--growth", ["arraybn", "aten"])])
+def test_a_set_and_growth_stand_beside_the_operators_of_pytorch(line: str, names: list[str]) -> None:
+    (section,) = cpu.plan(parsed(*shlex.split(line)))
+    present = [peer.name for peer in PEERS if not peer.missing]
+    assert [library.name for library in section.libraries] == [one for one in names if one in ("arraybn", *present)]
+
+
+def test_a_set_tells_how_many_times_the_time_of_its_rival_arraybn_takes() -> None:
+    def result(batch: int, layout: str, *seconds: float) -> Result:
+        rows = ("arraybn, out=", "arraybn", "JAX", "PyTorch operators")
+        cells = [Cell("x", row, "forward", seconds=[time]) for row, time in zip(rows, seconds, strict=True)]
+        return Result(Case((batch, 4, 7, 7), layout, operations=("forward",)), cells)
+
+    results = [result(1, "first", 1e-5, 9, 9, 2e-5), result(4, "first", 3e-5, 9, 9, 2e-5)]
+    results += [result(8, "first", 1e-5, 9, 9, 1e-5), result(1, "last", 5e-5, 9, 9, 2e-5)]
+    line = re.sub(" +", " ", networks.line(results[1]))
+    assert line == "(4, 4, 7, 7) float32, channels-first 30.00 20.00 1.50"
+    text = networks.summary(results)
+    worst = "1.50 at (4, 4, 7, 7) float32, channels-first"
+    assert re.search(rf"forward \(training\) +channels-first +1\.00 +1 of 3 +{re.escape(worst)}$", text, re.MULTILINE)
+    assert re.search(
+        r"channels-last +2\.50 +1 of 1 +2\.50 at \(1, 4, 7, 7\) float32, channels-last$", text, re.MULTILINE
+    )
+    assert networks.rival([Result(results[0].case, results[0].cells[:3])]) == "JAX"
+    assert networks.rival([]) is None
+    results[0].cells[3].failed, results[0].cells[3].seconds = "wrong: y", []
+    assert networks.line(results[0]).endswith("–      –\n  PyTorch operators: wrong: y")
+
+
+def test_a_set_is_measured_printed_and_drawn(tmp_path: Path) -> None:
+    need("matplotlib")
+    small = "import arraybn.bench.networks as n\nn.CACHE = ((64, 128), (4, 6, 5, 5))\nsys.modules['tqdm'] = None"
+    options = shlex.split("--set cache --peers numpy --repeats 3 --json found.json --plot set.png")
+    result = run(*options, cwd=tmp_path, preparation=small)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "arraybn, out= beside NumPy formulas [µs, medians]" in result.stdout
+    assert (
+        len(re.findall(r"^\(4, 6, 5, 5\) float32, channels-(?:first|last) +([\d.]+ *){9}$", result.stdout, re.M)) == 2
+    )
+    assert len(json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["set"]) == 3
+    assert_picture(tmp_path / "set.png")
+
+
+def test_the_latest_results_stay_alive_while_more_are_made() -> None:
+    """Otherwise the memory of a new array is the one that the result before has just given back."""
+    made: list[weakref.ref[Any]] = []
+
+    def build(device: HostDevice, problem: Problem, name: str) -> Calls:
+        def forward() -> Any:
+            result = np.zeros_like(problem.x)
+            made.append(weakref.ref(result))
+            return result
+
+        return Calls({"forward": forward}, lambda result: result)
+
+    work = Work([Contestant("new", "new", "numpy", build)])
+    work.open(case := Case((8, 4), operations=("forward",)))
+    work.prepare("new", "forward")
+    work.time("new", "forward", calls=40, warm=2)
+    assert [one() is not None for one in made[-case.alive - 1 :]] == [False, *[True] * case.alive]
+    assert (case.alive, Case((32, 64, 112, 112)).alive, Case((32, 512, 14, 14)).alive) == (16, 2, 16)
+    work.close()
+    assert all(one() is None for one in made)
+
+
+@pytest.mark.parametrize(
+    ("words", "program", "absent"),
+    [(["bench", "sync", "--help"], "bench sync", "--ladder"), (["bench", "-h"], "bench", "with 1, 2, 4, 8 ranks")],
+)
+def test_bench_sync_has_a_help_of_its_own(
+    words: list[str], program: str, absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(words)
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m arraybn {program} [-h]")
+    assert absent not in out
+    assert all(option in out for option in ("--quick", "--repeats", "--json", "--plot"))
+    assert ("with 1, 2, 4, 8 ranks" in " ".join(out.split())) == ("sync" in words)

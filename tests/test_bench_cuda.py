@@ -24,6 +24,7 @@ import fake_device
 import ml_dtypes
 import numpy as np
 import pytest
+from support.commands import as_installed
 from support.gpu import cupy_here
 from support.libraries import need
 
@@ -139,6 +140,7 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
         (["sync"], "--device cuda: expected no sync, because two MPI ranks are a part of it"),
         (["--ladder"], "--ladder: expected --device cpu"),
         (["--growth"], "--growth: expected --device cpu"),
+        (["--set", "cache"], "--set: expected --device cpu"),
         (
             ["--peers", "tensorflow"],
             "--peers: expected some of reference, torch, jax, or none, on a GPU; got tensorflow",
@@ -162,7 +164,7 @@ def test_without_cupy_it_is_refused_with_the_command_that_installs_it(
     assert main(["bench", "--device", "cuda"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.match(r'bench: --device cuda needs cupy:  pip install "arraybn\[cuda13\]", or cuda12', err)
+    assert re.match(r'bench: --device cuda needs cupy:  pip install "arraybn\[cuda13\]", or cuda12', as_installed(err))
 
 
 def test_without_a_gpu_it_is_refused_before_any_work(
@@ -863,7 +865,8 @@ def test_no_gpu_is_said_plainly(standin: Standin, gpus: int, message: str) -> No
 
 def test_a_cupy_that_cannot_be_imported_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', GpuWork().start()["none"])
+    answer = as_installed(GpuWork().start()["none"])
+    assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', answer)
 
 
 def test_the_bench_of_the_processor_takes_no_halves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ VALUES = RNG.normal(1, 2, (6, 3, 5)).astype("f2")  # which every dtype but bfloa
 DY = RNG.normal(size=(6, 3, 5)).astype("f2")
 WEIGHT, BIAS = np.asarray([1.5, -0.5, 1.0]), np.asarray([0.0, 0.25, 1.0])
 EPS = 1e-3
+MASK = RNG.random((6, 5)) < 0.7
 
 
 class Case:
@@ -72,6 +73,12 @@ class Case:
         if self.dtype == "bfloat16" and not self.ml_dtypes:
             array = self.home.xp.astype(array, self.home.xp.float32)
         return np.asarray(self.home.numpy(array), "f8")
+
+    def mean_of(self, values: Any) -> Any:
+        return values.mean((0, 2))[:, None]
+
+    def projected(self, values: Any) -> Any:
+        return values - self.mean_of(values) - self.xhat * self.mean_of(values * self.xhat)
 
     def y(self) -> Any:
         return WEIGHT[:, None] * self.xhat + BIAS[:, None]
@@ -103,17 +110,64 @@ def backward(case: Case) -> list[tuple[Any, Any]]:
     _, saved = arraybn.batch_norm(case.x, case.weight, case.bias, **case.options)
     dx, dweight, dbias = arraybn.batch_norm_backward(case.dy, saved)
     assert dx.dtype == case.x.dtype
-    dy, xhat = case.read(case.dy), case.xhat
-    sums = dy.sum((0, 2)), (dy * xhat).sum((0, 2))
-    n = dy[:, 0].size
+    dy, a = case.read(case.dy), (WEIGHT / np.sqrt(case.var + EPS))[:, None]
+    sums = dy.sum((0, 2)), (dy * case.xhat).sum((0, 2))
+    return [(dx, a * case.projected(dy)), (dweight, sums[1]), (dbias, sums[0])]
+
+
+def jvp(case: Case) -> list[tuple[Any, Any]]:
+    _, saved = arraybn.batch_norm(case.x, case.weight, case.bias, **case.options)
+    got = arraybn.batch_norm_jvp(case.dy, saved, case.bias, case.weight)  # BIAS and WEIGHT as the tangents of both
+    assert got.dtype == case.x.dtype
     a = (WEIGHT / np.sqrt(case.var + EPS))[:, None]
-    projected = dy - sums[0][:, None] / n - xhat * sums[1][:, None] / n
-    return [(dx, a * projected), (dweight, sums[1]), (dbias, sums[0])]
+    return [(got, a * case.projected(case.read(case.dy)) + BIAS[:, None] * case.xhat + WEIGHT[:, None])]
+
+
+def double_backward(case: Case) -> list[tuple[Any, Any]]:
+    _, saved = arraybn.batch_norm(case.x, case.weight, case.bias, **case.options)
+    ddy, ddx, ddweight = arraybn.batch_norm_double_backward(case.x, case.dy, saved, case.bias)
+    assert ddy.dtype == ddx.dtype == case.x.dtype
+    v, dy, xhat, rstd = case.read(case.x), case.read(case.dy), case.xhat, 1 / np.sqrt(case.var + EPS)[:, None]
+    inner = (v * case.projected(dy)).mean((0, 2))[:, None]
+    parts = xhat * inner, case.projected(v) * case.mean_of(dy * xhat), case.projected(dy) * case.mean_of(v * xhat)
+    by_x = -WEIGHT[:, None] * rstd**2 * sum(parts) + BIAS[:, None] * rstd * case.projected(dy)
+    by_dy = WEIGHT[:, None] * rstd * case.projected(v) + BIAS[:, None] * xhat
+    return [(ddy, by_dy), (ddx, by_x), (ddweight, v[:, 0].size * (rstd * inner)[:, 0])]
+
+
+def in_parts(case: Case) -> list[tuple[Any, Any]]:
+    whole = arraybn.pool(
+        *(arraybn.moments(x, kernels=case.options["kernels"]) for x in (case.x[:2, ...], case.x[2:, ...]))
+    )
+    results, sums = [], None
+    for rows in (slice(0, 2), slice(2, 6)):
+        y, saved = arraybn.batch_norm(case.x[rows, ...], case.weight, case.bias, moments=whole, **case.options)
+        results.append((y, saved, case.dy[rows, ...]))
+        part = arraybn.batch_norm_sums(case.dy[rows, ...], saved)
+        sums = part if sums is None else sums + part
+    dx = [arraybn.batch_norm_backward(dy, saved, sums=sums)[0] for _, saved, dy in results]
+    a = (WEIGHT / np.sqrt(case.var + EPS))[:, None] * case.projected(case.read(case.dy))
+    wanted = case.y()
+    return [(results[0][0], wanted[:2]), (results[1][0], wanted[2:]), (dx[0], a[:2]), (dx[1], a[2:])]
 
 
 def moments(case: Case) -> list[tuple[Any, Any]]:
     batch = arraybn.moments(case.x, kernels=case.options["kernels"])
     return [(batch.mean, case.mean), (batch.var(), case.var)]
+
+
+def with_mask(case: Case) -> list[tuple[Any, Any]]:
+    given = {"where": case.home.array(MASK), "eps": EPS, "kernels": case.options["kernels"]}
+    y, saved = arraybn.batch_norm(case.x, case.weight, case.bias, **given)
+    dx, dweight, _ = arraybn.batch_norm_backward(case.dy, saved)
+    x, dy, kept, n = case.read(case.x), case.read(case.dy), MASK[:, None], MASK.sum()
+    mean = (x * kept).sum((0, 2)) / n
+    rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2 * kept).sum((0, 2)) / n + EPS)
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    sums = dy.sum((0, 2)), (dy * xhat).sum((0, 2))
+    through = kept * (sums[0][:, None] + xhat * sums[1][:, None]) / n
+    by_x = (WEIGHT * rstd)[:, None] * (dy - through)
+    return [(y, WEIGHT[:, None] * xhat + BIAS[:, None]), (dx, by_x), (dweight, sums[1])]
 
 
 FUNCTIONS: dict[str, Callable[[Case], list[tuple[Any, Any]]]] = {
@@ -122,6 +176,10 @@ FUNCTIONS: dict[str, Callable[[Case], list[tuple[Any, Any]]]] = {
     "fixed statistics": fixed,
     "backward": backward,
     "`moments`": moments,
+    "in parts": in_parts,
+    "`jvp`": jvp,
+    "double backward": double_backward,
+    "masks": with_mask,
 }
 
 # ---- The cases, and the tests ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import as_installed
 from support.libraries import need
 
 import arraybn
 from arraybn.accuracy import errors as check
+from arraybn.accuracy import figure
 from arraybn.bench.contestants.registry import measured as contestants
 
 Result = subprocess.CompletedProcess[str]
@@ -104,9 +107,30 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_backward_and_update_need_a_target(tmp_path: Path) -> None:
-    result = run("--backward", "mine:backward", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "expected a target, module:forward, before --backward and --update; got none" in result.stderr
+    for given, text in (
+        (("--backward", "mine:backward", "--update", "mine:update"), "--backward and --update"),
+        (("--jvp", "mine:jvp", "--double-backward", "mine:double"), "--jvp and --double-backward"),
+    ):
+        result = run(*given, cwd=tmp_path)
+        assert result.returncode == 2
+        assert f"expected a target, module:forward, before {text}; got none" in result.stderr
+
+
+def test_forward_mode_and_double_backward_are_checked_too(mine: Path) -> None:
+    (mine / "twice.py").write_text(
+        "import arraybn\n"
+        "def saved(x, weight, eps):\n    return arraybn.batch_norm(x, weight, eps=eps, kernels='reference')[1]\n"
+        "def jvp(x_dot, x, weight, weight_dot, bias_dot, eps):\n"
+        "    return arraybn.batch_norm_jvp(x_dot, saved(x, weight, eps), weight_dot)\n"
+        "def double(v, dy, x, weight, v_weight, v_bias, eps):\n"
+        "    return arraybn.batch_norm_double_backward(v, dy, saved(x, weight, eps), v_weight, v_bias)\n"
+    )
+    functions = ("mine:forward", "--jvp", "twice:jvp", "--double-backward", "twice:double")
+    result = run(*functions, "--examples", "0", cwd=mine)
+    assert result.returncode == 1
+    assert "FAILS  y_dot is what the definition gives" in result.stdout
+    assert "usual cause: bias_dot is left out (E8)" in result.stdout
+    assert "ok     ddx is what the definition gives" in result.stdout
 
 
 def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any]) -> None:
@@ -117,7 +141,7 @@ def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any])
     for family, name in here:
         assert f"  {name} " in result.stdout, family
     for one in contestants():
-        assert (f"pip install {one.pip}" in result.stdout) == any(
+        assert (as_installed(f"pip install {one.pip}") in as_installed(result.stdout)) == any(
             other.missing for other in contestants() if other.pip == one.pip
         )
 
@@ -231,7 +255,9 @@ def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_named_before_the_work(tmp_path: Path) -> None:
     result = run("--plot", cwd=tmp_path, preparation="sys.modules['matplotlib'] = None", limit=10)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', result.stderr)
+    assert re.fullmatch(
+        r'check: --plot needs matplotlib .*pip install "arraybn\[demo\]"\n', as_installed(result.stderr)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 256, 12544])
@@ -358,3 +384,31 @@ def test_the_help_shows_the_signatures_and_its_example_passes(tmp_path: Path) ->
     (tmp_path / "mine.py").write_text(re.sub("^  ", "", text[start:end], flags=re.MULTILINE))
     result = run("mine:forward", "--examples", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_library_that_is_needed_twice_is_named_once() -> None:
+    for one in contestants():
+        assert len(set(one.needs)) == len(one.needs), one.name
+
+
+def drawn(rows: list[check.Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the axes of the picture, laid out."""
+    made = need("matplotlib.figure").Figure(figsize=(11.5, 7.0), layout="constrained")
+    monkeypatch.setattr(figure, "draw_picture", lambda path, size, title, subtitle, fill: fill(made))
+    figure.draw(rows, Path("unused.png"))
+    made.draw_without_rendering()
+    return made.axes[0]
+
+
+@pytest.mark.parametrize(("worst", "few"), [(1.0, True), (5e6, True), (1e9, False)])
+def test_the_picture_has_no_empty_quarter(worst: float, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [check.Row(one, curve={1.0: 1.0, 1e3: worst, 1e6: worst / 2}) for one in contestants()[: 3 if few else 12]]
+    axes = drawn(rows, monkeypatch)
+    decades = math.log10(axes.get_ylim()[1] / worst)
+    assert decades >= 0.5
+    assert not few or decades < 1.1  # a decade, so that the highest line is seen
+    assert (axes.get_position().width > 0.85) == few
+    window = axes.get_window_extent()
+    for text in axes.texts:
+        assert text.get_window_extent().y1 <= window.y1, text.get_text()
+    assert ("no digit is right" in [text.get_text() for text in axes.texts]) == (worst > 1e6)

@@ -28,9 +28,11 @@ import arraybn
 from arraybn._arrays.namespaces import FLOATS
 
 need("numba")
+from numba import types  # noqa: E402
+
 from arraybn.kernels import cpu  # noqa: E402, needs numba
 from arraybn.kernels import threads as pool  # noqa: E402, needs numba
-from arraybn.kernels.cpu import entries, tiles  # noqa: E402
+from arraybn.kernels.cpu import entries, jobs, tiles  # noqa: E402, needs numba
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,14 +62,14 @@ def test_a_channel_that_is_summed_again_changes_no_bit_of_the_others(case: Case,
 def test_the_shift_is_tried_again_only_where_it_was_far() -> None:
     sums = {"near": (np.array([1.0]), np.array([10.0])), "far": (np.array([90.0]), np.array([1000.0]))}
     for name, (s, q) in sums.items():
-        assert entries.compiled("d").finish(10, np.array([7.0]), s, q) == (name == "far")
+        assert entries._finish(10, np.array([7.0]), s, q) == (name == "far")
         assert s == 7 + {"near": 0.1, "far": 9.0}[name]
     both = np.array([90.0, 1.0]), np.array([1000.0, 10.0])
-    assert entries.compiled("d").finish(10, np.array([7.0, 7.0]), *both)  # the near one does not hide the far one
+    assert entries._finish(10, np.array([7.0, 7.0]), *both)  # the near one does not hide the far one
     for s, q, m2 in [(2.0, 0.4 - 1e-16, 0.0), (np.nan, 1.0, np.nan), (np.inf, np.inf, np.nan)]:
         vectors = np.array([s]), np.array([q])
         with np.errstate(invalid="ignore"):  # said by NumPy alone, where nothing is compiled
-            entries.compiled("d").finish(10, np.array([0.0]), *vectors)
+            entries._finish(10, np.array([0.0]), *vectors)
         np.testing.assert_array_equal(vectors[1], [m2])  # never negative, and NaN stays NaN
 
 
@@ -128,10 +130,10 @@ def test_places_beyond_2_31_of_an_array_are_reached(shape: tuple[int, int, int])
     n = shape[0] * shape[2]
     np.testing.assert_array_equal(mean, [*[0.0] * (shape[1] - 1), 4.0 / n])
     np.testing.assert_allclose(m2[-1], 16.0 - 16.0 / n, rtol=1e-12)
-    cut, code = cpu._cut(shape, 2), entries.compiled("e")
-    line, vector = x.reshape(-1).view(np.int16), np.ones(1)
-    last = shape[1] - 1, cut.rows - 1, cut.rows
-    code.affine(line, cut.sample, cut.plane, *last, 0 * vector, vector, vector, line, 1)
+    cut = cpu._cut(shape, 2)
+    cut, last = cut._replace(group=1, height=1), (cut.rows - 1, shape[1] - 1)  # the last row of the last channel
+    line, vector = x.reshape(-1).view(np.int16), np.ones(shape[1])
+    tiles.plain(entries._affine)(*last, line, cut, 0 * vector, vector, vector, line, 1)
     assert x[-1, -1, -1] == 5.0
     assert x[0, 0, 0] == 0.0
 
@@ -162,23 +164,71 @@ def test_n4_no_bit_depends_on_the_number_of_threads(axis: int, dtype: str, threa
         assert results[0] == results[1] == results[2] == results[3]
 
 
-@pytest.mark.parametrize("shape", [(8, 64, 80, 80), (2, 1, 1500, 1500)])
-def test_two_threads_really_run(shape: tuple[int, ...], threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads(2)
-    seen, meeting = set(), threading.Barrier(2, timeout=30)
-    code = entries.compiled("f")
-    entry = "forward" if shape[1] > 1 else "spread"  # of whole channels, or of tiles of one
-    original = getattr(code, entry)
+@tiles.plain
+def meet(me: int, crew: int, words: Any) -> None:
+    """Come together: each thread adds one to a word, and waits for a second thread, or for the word's end."""
+    jobs._add(words, 0, 1)
+    while jobs._load(words, 0) < 2:
+        jobs._rest(0)
 
-    def watched(*arguments: Any) -> Any:
-        if threading.get_ident() not in seen:
-            seen.add(threading.get_ident())
-            meeting.wait()  # the first call of each thread waits for that of the other
-        return original(*arguments)
 
-    monkeypatch.setattr(code, entry, watched)
-    arraybn.batch_norm(data(shape, "float32"))
-    assert len(seen) == 2
+@tiles.plain
+def spoil(part: int, group: int, done: Any) -> None:
+    jobs._add(done, 0, 1)
+    if part == 5:
+        raise MemoryError
+
+
+@pytest.fixture(scope="module")
+def meeting() -> Any:
+    """Return the function that shares the job `meet`."""
+    address = jobs.address_of(meet, (entries._WORDS,))
+
+    @tiles.plain(nogil=True)
+    def share(words: Any, shared: Any) -> None:
+        jobs.share(words, address(), jobs.place((shared,)))
+        jobs._add(shared, 0, 0)  # so that the array lives until here
+
+    return share
+
+
+def crew_of(number: int) -> Any:
+    """Return the words of a caller that has `number` - 1 helpers, all awake."""
+    arraybn.set_num_threads(number)
+    return pool.helpers(entries.serve(), 2**30)
+
+
+def wake_until(done: Any) -> None:
+    """Wake the helpers again and again: one may go to sleep just before a job is there, and a caller does not wait."""
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        pool.helpers(entries.serve(), 2**30)
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_a_helper_that_sleeps_comes_when_it_is_woken(meeting: Any, threads: Any) -> None:
+    for seconds in (0.0, 0.0, 0.2, 0.0):
+        time.sleep(seconds)
+        met = np.zeros(1, np.int64)
+        caller = threading.Thread(target=meeting, args=(crew_of(2), met))
+        caller.start()
+        wake_until(lambda caller=caller: not caller.is_alive())  # it ends when two threads have come
+        assert met[0] == 2
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+@pytest.mark.parametrize("shape", [(8, 64, 80, 80), (2, 1, 1500, 1500), (4, 64, 50, 50)])
+def test_data_of_more_than_one_tile_is_shared_with_the_helpers(shape: tuple[int, ...], threads: Any) -> None:
+    words = crew_of(2)
+    before = words[pool.JOBS]
+    _, saved = arraybn.batch_norm(data(shape, "float32"))
+    assert words[pool.JOBS] == before + 1
+    arraybn.batch_norm_backward(data(shape, "float32"), saved)
+    assert words[pool.JOBS] == before + 2
+    arraybn.batch_norm(data((64, 128), "float32"))  # takes less time than to share
+    assert words[pool.JOBS] == before + 2
 
 
 def test_n4_several_callers_at_once_get_the_bits_of_one(threads: Any) -> None:
@@ -190,6 +240,51 @@ def test_n4_several_callers_at_once_get_the_bits_of_one(threads: Any) -> None:
             together = list(pool.map(lambda x: arraybn.batch_norm(x)[0], batches))
             for y, expected in zip(together, alone, strict=True):
                 np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_a_part_that_fails_on_any_thread_is_an_error_of_the_caller_and_the_next_job_is_done(threads: Any) -> None:
+    address = jobs.address_of(spoil, (entries._WORDS,))
+    work = jobs.address_of(jobs.work, (entries._WORDS, entries._CUT, types.Array(types.int64, 2, "C")))
+
+    @tiles.plain(nogil=True)
+    def call(words: Any, cut: Any, parts: int, done: Any) -> None:
+        stages = ((address(), jobs.place((done,)), parts, jobs.ONWARDS),)
+        entries._do(words, cut, work(), stages, np.zeros(3 + parts + 1, np.int64), done)
+
+    cut = tiles.Cut(1, 1, 64, 1, 1, 1, 64, 1, 64)
+    for number in (1, 3):
+        for _ in range(20):
+            done = np.zeros(1, np.int64)
+            with pytest.raises(MemoryError):
+                call(crew_of(number), cut, 64, done)
+            assert done[0] == 64  # nobody waits for a part in vain
+            call(crew_of(number), cut, 5, done)
+            assert done[0] == 69
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_a_call_never_waits_for_helpers_that_are_busy_elsewhere(meeting: Any, threads: Any) -> None:
+    x, met = data((8, 64, 80, 80), "float32"), np.full(1, -1, np.int64)  # a third thread is waited for
+    y = arraybn.batch_norm(x)[0]
+    first = threading.Thread(target=meeting, args=(crew_of(2), met))
+    first.start()
+    wake_until(lambda: met[0] == 1)  # the caller and the only helper are there
+    np.testing.assert_array_equal(arraybn.batch_norm(x)[0], y)
+    assert first.is_alive()
+    met[0] = 2
+    first.join()
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_helpers_do_not_spin_where_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
+    seconds: list[float] = []
+    monkeypatch.setattr(pool, "_looks", lambda serve, wait: seconds.append(wait) or 1)
+    for ranks, cores in [(1, 2), (2, 4), (2, 3), (1, 1)]:
+        monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", str(ranks))
+        monkeypatch.setattr(pool, "_cores", lambda cores=cores: cores)
+        crew_of(1), crew_of(2)
+    assert seconds == [pool.SPIN, pool.SPIN, 0.0, 0.0]
 
 
 def test_what_work_raises_is_raised_and_the_rest_is_left(threads: Any) -> None:
@@ -226,7 +321,7 @@ def test_an_error_on_a_helper_stops_the_others_too(threads: Any) -> None:
     assert len(done) < 500
 
 
-def test_a_call_never_waits_for_helpers_that_are_busy_elsewhere(threads: Any) -> None:
+def test_work_in_python_never_waits_for_helpers_that_are_busy_elsewhere(threads: Any) -> None:
     threads(2)
     release, held, done = threading.Event(), [threading.Event(), threading.Event()], []
 
@@ -323,22 +418,29 @@ def test_t3_no_temporary_is_as_large_as_x(dtype: str, shape: tuple[int, ...]) ->
             saved = arraybn.batch_norm(x, out=y)[1]
             arraybn.batch_norm_backward(dy, saved, out=dx)
             arraybn.batch_norm_backward(dy, saved, out=dy)
+            arraybn.batch_norm_jvp(dy, saved, out=dx)
             mean = saved.moments.mean
             arraybn.batch_norm(x, mean=mean, var=mean, out=x)
             return saved.moments
         shape, dtype = json.loads(sys.argv[1]), numpy.dtype(sys.argv[2])
-        calls(*(numpy.ones((4, *shape[1:]), dtype) for _ in range(4)))  # compiled, and the pool is there
+        few = (1 if len(shape) > 2 else 4, *shape[1:])
+        calls(*(numpy.ones(few, dtype) for _ in range(4)))  # compiled, and the pool is there
         calls(*(numpy.ones((4, shape[1], 4), dtype) for _ in range(4)))
+        for small in (numpy.ones(few, dtype), numpy.ones((4, shape[1], 4), dtype)):
+            arraybn.batch_norm_double_backward(small, small, arraybn.batch_norm(small)[1])
         arrays = [numpy.ones(shape, dtype) for _ in range(4)]
         before = peak()
         calls(*arrays)
         called = peak()
         y, saved = arraybn.batch_norm(arrays[0])
-        print(json.dumps([arrays[0].nbytes, called - before, peak() - called]))
+        alone = peak() - called
+        results = arraybn.batch_norm_double_backward(y, arrays[1], saved)  # while y is there: what is freed is not seen
+        print(json.dumps([y.nbytes, called - before, alone, peak() - called - alone]))
     """
-    size, with_out, without = json.loads(python(code, json.dumps(shape), dtype))
+    size, with_out, without, twice = json.loads(python(code, json.dumps(shape), dtype))
     assert with_out < 0.2 * size
     assert 0.9 * size < without + with_out < 1.2 * size  # the result alone
+    assert 1.9 * size < twice + without + with_out - size < 2.2 * size  # two results
 
 
 # ---- Compiled code on disk -------------------------------------------------------------------------------------------
@@ -397,7 +499,7 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
     key = cache._index_key("signature", Codegen())
     assert key == cache._index_key("signature", Codegen())
     original = Path.read_bytes
-    for changed in ("reference.py", "half.py", "scalars.py", "tiles.py", "entries.py"):
+    for changed in ("reference.py", "half.py", "scalars.py", "tiles.py", "jobs.py", "entries.py"):
         entries._sources.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, name=changed: original(path) + b"#" * (path.name == name))
@@ -556,3 +658,25 @@ def test_a_numba_that_cannot_be_imported_leaves_the_reference(tmp_path: Path) ->
     command = [sys.executable, "-c", textwrap.dedent(code)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)  # noqa: PLW1510
     assert run.stdout.split() == ["[2.]", "True"]
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0, 1e-300])
+@pytest.mark.parametrize("given", ["", "weight", "bias", "weight bias"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_statistics_of_an_evaluation_have_the_bits_of_the_reference(eps: float, given: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 200)).astype(dtype)
+    vectors = {name: rng.uniform(-2, 2, 200).astype(dtype) for name in given.split()}
+    mean, var = rng.uniform(-2, 2, 200).astype(dtype), np.r_[0.0, 1e-300, rng.uniform(1e-9, 2, 198)].astype(dtype)
+    with np.errstate(all="ignore"):
+        _, saved = arraybn.batch_norm(x, **vectors, mean=mean, var=var, eps=eps, kernels="cpu")
+        _, wanted = arraybn.batch_norm(x, **vectors, mean=mean, var=var, eps=eps, kernels="reference")
+    for name in ("_mean", "_rstd", "_weight"):
+        found, right = getattr(saved, name), getattr(wanted, name)
+        assert (found is None) == (right is None)
+        if right is not None:
+            assert (found.dtype, found.tobytes()) == (np.dtype("f8"), right.tobytes())
+            assert not any(np.shares_memory(found, one) for one in (mean, var, *vectors.values()))

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from support.commands import as_installed
 from support.gpu import FAKE_CUPY, cupy_here
 from support.libraries import need
 from support.ranks import mpi_of, passes, variables
@@ -565,6 +567,26 @@ def test_ranks_agree_with_the_whole_batch_and_wait_once_for_the_gpu(cupy: Any, s
     np.testing.assert_allclose(variances[0], whole.running_var, rtol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [3, 300])
+def test_a_synchronized_call_copies_once_each_way_and_waits_once(cupy: Any, channels: int) -> None:
+    x = RNG.standard_normal((4, channels)).astype("f4")
+
+    def entries(steps: int) -> Counter[str]:
+        def work(comm: Any) -> None:
+            layer, part = arraybn.SyncBatchNorm(channels, process_group=comm, xp=cupy), cupy.asarray(x)
+            for _ in range(steps):
+                layer(part), layer.backward(part)
+
+        cupy._fake.log.clear()
+        ThreadComm.run(2, work)
+        return Counter(cupy._fake.log)
+
+    one, three = entries(1), entries(3)
+    calls = 2 * 2 * 2  # of two ranks: two more steps, forward and backward
+    for entry in ("copy to the host", "copy to the device", "synchronize stream"):
+        assert three[entry] - one[entry] == calls, entry
+
+
 def test_layers_of_several_sizes_share_the_pinned_memory(cupy: Any) -> None:
     x = (RNG.standard_normal((4, 700)) + 1).astype("f4")
     sizes = (16, 64, 700, 3)  # 700 channels: more than a frame, and more memory than there was
@@ -691,7 +713,9 @@ def test_the_demo_refuses_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     if importlib.util.find_spec("cupy") is None:
         absent = on_fake("demo", "--device", "cuda", folder=tmp_path, PYTHONPATH=str(ROOT))
         assert absent.returncode == 1
-        assert re_line(absent.stderr, "demo: --device cuda: expected CuPy", 'pip install "arraybn[cuda12]"')
+        assert re_line(
+            as_installed(absent.stderr), "demo: --device cuda: expected CuPy", 'pip install "arraybn[cuda12]"'
+        )
     assert not (tmp_path / "arraybn-demo").exists()
 
 

@@ -43,13 +43,28 @@ def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", *parts)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_e8_e9_over_ranks_are_those_of_one_rank(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "derivatives")
+
+
 @pytest.mark.parametrize("ranks", [4, 5, 7])
 def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
     passes(mpi, ranks, "checks.py", "exact", "bits", "counts")
 
 
 def test_compiled_kernels_are_exact_over_ranks(mpi: Mpi) -> None:
-    passes(mpi, 2, "checks.py", "exact", "bits", ARRAYBN_TEST_KERNELS="fastest")
+    passes(mpi, 2, "checks.py", "twins", "exact", "bits", "wrong", "counts", ARRAYBN_TEST_KERNELS="fastest")
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_n4_ranks_with_numba_and_without_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "twins", "exact", "bits", ARRAYBN_TEST_KERNELS="mixed")
+
+
+@pytest.mark.parametrize("ranks", [3, 7])
+def test_n4_the_compiled_reduction_has_the_same_bits_on_all_ranks(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "twins", "bits", "counts", ARRAYBN_TEST_KERNELS="fastest")
 
 
 def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
@@ -96,9 +111,13 @@ def test_training_over_ranks_is_training_on_one(mpi: Mpi) -> None:
 
 
 WAITED = (
-    "rank {0} of 3 waited 1 s for the other ranks in the forward of layer 'norm' (call {1} on this communicator)."
+    "rank {0} of 3 waited 2 s for the other ranks in the forward of layer 'norm' (call {1} on this communicator)."
     " Likely causes: a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given"
     " another process_group, or has ended"
+)
+NAMED = (
+    "ranks 0, 2 wait in the forward of layer 'norm' (call 3); rank 1 does not answer: it has ended, or does something"
+    " else"
 )
 AGAIN = (
     "rank {0} gave up the forward of layer 'norm' (call {1} on this communicator)."
@@ -121,7 +140,8 @@ def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs
         call, complete = 1 if name == "never" else 3, 0
         assert said[name]
         for rank, lines in said[name].items():  # the first to exit ends the job, perhaps before the other has said all
-            expected = [WAITED.format(rank, call), AGAIN.format(rank, call), "waited"]
+            named = [] if name == "never" else [NAMED]  # before the first call there is no channel to call the roll on
+            expected = [WAITED.format(rank, call), *named, AGAIN.format(rank, call), "waited"]
             assert lines == expected[: len(lines)]
             complete += lines == expected
         assert complete, printed[name]
@@ -131,7 +151,57 @@ def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs
         assert lines[1:] in ([], [f"{again} Nothing more can be synchronized over this communicator"])
     together = "".join(printed.values())  # a launcher may lose some of what was printed last
     assert "arraybn: a synchronized call was given up; ending all ranks" in together
-    assert re.search("arraybn.sync.SyncTimeoutError: rank [02] of 3 waited 1 s", printed["uncaught"]), printed
+    assert "Under Open MPI, started as mpirun --with-ft ulfm, the other ranks can go on" in printed["uncaught"]
+    assert re.search("arraybn.sync.SyncTimeoutError: rank [02] of 3 waited 2 s", printed["uncaught"]), printed
+
+
+ENDED = "rank 1 does not answer: it has ended, or does something else"
+ALL = ("sleeps", "returns", "loops", "fewer", "skewed", "late", "later")
+WAITING = {2: "rank 0 waits in", 3: "ranks 0, 2 wait in", 7: "ranks 0, 2–6 wait in"}
+TWO_MISSING = {
+    3: ("rank 0 waits in", "ranks 1–2 do not answer: they have ended, or do something else"),
+    7: ("ranks 0, 2–5 wait in", "ranks 1, 6 do not answer: they have ended, or do something else"),
+}
+
+
+@pytest.mark.parametrize(("ranks", "names"), [(2, ALL), (3, (*ALL, "two")), (7, ("sleeps", "later", "two"))])
+def test_the_ranks_that_wait_name_those_that_do_not_come_and_say_where_they_wait(
+    mpi: Mpi, ranks: int, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    for first in range(0, len(names), 2):  # two at a time: ranks have 0.3 s for an answer, and need a processor for it
+        jobs = {}
+        for name in names[first : first + 2]:
+            (tmp_path / name).mkdir()
+            jobs[name] = Job(mpi, ranks, "missing.py", name, str(tmp_path / name))
+        for name, job in jobs.items():
+            status, printed = job.ended(45)
+            assert status != 0, printed
+            said = {int(file.name): file.read_text() for file in (tmp_path / name).iterdir()}
+            missing = {1, ranks - 1} if name == "two" else {1}
+            assert set(said) - {1} == set(range(ranks)) - missing, f"{name}: {said} {printed}"
+            assert (1 in said) == (name in ("late", "later"))
+            for rank, text in said.items():
+                check_roll_call(name, rank, ranks, text)
+
+
+def check_roll_call(name: str, rank: int, ranks: int, text: str) -> None:
+    """Check the three lines of a rank: why it gave up, the roll call, and the error of its next call."""
+    call = "the backward of layer 'norm' (call 4" if name == "fewer" else "the forward of layer 'norm' (call 3"
+    here = f"{call} on this communicator)"
+    late = f"rank 1 came too late to {call})"
+    waiting, ended = TWO_MISSING[ranks] if name == "two" else (WAITING[ranks], ENDED)
+    answered, third = [ended], f"rank {rank} gave up {here}"
+    if rank == 1:
+        first, answered = f"came to {here} when the time limit of another rank was over", [late]
+    elif name == "skewed" and rank > 1:
+        first = f"gave up {here}, because the time limit of another rank was over"
+    else:
+        first = f"waited 3 s for the other ranks in {here}"
+        answered += [late] * (name == "late")
+    lines = text.splitlines()
+    assert lines[0].startswith(f"rank {rank} of {ranks} {first}. Likely causes: a rank is in evaluation, "), text
+    assert lines[1] in [f"{waiting} {call}); {end}" for end in answered], text
+    assert lines[2:] == [third], text
 
 
 ALONE = """

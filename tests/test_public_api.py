@@ -33,6 +33,7 @@ PUBLIC = [
     "Module",
     "Moments",
     "Parameter",
+    "RankLostError",
     "Sequential",
     "SyncBatchNorm",
     "SyncError",
@@ -45,6 +46,7 @@ PUBLIC = [
     "batch_norm_sums",
     "broadcast_state",
     "fold",
+    "free_memory",
     "get_num_threads",
     "inference_mode",
     "interchange",
@@ -54,27 +56,31 @@ PUBLIC = [
     "pool",
     "recompute_running_stats",
     "save",
+    "set_memory_limit",
     "set_num_threads",
     "testing",
     "update_running_stats",
 ]
 
 SIGNATURES = {
-    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, eps=1e-05,"
-    " channel_axis=1, comm=None, out=None, kernels=None)",
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, where=None, eps=1e-05,"
+    " channel_axis=1, comm=None, exact=False, out=None, kernels=None)",
     "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
     "batch_norm_double_backward": "(v, dy, saved, v_weight=None, v_bias=None, *, sums=None)",
     "batch_norm_jvp": "(x_dot, saved, weight_dot=None, bias_dot=None, *, sums=None, out=None)",
-    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None)",
-    "moments": "(x, *, channel_axis=1, kernels=None)",
+    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None, tangent=False)",
+    "moments": "(x, *, where=None, channel_axis=1, exact=False, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",
+    "set_memory_limit": "(limit)",
+    "free_memory": "()",
     "pool": "(*moments)",
     "update_running_stats": "(running_mean, running_var, moments, momentum, *, correction=1)",
     "BatchNorm1d": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *,"
-    " bias=True, channel_axis=1, dtype=None, device=None, xp=None)",
+    " bias=True, exact=False, channel_axis=1, dtype=None, device=None, xp=None)",
     "SyncBatchNorm": "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True,"
-    " process_group=None, *, comm=None, bias=True, channel_axis=1, dtype=None, device=None, xp=None, timeout=600.0)",
+    " process_group=None, *, comm=None, bias=True, exact=False, channel_axis=1, dtype=None, device=None, xp=None,"
+    " timeout=600.0)",
     "broadcast_state": "(model, comm, *, timeout=600.0)",
     "average_gradients": "(model, comm, *, weight, timeout=600.0)",
     "fold": "(layer)",
@@ -125,8 +131,10 @@ def test_every_kernel_module_has_the_signatures_of_the_protocol(name: str) -> No
     if name == "cpu":
         need("numba")
     module = importlib.import_module(kernels.MODULES[name])
+    masks = bool(getattr(module, "MASKS", False))
     for sweep in kernels.SWEEPS:
         wanted = list(inspect.signature(getattr(reference.Sweeps, sweep)).parameters.values())[1:]
+        wanted = [parameter for parameter in wanted if masks or parameter.name not in ("where", "skip_zeros")]
         assert list(inspect.signature(getattr(module, sweep)).parameters.values()) == wanted
     offering = [importlib.import_module(kernels.MODULES[other]) for other in HERE if other != "reference"]
     for function in FUSED:
@@ -141,8 +149,9 @@ def test_every_backend_is_complete(name: str) -> None:
     if name == "cpu":
         need("numba")
     backend = kernels.backend(name)
-    for field in dataclasses.fields(backend):
-        assert getattr(backend, field.name), field.name
+    assert backend.exact is None
+    for field in dataclasses.fields(exact_mode := kernels.with_exact_sums(backend)):
+        assert getattr(exact_mode, field.name) or field.name == "masks", field.name
     sweeps = kernels.as_backend(
         SimpleNamespace(**{sweep: getattr(reference, sweep) for sweep in kernels.SWEEPS}), "own"
     )
@@ -169,7 +178,7 @@ def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: p
         kernels.select(half, "cpu")
     monkeypatch.setattr(kernels, "_has_numba", lambda: False)
     assert kernels.select(numpy.zeros(1)).name == "reference"
-    with pytest.raises(ImportError, match=r'kernels: expected numba .*pip install "arraybn\[cpu\]"'):
+    with pytest.raises(ImportError, match=r'kernels: expected numba .*pip install "\S+\[cpu\]"'):
         kernels.select(numpy.zeros(1), "cpu")
 
 
@@ -209,29 +218,33 @@ def test_importing_loads_nothing_optional() -> None:
 # The rooms of the package, and those that the modules of each may import. A room imports only rooms above it.
 ROOMS = {
     "_version": "",
+    "_install": "",
     "_plotting": "",
     "_arrays": "",
     "_checks": "_arrays",
+    "_plan": "_arrays",
     "reference": "_arrays",
-    "kernels": "_arrays _checks reference",
-    "statistics": "_arrays _checks reference kernels",
+    "exact": "_arrays reference",
+    "kernels": "_install _arrays _checks reference exact",
+    "statistics": "_arrays _checks reference exact kernels",
     "modules": "_arrays _checks",
-    "sync": "_arrays _checks reference modules",
-    "functional": "_arrays _checks reference kernels statistics sync",
+    "sync": "_arrays _checks reference kernels modules",
+    "functional": "_arrays _checks _plan reference exact kernels statistics sync",
     "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",
     "recompute": "_arrays _checks reference modules sync layers",
-    "testing": "_arrays _checks sync",
+    "testing": "_install _arrays _checks sync",
     "network": "_arrays _checks reference modules layers",
-    "checkpoint": "_arrays _checks modules",
+    "checkpoint": "_install _arrays _checks modules",
     "interchange": "_arrays _checks modules",
+    "pytorch": "_arrays _checks reference kernels sync functional derivatives layers",
 }
 ROOMS["bench"] = " ".join(ROOMS)
 ROOMS["accuracy"] = " ".join(ROOMS)
 ROOMS["commands"] = " ".join(ROOMS)
 ROOMS["__main__"] = "_version commands"
 ROOMS[""] = " ".join(
-    room for room in ROOMS if room not in ("accuracy", "bench", "commands", "__main__")
+    room for room in ROOMS if room not in ("pytorch", "accuracy", "bench", "commands", "__main__")
 )  # arraybn/__init__.py
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.commands import after, arraybn_command, environment
+from support.commands import after, arraybn_command, as_installed, environment
 from support.libraries import REQUIRED, need
 
 import arraybn
@@ -131,12 +131,26 @@ def test_a_folder_that_cannot_be_is_told_once_and_all_ranks_end(mpirun: str, tmp
     assert "Traceback" not in result.stderr
 
 
+def test_exact_training_prints_one_checksum_for_any_number_of_ranks(mpirun: str, tmp_path: Path) -> None:
+    need("sklearn")
+    need("tqdm")
+    words = ("-m", "arraybn", "demo", "--data-parallel", "--exact", "--no-plot", "--epochs", "1")
+    results = [arraybn_command(*words[2:], cwd=tmp_path), *(on_ranks(mpirun, n, *words, cwd=tmp_path) for n in (2, 3))]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    sums = [re.findall(r"^[0-9a-f]{64}$", result.stdout, re.MULTILINE) for result in results]
+    assert [len(found) for found in sums] == [1, 1, 1]
+    assert sums[0] == sums[1] == sums[2]
+    result = arraybn_command("demo", "--exact", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "demo: --exact: expected --data-parallel beside it, and --device cpu\n"
+
+
 def test_one_process_is_told_the_command_that_starts_ranks(tmp_path: Path) -> None:
     need("mpi4py")
     result = arraybn_command("demo", "--data-parallel", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert "expected 2 ranks or more; this is one process" in result.stderr
-    assert f"-n 4 {sys.executable} -m mpi4py -m arraybn demo --data-parallel" in result.stderr
+    assert f"-n 4 {sys.executable} -m mpi4py -m arraybn demo --data-parallel" in as_installed(result.stderr)
     assert "Traceback" not in result.stderr
 
 
@@ -151,7 +165,7 @@ def test_without_mpi4py_the_command_that_installs_it_is_named(tmp_path: Path) ->
     result = after("sys.modules['mpi4py'] = None", "demo", "--data-parallel", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert "--data-parallel needs mpi4py" in result.stderr
-    assert 'pip install "arraybn[mpi]"' in result.stderr
+    assert 'pip install "arraybn[mpi]"' in as_installed(result.stderr)
 
 
 def test_one_image_is_too_few_for_a_local_batch_norm(tmp_path: Path) -> None:
@@ -181,6 +195,7 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
     for job in found["jobs"]:
         kinds = {(row["scheme"], row["what"]) for row in job["rows"]}
         exchanges = {(scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")}
+        exchanges |= {("Allreduce", "forward"), ("Iallreduce + Test", "forward")}  # of as many bytes, and nothing else
         assert kinds == {("arraybn", "layer"), ("arraybn", "step")} | (exchanges if job["ranks"] > 1 else set())
         for row in job["rows"]:
             assert len(row["seconds"]) == 1
@@ -196,6 +211,10 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
 
 def test_the_table_and_the_picture_are_there(timed: tuple[Result, Path]) -> None:
     result, folder = timed
+    assert (
+        len(re.findall(r"^ +whole layer .* sum of MPI |^ranks .* blocking +polled ", result.stdout, re.MULTILINE)) == 2
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 125
     assert len(re.findall(r"^ +[123] +(?:64|128|256|512|1024|2048) .*\d$", result.stdout, re.MULTILINE)) == 12
     assert (folder / "sync.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "sync.png").stat().st_size > 30_000
@@ -216,6 +235,7 @@ def test_under_mpirun_it_measures_those_ranks(mpirun: str, tmp_path: Path) -> No
     [
         ("", ("--peers", "none"), "--peers: expected no such option with sync"),
         ("", ("--ladder",), "--ladder: expected no such option with sync"),
+        ("", ("--set", "cache"), "--set: expected no such option with sync"),
         ("sys.modules['mpi4py'] = None", (), 'sync needs mpi4py:  {python} -m pip install "arraybn[mpi]"'),
         ("from arraybn.bench import jobs; jobs.launcher = lambda: None", (), "sync needs mpirun:  pip install"),
         ("from arraybn.bench import jobs; jobs.launcher = lambda: 'false'", (), "mpirun -n 1 ended with status 1"),
@@ -226,7 +246,7 @@ def test_what_cannot_be_measured_is_said(preparation: str, options: Any, message
         need("mpi4py")
     result = after(preparation, "bench", "sync", *options, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert f"bench: {message.format(python=sys.executable)}" in result.stderr
+    assert f"bench: {message.format(python=sys.executable)}" in as_installed(result.stderr)
     assert "Traceback" not in result.stderr
 
 

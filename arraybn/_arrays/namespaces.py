@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import array_api_compat
 import array_api_compat.numpy
@@ -16,6 +16,17 @@ from array_api_compat import is_cupy_namespace
 
 Array: TypeAlias = Any  # an array of any namespace: numpy.ndarray, cupy.ndarray, torch.Tensor, jax.Array, …
 Namespace: TypeAlias = Any  # the module that array_api_compat.array_namespace(array) returns
+
+
+class Shaped(Protocol):
+    """An array as type checkers see the arguments of users: a list has no shape, and is an error before any run."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 

@@ -138,36 +138,45 @@ def _number(value: float | None) -> float | None:
 
 MARKS = "os^vDPX*<>hp"
 LOST, LOW, TOP = 2.0**24, 0.4, 1e10  # ulp
+FEW = 6  # lines whose names fit below the axes
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the error of y against |mean|/std into a PNG file, which is complete or not there at all."""
     drawn = [row for row in rows if _finite(row)[1]]
+    top = min(TOP, max((10 * max(_finite(row)[1]) for row in drawn), default=TOP))  # no empty half above
     drawn.sort(key=lambda row: -max(_finite(row)[1]))  # highest first, as in the picture
 
     def fill(figure: Any) -> None:
         axes = figure.subplots()
-        _set_up(axes)
+        _set_up(axes, top)
         for row, mark in zip(drawn, itertools.cycle(MARKS), strict=False):
             _draw_line(axes, row, mark)
-        figure.legend(loc="outside right center", frameon=False)
+        if len(drawn) <= FEW:
+            figure.legend(loc="outside lower left", ncols=2, frameon=False)
+        else:
+            figure.legend(loc="outside right center", frameon=False)
 
     subtitle = "Largest error of y, in ulp of float32, when the mean of the data lies further and further from zero"
     draw_picture(path, (11.5, 7.0), "How many digits does a batch norm have left?", subtitle, fill)
 
 
-def _set_up(axes: Axes) -> None:
+def _set_up(axes: Axes, top: float) -> None:
     axes.set(
-        xscale="log", yscale="log", xlim=(1, 1.1e6), ylim=(LOW, TOP), xlabel="|mean|/std of the data (std 1, float32)"
+        xscale="log", yscale="log", xlim=(1, 1.1e6), ylim=(LOW, top), xlabel="|mean|/std of the data (std 1, float32)"
     )
-    axes.axhspan(LOST, TOP, color="#f3f3f3", linewidth=0, zorder=0)
-    note: Any = {"color": GREY, "fontsize": 8.5, "va": "bottom"}
-    axes.text(1.15, LOST * 1.3, "no digit is right", **note)
+    axes.axhspan(min(LOST, top), top, color="#f3f3f3", linewidth=0, zorder=0)
+
+    def write(x: float, y: float, text: str, align: str) -> None:
+        if y * 2 * len(text.splitlines()) < top:  # else the text would be above the axes
+            axes.text(x, y, text, color=GREY, fontsize=8.5, va="bottom", ha=align)
+
+    write(1.15, LOST * 1.3, "no digit is right", "left")
     for digits, x, align in ((2, 1.15, "left"), (4, 8.7e5, "right"), (6, 8.7e5, "right")):
         axes.axhline(LOST / 10**digits, color="#e0e0e0", linewidth=0.8, zorder=0)
-        axes.text(x, LOST / 10**digits * 1.15, f"{digits} digits are right", ha=align, **note)
-    axes.text(9, 2e4, "variance as E[x²] − E[x]²:\nthe error grows with the square", ha="center", **note)
-    axes.text(3e4, 5e3, "mean rounded to float32:\nthe error grows in proportion", ha="center", **note)
+        write(x, LOST / 10**digits * 1.15, f"{digits} digits are right", align)
+    write(9, 2e4, "variance as E[x²] − E[x]²:\nthe error grows with the square", "center")
+    write(3e4, 5e3, "mean rounded to float32:\nthe error grows in proportion", "center")
 
 
 def _finite(row: Row) -> tuple[list[float], list[float]]:

@@ -23,6 +23,7 @@ LAYOUTS, DTYPES, HALVES = ("first", "last"), ("float32", "float64"), ("float16",
 GPU_DTYPES = ("float32", *HALVES)
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SMALL = 2**16  # elements; up to here, the call of a layer is timed
+ALIVE, ALIVE_BYTES = (2, 16), 2**28  # results of a contestant that stay alive: at least, at most; and their bytes
 
 RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 TINY = ((64, 128), (1, 64, 8, 8))
@@ -53,6 +54,12 @@ class Case:
     def nbytes(self) -> int:
         """Bytes of x."""
         return self.elements * ITEMSIZE[self.dtype]
+
+    @property
+    def alive(self) -> int:
+        """Results of a contestant that stay alive while more are made."""
+        least, most = ALIVE
+        return max(least, min(most, ALIVE_BYTES // self.nbytes))
 
     @property
     def vectors(self) -> str:
@@ -110,15 +117,15 @@ def choose(
 ) -> list[Case]:
     """Return the cases that the options ask for on the CPU; each None leaves the choice to us."""
     if shapes is not None:
-        return _product(shapes, layouts or ("first",), dtypes or ("float32",), operations)
+        return product(shapes, layouts or ("first",), dtypes or ("float32",), operations)
     large, types = QUICK if quick else tuple((shape, LAYOUTS) for shape in RESNET), dtypes or ("float32",)
-    cases = [case for shape, usual in large for case in _product([shape], layouts or usual, types, operations)]
+    cases = [case for shape, usual in large for case in product([shape], layouts or usual, types, operations)]
     if dtypes is None and not quick:
-        cases += _product(DOUBLE, layouts or LAYOUTS, ("float64",), operations)
-    return cases + _product(TINY, layouts or ("first",), types, operations)
+        cases += product(DOUBLE, layouts or LAYOUTS, ("float64",), operations)
+    return cases + product(TINY, layouts or ("first",), types, operations)
 
 
-def _product(
+def product(
     shapes: Iterable[tuple[int, ...]], layouts: Iterable[str], dtypes: Sequence[str], operations: Names
 ) -> list[Case]:
     """Return every shape in every layout and dtype, once; two axes have one layout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import time
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
 from .._version import __version__
 from ..kernels.threads import get_num_threads
-from . import growth, ladder, machine, report
-from .cases import DTYPES, HALVES, PASSES, RESNET, Case, choose
+from . import growth, ladder, machine, networks, report
+from .cases import PASSES, RESNET, Case, choose
 from .contestants import Library
-from .contestants.registry import ARRAYBN, COPYTO, PEERS, has_numba
+from .contestants.registry import ARRAYBN, COPYTO, EXACT, OPERATORS, PEERS, has_numba
 from .output import RefusedError, Run, check_peers
 from .session import BUDGET, Session, memory_needed
 from .timing import Result
@@ -37,33 +39,40 @@ class Section:
 
 def plan(arguments: argparse.Namespace) -> list[Section]:
     """Return what is to be done; a `RefusedError` says why it cannot be."""
-    if half := [dtype for dtype in arguments.dtype or () if dtype in HALVES]:
-        raise RefusedError(f"--dtype: expected some of {', '.join(DTYPES)}, or --device cuda; got {' '.join(half)}")
+    if "bfloat16" in (arguments.dtype or ()) and importlib.util.find_spec("ml_dtypes") is None:
+        raise RefusedError(f"--dtype bfloat16 needs ml_dtypes:  pip install {requirement('cpu')}")
     instead = arguments.growth is not None or arguments.ladder
     for option in ("shapes", "layout", "dtype", "what"):
         if instead and getattr(arguments, option) is not None:
             raise RefusedError(f"--{option} belongs to the table, which --growth and --ladder take the place of")
+    if arguments.set is not None and (instead or arguments.shapes is not None):
+        raise RefusedError("--set: expected neither --shapes nor --growth nor --ladder beside it; got one of them")
     if arguments.ladder and arguments.growth is None and arguments.peers is not None:
         raise RefusedError("--peers belongs to the table and to --growth; the ladder is arraybn's alone")
     if arguments.ladder and not has_numba():
-        raise RefusedError('--ladder needs numba, which most of its steps are made of:  pip install "arraybn[cpu]"')
+        text = "--ladder needs numba, which most of its steps are made of"
+        raise RefusedError(f"{text}:  pip install {requirement('cpu')}")
+    usual = [peer.name for peer in PEERS if peer.name == OPERATORS and not peer.missing] or ["none"]
+    if arguments.set is not None:
+        cases = networks.cases(arguments.set, arguments.layout, arguments.dtype, arguments.what)
+        return [Section("set", [ARRAYBN, *peers(arguments.peers or usual)], cases)]
     if not instead:
         options = {"shapes": arguments.shapes, "layouts": arguments.layout, "dtypes": arguments.dtype}
         cases = choose(**options, operations=arguments.what, quick=arguments.quick)
         return [Section("table", [ARRAYBN, *peers(arguments.peers, arguments.quick)], cases)]
     sections = []
     if arguments.growth is not None:
-        usual = [peer.name for peer in PEERS if peer.name == "torch" and not peer.missing] or ["none"]
         libraries = [ARRAYBN, *peers(arguments.peers or usual)]
         sections.append(Section("growth", libraries, growth.cases(arguments.growth)))
     return sections + ([Section("ladder", [ladder.LADDER], [ladder.CASE])] if arguments.ladder else [])
 
 
 def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
-    """Return those named, or all that are installed; the reference takes too long for a quick run."""
+    """Return those named, or all that are installed but exact mode; the reference takes too long for a quick run."""
     if names is None:
         dull = quick or not has_numba()  # without Numba, arraybn is its reference
-        return [peer for peer in PEERS if not peer.missing and not (dull and peer.name == "reference")]
+        left_out = {EXACT, "reference"} if dull else {EXACT}
+        return [peer for peer in PEERS if not peer.missing and peer.name not in left_out]
     check_peers(names, {peer.name: peer.pip for peer in PEERS if peer.missing})
     return [peer for peer in PEERS if peer.name in names]
 
@@ -92,14 +101,23 @@ class Bench(Run):
             self._measure_limit()
             self.say(self._head())
             for section in self.sections:
+                if section.name == "set":
+                    names = [library.title for library in section.libraries[1:]]
+                    self.say(networks.heading(section.cases[0].operations, names))
                 with Session(section.libraries, self.rounds, budget=self.budget, progress=self) as session:
                     for case in section.cases:
                         section.results.append(Result(case))
                         try:
                             session.measure(section.results[-1])
                         finally:
-                            if section.name == "table" and section.results[-1].has_news:
-                                self.say(report.cpu_block(section.results[-1], self.machine["threads"]))
+                            self._say_case(section)
+
+    def _say_case(self, section: Section) -> None:
+        result = section.results[-1]
+        if section.name == "table" and result.has_news:
+            self.say(report.cpu_block(result, self.machine["threads"]))
+        elif section.name == "set" and result.has_news:
+            self.say(networks.line(result))
 
     def _measure_limit(self) -> None:
         """Time the copy of an array that is not in any cache, if memory has room for it."""
@@ -113,7 +131,7 @@ class Bench(Run):
         copy, nbytes = self.limit.cell(COPYTO, "copy"), self.limit.case.nbytes
         text = report.head(self.machine, self.versions(), copy, nbytes, self.arguments.command_line)
         if not has_numba():
-            text += '\nnumba is missing, so arraybn is measured by its reference:  pip install "arraybn[cpu]"'
+            text += f"\nnumba is missing, so arraybn is measured by its reference:  pip install {requirement('cpu')}"
         return text
 
     def versions(self) -> dict[str, str]:
@@ -128,7 +146,8 @@ class Bench(Run):
             if section.results and section.name == "table":
                 self._report_table([result.case for result in section.results])
             elif section.results:
-                self.say((growth if section.name == "growth" else ladder).table(section.results))
+                tables = {"growth": growth.table, "ladder": ladder.table, "set": networks.summary}
+                self.say(tables[section.name](section.results))
         self.others = self.foreign_load.cores()
         if warning := report.company(self.others, os.cpu_count() or 1):
             self.say(warning)

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._install import requirement
+
 Array = Any
 LONGEST_HOLD = 0.05  # seconds
 SOURCE = r"""
@@ -97,7 +99,7 @@ class CudaDevice(HostDevice):
             self.xp: Any = importlib.import_module("cupy")
         except ImportError as error:
             raise NoDeviceError(
-                f'cupy cannot be imported ({error}):  pip install "arraybn[cuda13]", or cuda12'
+                f"cupy cannot be imported ({error}):  pip install {requirement('cuda13')}, or cuda12"
             ) from error
         self._runtime = self.xp.cuda.runtime
         try:

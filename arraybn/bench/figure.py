@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from .._plotting import BOLD, FAMILIES, GREY, INK, LIGHT, Array, Axes, add_legend, draw_picture, plain_numbers
-from . import growth, ladder
-from .cases import LARGE_OPERATIONS, OPERATIONS, SMALL_OPERATIONS
+from . import growth, ladder, networks
+from .cases import LARGE_OPERATIONS, LAYOUTS, OPERATIONS, SMALL_OPERATIONS
 from .contestants.registry import COPYTO
 from .report import TITLES, floors
 from .sync_ranks import BACKWARD, FORWARD, GATHER, OURS, fastest
@@ -24,6 +24,7 @@ STYLES = {  # colour, mark, filled; the later ones lie below
     "arraybn split": (FAMILIES["arraybn"], "D", False),
     "PyTorch": (FAMILIES["PyTorch"], "^", True),
     "PyTorch native": (FAMILIES["PyTorch"], "^", False),
+    "PyTorch operators": (FAMILIES["PyTorch"], "s", False),
     "JAX": (FAMILIES["JAX"], "v", True),
     "TensorFlow": (FAMILIES["TensorFlow"], "P", True),
     "arraybn reference": ("#56b4e9", "s", True),
@@ -130,25 +131,26 @@ def _layout(lines: Sequence[Line]) -> str:
 
 
 def _shape(result: Result) -> str:
-    return "×".join(map(str, result.case.shape)) + " float64" * (result.case.dtype == "float64")
+    return "×".join(map(str, result.case.shape)) + ("" if result.case.dtype == "float32" else f" {result.case.dtype}")
 
 
 def draw_growth(results: Sequence[Result], processor: str, path: Path) -> None:
-    """Draw nanoseconds per element against elements: a column for each axis, a row for each direction."""
+    """Draw nanoseconds per element against elements: a column for each axis, a row for a direction in a layout."""
+    rows = [(operation, layout) for operation in growth.OPERATIONS for layout in LAYOUTS]
 
     def fill(figure: Any) -> None:
-        grid = figure.subplots(len(growth.OPERATIONS), len(growth.AXES), sharex=True, sharey="row")
-        for line, operation in zip(grid, growth.OPERATIONS, strict=True):
+        grid = figure.subplots(len(rows), len(growth.AXES), sharex=True, sharey="row")
+        for line, (operation, layout) in zip(grid, rows, strict=True):
             for axes, axis in zip(line, growth.AXES, strict=True):
-                _draw_growth(axes, growth.along(axis, results), operation, [COPYTO, *growth.rows(results)])
-                axes.set_title(f"{TITLES[operation]}, along {axis}", **BOLD)
+                _draw_growth(axes, growth.along(axis, layout, results), operation, [COPYTO, *growth.rows(results)])
+                axes.set_title(f"{TITLES[operation]}, channels-{layout}, along {axis}", **BOLD)
             line[0].set_ylabel("nanoseconds per element")
         for axes in grid[-1]:
             axes.set_xlabel("elements of x")
         add_legend(figure, ncols=6)
 
     subtitle = f"{processor}, float32, (N, C, S) from (10, 10, 10) on, one axis growing. Medians; bands: quartiles"
-    draw_picture(path, (13.0, 8.2), "Time per element of a batch norm", subtitle, fill)
+    draw_picture(path, (13.0, 15.0), "Time per element of a batch norm", subtitle, fill)
 
 
 def _draw_growth(axes: Axes, along: Sequence[Result], operation: str, rows: Sequence[str]) -> None:
@@ -164,6 +166,28 @@ def _draw_growth(axes: Axes, along: Sequence[Result], operation: str, rows: Sequ
             axes.plot(elements, median, dashes, color=color, linewidth=2, label=name)
     axes.set(xscale="log", yscale="log")
     axes.grid(axis="y", color=LIGHT)
+
+
+def draw_set(results: Sequence[Result], processor: str, path: Path) -> None:
+    """Draw the quotient of arraybn and its rival against elements: a panel for each operation."""
+    rival = networks.rival(results)
+
+    def fill(figure: Any) -> None:
+        panels = figure.subplots(1, len(LARGE_OPERATIONS), sharey=True)
+        for axes, operation in zip(panels, LARGE_OPERATIONS, strict=True):
+            for layout, mark in zip(LAYOUTS, "os", strict=True):
+                found = [one for one in results if one.case.layout == layout]
+                ratios = [networks.ratio(one, operation, rival) or math.nan for one in found]
+                style: Any = {"markersize": 5, "alpha": 0.7, "label": f"channels-{layout}"}
+                axes.plot([one.case.elements for one in found], ratios, mark, **style)
+            axes.axhline(1, **DASHED)
+            axes.set(xscale="log", yscale="log", xlabel="elements of x")
+            axes.set_title(TITLES[operation], **BOLD)
+            plain_numbers(axes.yaxis)
+        add_legend(figure, ncols=2)
+
+    words = f"{networks.OURS} divided by {rival}", f"{processor}, {results[0].case.dtype}. Below 1 arraybn is faster"
+    draw_picture(path, (13.0, 4.8), *words, fill)
 
 
 def draw_ladder(results: Sequence[Result], processor: str, path: Path) -> None:

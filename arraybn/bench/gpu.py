@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
 from .._version import __version__
 from . import jobs, machine, report
 from .cases import Case, choose_gpu, choose_host
@@ -46,11 +47,11 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """Return what is to be done; a `RefusedError` says why it cannot be."""
     if arguments.subject is not None:
         raise RefusedError("--device cuda: expected no sync, because two MPI ranks are a part of it")
-    for option in ("growth", "ladder"):
+    for option in ("growth", "ladder", "set"):
         if getattr(arguments, option):
             raise RefusedError(f"--{option}: expected --device cpu, of which it is told")
     if importlib.util.find_spec("cupy") is None:
-        how = 'pip install "arraybn[cuda13]", or cuda12 for a driver of CUDA 12'
+        how = f"pip install {requirement('cuda13')}, or cuda12 for a driver of CUDA 12"
         raise RefusedError(f"--device cuda needs cupy:  {how}")
     libraries, missing = peers(arguments.peers, arguments.quick)
     contestants = [one.name for one in GPU_CONTESTANTS if one.library in ("arraybn", *libraries)]
@@ -132,7 +133,7 @@ class GpuBench(Run):
         if jobs.under_mpirun():
             return {"skipped": "this is a rank already; run the command without mpirun"}
         if importlib.util.find_spec("mpi4py") is None or launcher is None:
-            return {"skipped": 'mpirun or mpi4py is missing:  pip install "arraybn[mpi]"'}
+            return {"skipped": f"mpirun or mpi4py is missing:  pip install {requirement('mpi')}"}
         if left < LEAST:
             return {"skipped": f"{max(left, 0):.0f} s of the time are left, they need {LEAST:g}"}
         words = (self.rank_device, str(left / 2), *(",".join(map(str, shape)) for shape in self.plan.ranks))

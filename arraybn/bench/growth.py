@@ -1,11 +1,12 @@
-"""``python -m arraybn bench --growth``: the time per element, from 10³ elements on, along N, C and S."""
+"""``python -m arraybn bench --growth``: time per element, from 10³ elements on, along N, C, S, in both layouts."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-from .cases import Case
+from .cases import LAYOUTS, Case
 from .contestants.registry import COPYTO
 from .output import Column, entries, headings
 from .timing import Result
@@ -13,12 +14,13 @@ from .timing import Result
 FIRST, LAST = 10**3, 10**8  # elements
 AXES = "NCS"
 OPERATIONS = ("forward", "backward")
-ROWS = ("arraybn, out=", "arraybn", "PyTorch")
+ROWS = ("arraybn, out=", "arraybn", "PyTorch operators", "PyTorch")
 
 
 def cases(last: int) -> list[Case]:
     """Return (N, C, S) from (10, 10, 10) on, one of the three growing by √10 at a time, up to `last` elements."""
-    return list(dict.fromkeys(Case(shape, operations=OPERATIONS) for axis in AXES for shape in shapes(axis, last)))
+    wanted = ((shape, layout) for layout in LAYOUTS for axis in AXES for shape in shapes(axis, last))
+    return list(dict.fromkeys(Case(*one, operations=OPERATIONS) for one in wanted))
 
 
 def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
@@ -27,10 +29,11 @@ def shapes(axis: str, last: int) -> list[tuple[int, ...]]:
     return [tuple(size if name == axis else 10 for name in AXES) for size in sizes]
 
 
-def along(axis: str, results: Sequence[Result]) -> list[Result]:
-    """Return the results whose other two axes are 10."""
+def along(axis: str, layout: str, results: Sequence[Result]) -> list[Result]:
+    """Return the results of a layout whose other two axes are 10."""
     others = [index for index, name in enumerate(AXES) if name != axis]
-    return [result for result in results if all(result.case.shape[index] == 10 for index in others)]
+    found = [result for result in results if all(result.case.shape[index] == 10 for index in others)]
+    return [result for result in found if result.case.layout == layout]
 
 
 def rows(results: Sequence[Result]) -> list[str]:
@@ -40,15 +43,15 @@ def rows(results: Sequence[Result]) -> list[str]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return nanoseconds per element, a block for each axis."""
+    """Return nanoseconds per element, a block for each axis in each layout."""
     names = [(row, operation) for operation in OPERATIONS for row in rows(results)]
-    columns = [_column(COPYTO, "copy", 15), *(_column(*name, 17) for name in names)]
+    columns = [_column(COPYTO, "copy", 15), *(_column(*name, 19) for name in names)]
     lines = []
-    for axis in AXES:
-        lines += ["", f"Growth along {axis}: float32, nanoseconds per element (median)"]
+    for axis, layout in itertools.product(AXES, LAYOUTS):
+        lines += ["", f"Growth along {axis}: float32, channels-{layout}, nanoseconds per element (median)"]
         lines.append(f"{'(N, C, S)':<22}{'elements':>10}{headings(columns)}")
-        lines.append(" " * 47 + "".join(f"{operation:>17}" for _, operation in names))
-        for result in along(axis, results):
+        lines.append(" " * 47 + "".join(f"{operation:>19}" for _, operation in names))
+        for result in along(axis, layout, results):
             elements = f"{result.case.elements:.1e}".replace("e+0", "e")
             figures = f"   {result.skipped}" if result.skipped else entries(columns, result)
             lines.append(f"{result.case.shape!s:<22}{elements:>10}{figures}".rstrip())

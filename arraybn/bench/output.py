@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from .._install import requirement
+
 Column = tuple[str, int, Callable[[Any], str]]  # heading, width, text of a row's figures
 
 
@@ -37,7 +39,7 @@ def check_files(plot: str | None, file: str | None) -> None:
         try:
             importlib.import_module("matplotlib.figure")
         except ImportError as error:
-            text = f'--plot needs matplotlib ({error}): install with  pip install "arraybn[demo]"'
+            text = f"--plot needs matplotlib ({error}): install with  pip install {requirement('demo')}"
             raise RefusedError(text) from error
     for option, name in (("--plot", plot), ("--json", file)):
         if name not in (None, "-") and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):

@@ -112,4 +112,4 @@ class Session:
 
 def memory_needed(case: Case, libraries: Sequence[Library]) -> int:
     """Return about how many bytes the case takes: all that libraries hold, and the temporaries of the greediest."""
-    return case.nbytes * (sum(library.held for library in libraries) + WORKING)
+    return case.nbytes * (sum(library.held + case.alive for library in libraries) + WORKING)

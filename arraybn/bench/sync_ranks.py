@@ -29,6 +29,7 @@ ROWS = 2  # of x on each rank: what is timed is the synchronization, not the swe
 SAMPLE = 0.01  # seconds that a sample takes at least
 EPS = 1e-5
 OURS, GATHER = "arraybn", "all-gather"
+BARE, POLLED = "Allreduce", "Iallreduce + Test"  # a predefined sum of as many bytes as arraybn sends, and nothing else
 FORWARD, BACKWARD = "forward", "backward"  # the exchange alone
 LAYER, STEP = "layer", "step"  # layer(x); layer(x) and layer.backward(dy)
 
@@ -104,6 +105,23 @@ class AllGather:
         return sums[: len(a)], sums[len(a) :]
 
 
+class Bare:
+    """MPI's own sum of as many float64 numbers as a call of arraybn sends, blocking or polled."""
+
+    def __init__(self, comm: Comm, length: int) -> None:
+        self.comm, self.numbers = comm.Dup(), np.zeros(length // 8)
+
+    def blocking(self) -> None:
+        from mpi4py import MPI
+
+        self.comm.Allreduce(MPI.IN_PLACE, self.numbers)
+
+    def polled(self) -> None:
+        from mpi4py import MPI
+
+        _wait(self.comm.Iallreduce(MPI.IN_PLACE, self.numbers))
+
+
 def _wait(request: Any) -> None:
     while not request.Test():
         os.sched_yield()
@@ -170,6 +188,9 @@ def _timed_calls(comm: Comm, c: int) -> list[tuple[Timed, dict[str, Any]]]:
         add(name, FORWARD, forward, traffic(scheme, forward))
         add(name, BACKWARD, backward, traffic(scheme, backward))
         results.append([*forward(), *backward()])
+    bare = Bare(comm, traffic(schemes[OURS], partial(schemes[OURS].forward, moments))["received"])
+    add(BARE, FORWARD, bare.blocking)
+    add(POLLED, FORWARD, bare.polled)
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # they do the same
     return found

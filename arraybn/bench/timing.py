@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,32 +114,32 @@ def interleave(
         done()
 
 
-def calibrate_calls(call: Call) -> tuple[int, int]:
+def calibrate_calls(call: Call, kept: deque[Any]) -> tuple[int, int]:
     """Return the calls of a sample and the calls before it, having called until it no longer gets faster."""
     times: list[float] = []
     try:
         while len(times) < 2 or (len(times) < 10 and times[-1] < 0.8 * min(times[:-1]) and sum(times) < 1):
-            times.append(seconds_of(call, 1, 0))
+            times.append(seconds_of(call, 1, 0, kept))
         if min(times) < SAMPLE:
-            times.append(seconds_of(call, 10, 3))
+            times.append(seconds_of(call, 10, 3, kept))
     except Exception as error:
         raise PeerError(first_line(error)) from error
     calls = max(1, math.ceil(SAMPLE / min(times)))
     return calls, math.ceil(calls / 10) if min(times) < CHEAP else 0
 
 
-def seconds_of(call: Call, calls: int, warm: int) -> float:
-    """Return the time of one call. A result is kept until the clock has stopped, or the next one has come."""
+def seconds_of(call: Call, calls: int, warm: int, kept: deque[Any]) -> float:
+    """Return the time of one call. The latest results stay in `kept`, as those of a network wait for its backward.
+
+    With one result alive the memory of the one before is there again, which no network finds.
+    """
     for _ in range(warm):
-        call()
+        kept.append(call())
     with no_collection():
-        result = None
         start = time.perf_counter()
         for _ in itertools.repeat(None, calls):
-            result = call()
-        seconds = (time.perf_counter() - start) / calls
-        del result
-    return seconds
+            kept.append(call())
+        return (time.perf_counter() - start) / calls
 
 
 def rest() -> None:

@@ -39,6 +39,7 @@ class Work:
         self.problems: list[Problem] = []
         self.truth: Truth = {}
         self.calls: dict[str, list[Calls]] = {}  # for each problem
+        self.kept: dict[str, deque[Any]] = {}  # the latest results of each contestant
 
     def start(self) -> Answer:
         for name in self.packages:
@@ -52,7 +53,7 @@ class Work:
 
     def close(self) -> None:
         """Forget the case, so that never two are in memory."""
-        self.problems, self.truth, self.calls = [], {}, {}
+        self.problems, self.truth, self.calls, self.kept = [], {}, {}, {}
         gc.collect()
 
     def built(self, name: str) -> list[Calls]:
@@ -83,12 +84,13 @@ class Work:
 
     def prepare(self, contestant: str, operation: str) -> Answer:
         """Call it until it is warm; return how a sample is taken."""
-        calls, warm = calibrate_calls(self.built(contestant)[0].operations[operation])
+        self.kept.setdefault(contestant, deque(maxlen=self.problems[0].case.alive))
+        calls, warm = calibrate_calls(self.built(contestant)[0].operations[operation], self.kept[contestant])
         return {"calls": calls, "warm": warm}
 
     def time(self, contestant: str, operation: str, calls: int, warm: int) -> float:
         """Return the seconds that one call took, on the average."""
-        seconds = seconds_of(self.calls[contestant][0].operations[operation], calls, warm)
+        seconds = seconds_of(self.calls[contestant][0].operations[operation], calls, warm, self.kept[contestant])
         rest()
         return seconds
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import sync
 from .._arrays.copies import as_numpy
+from .._install import requirement
 from .._plotting import INK, Array, draw_picture
 from ..bench.jobs import launcher
 from ..kernels.threads import set_num_threads
@@ -69,7 +70,7 @@ def world() -> Comm:
     try:
         importlib.import_module("mpi4py")
     except ImportError as error:
-        install = f'{sys.executable} -m pip install "arraybn[mpi]"'
+        install = f"{sys.executable} -m pip install {requirement('mpi')}"
         raise ImportError(f"--data-parallel needs mpi4py ({error}): {install}") from error
     if sync.exchange_over("comm", None) is None:  # raises SyncError where each of several processes is its own world
         mpirun = launcher() or "mpirun"

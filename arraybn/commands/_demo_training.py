@@ -180,6 +180,7 @@ def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
 
     plan = list(product((True, False), LEARNING_RATES))
     test = digits.test_images, digits.test_labels
+    _warm_up(digits, xp)
     runs: list[Run] = []
     # One thread: matrices this small gain nothing from more, and the sums do not depend on the number of cores.
     with threadpool_limits(1), tqdm(total=len(plan) * epochs, unit="epoch", leave=False, disable=None) as bar:
@@ -198,3 +199,9 @@ def train_all(digits: Digits, epochs: int, seed: int, xp: Any) -> list[Run]:
             runs.append(run)
             bar.update(len(runs) * epochs - bar.n)  # count the epochs that a diverged run left out
     return runs
+
+
+def _warm_up(digits: Digits, xp: Any) -> None:
+    """Take one step with a network of its own, so that the seconds of no training contain those of the compiler."""
+    run = Run(True, LEARNING_RATES[0], build_network(True, np.random.default_rng(0)).to(xp=xp))
+    run.train(Digits(*(part[:BATCH] for part in digits)), 1, np.random.default_rng(0), lambda: None)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..bench import cpu, gpu, growth, sync, tune
+from ..bench import cpu, gpu, growth, networks, sync, tune
 from ..bench.cases import DTYPES, HALVES, LAYOUTS, OPERATIONS, Case
 from ..bench.contestants.registry import PEERS
 from ..bench.output import RefusedError, check_files
@@ -19,6 +19,7 @@ EPILOG = """examples
   python -m arraybn bench --quick
   python -m arraybn bench --shapes 32,64,112,112 64,128 --layout first last --dtype float32 float64
   python -m arraybn bench --peers torch --what forward backward --json bench.json --plot bench.png
+  python -m arraybn bench --set cache resnet18 --plot set.png
   python -m arraybn bench --growth --plot growth.png
   python -m arraybn bench --ladder
   python -m arraybn bench sync --plot sync.png
@@ -30,9 +31,31 @@ Ctrl-C prints what has been measured so far.
 
 exit status: 0; 1 if arraybn is wrong; 2 if what was asked cannot be done; 130 after Ctrl-C."""
 
+SYNC_DESCRIPTION = f"""Time what synchronizing over MPI ranks costs: the layers, the exchange between their two sweeps,
+and an all-gather scheme beside it. Starts mpirun with {", ".join(map(str, sync.RANKS))} ranks; under mpirun, measures
+on the ranks that it is run on."""
+
 HELP_DEVICE = "cuda: on the GPU, with CuPy; ceilings, table, host time, two MPI ranks: under 9 minutes (cpu)"
-HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16)"
+HELP_DTYPE = "(float32, and float64 for some shapes; cuda: float32 float16 bfloat16; --set: float32)"
 PEER_NAMES = [peer.name for peer in PEERS]
+
+
+class _Subject(argparse.Action):
+    """The argument `sync`, after which `--help` shows the options of `bench sync` alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        namespace.subject = values
+        if values is not None:
+            parser.print_help = _sync_parser(parser.prog).print_help  # type: ignore[method-assign]
+
+
+def _sync_parser(program: str) -> argparse.ArgumentParser:
+    """Return a parser that prints the help of `bench sync`."""
+    parser = argparse.ArgumentParser(f"{program} sync", description=SYNC_DESCRIPTION)
+    parser.add_argument("--quick", action="store_true", help=f"{sync.QUICK_TURNS} turns instead of {sync.TURNS}")
+    parser.add_argument("--repeats", type=_repeats, metavar="TURNS", help=f"of each measurement ({sync.TURNS})")
+    _add_files(parser)
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     help_ = "instead: what synchronizing over MPI ranks costs; starts mpirun, or measures on the ranks it is run on"
-    parser.add_argument("subject", nargs="?", choices=["sync"], help=help_)
+    parser.add_argument("subject", action=_Subject, nargs="?", choices=["sync"], help=help_)
     what = parser.add_argument_group("what is timed")
     what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=HELP_DEVICE)
     what.add_argument("--quick", action="store_true", help="fewer shapes and turns: under a minute")
     help_ = "these shapes instead of those of ResNet-50"
     what.add_argument("--shapes", nargs="+", type=_shape, metavar="N,C,…", help=help_)
+    help_ = "instead: the layers of these networks at batch 1, 4, 8 and 32, or five cases from 8 K to 6 M elements"
+    what.add_argument("--set", nargs="+", choices=networks.SETS, help=help_)
     what.add_argument("--layout", nargs="+", choices=LAYOUTS, help="where the channels are (both; --shapes: first)")
     what.add_argument("--dtype", nargs="+", choices=[*DTYPES, *HALVES], help=HELP_DTYPE)
     what.add_argument("--what", nargs="+", choices=OPERATIONS, help="(forward backward eval; small inputs: layer step)")
@@ -59,6 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--growth", help=help_, **options)
     other.add_argument("--ladder", action="store_true", help="how the speed was reached, one idea a step")
     other.add_argument("--tune", action="store_true", help="the constants of the CUDA kernels, one changed at a time")
+    _add_files(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures there, or to stdout")
     help_ = "draw a PNG (default arraybn-bench.png)"

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from .._install import requirement
 from .._version import __version__
 from ..bench.jobs import launcher
 
@@ -38,7 +39,7 @@ EXTRAS = {  # extra: the distributions that the extra installs
 }
 NAMESPACES = {  # module: the command that installs a missing module
     "numpy": "pip install numpy",
-    "cupy": 'pip install "arraybn[cuda12]"  (for CUDA 13: cuda13)',
+    "cupy": f"pip install {requirement('cuda12')}  (for CUDA 13: cuda13)",
     "torch": "pip install torch",
     "jax.numpy": "pip install jax",
     "array_api_strict": "pip install array-api-strict",
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _compile() -> bool:
     """Compile the CPU kernels and print the times; return False without numba."""
     if not _is_installed("numba"):
-        print('--compile: expected numba; it is not installed. Run: pip install "arraybn[cpu]"', file=sys.stderr)
+        print(f"--compile: expected numba; it is not installed. Run: pip install {requirement('cpu')}", file=sys.stderr)
         return False
     from ..kernels.cpu.entries import compile_all
 
@@ -204,7 +205,7 @@ def _namespace(name: str, answer: Answer | None) -> Row:
     version, dtypes = json.loads(answer[0][-1])
     text = ", ".join(dtypes)
     if name == "numpy" and "bfloat16" not in dtypes:
-        text += '  (bfloat16: pip install "arraybn[cpu]")'
+        text += f"  (bfloat16: pip install {requirement('cpu')})"
     if name == "jax.numpy" and "float64" not in dtypes:
         text += "  (float64: jax.enable_x64)"
     return Row(name, version, text)
@@ -212,7 +213,7 @@ def _namespace(name: str, answer: Answer | None) -> Row:
 
 def _cpu_kernels(answer: Answer | None) -> Row:
     if answer is None:
-        return Row("cpu", "missing", 'pip install "arraybn[cpu]"')
+        return Row("cpu", "missing", f"pip install {requirement('cpu')}")
     return Row("cpu", f"numba {_version('numba')}", _reason(answer) or f"NumPy arrays; {answer[0][-1]}")
 
 
@@ -240,7 +241,7 @@ def _family(lines: Sequence[str]) -> str | None:
 
 
 def _mpi(answer: Answer | None, started_by: Answer | None) -> list[Row]:
-    rows, built_for = [Row("mpi4py", "missing", 'pip install "arraybn[mpi]"')], None
+    rows, built_for = [Row("mpi4py", "missing", f"pip install {requirement('mpi')}")], None
     if answer is not None:
         lines, problem = answer
         library = " ".join(lines[0].split()) if lines and lines[0] != "started" else "unknown"
@@ -250,7 +251,7 @@ def _mpi(answer: Answer | None, started_by: Answer | None) -> list[Row]:
         rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
     program = launcher()
     if program is None:
-        return [*rows, Row("launcher", "", 'missing: pip install "arraybn[mpi]" or an MPI of the system')]
+        return [*rows, Row("launcher", "", f"missing: pip install {requirement('mpi')} or an MPI of the system")]
     its_own = None if started_by is None else _family(started_by[0])
     text = f"{program}, of {its_own}" if its_own else program
     if built_for and its_own and built_for != its_own:
@@ -271,7 +272,7 @@ def _extra(name: str) -> Row:
     """Return the versions of an extra's distributions, or the command that installs the missing ones."""
     versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
     if missing := [distribution for distribution, version in versions.items() if version == "missing"]:
-        return Row(name, "missing", f'{", ".join(missing)}: pip install "arraybn[{name}]"')
+        return Row(name, "missing", f"{', '.join(missing)}: pip install {requirement(name)}")
     return Row(name, "complete", ", ".join(f"{key} {version}" for key, version in versions.items()))
 
 

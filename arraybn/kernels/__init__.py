@@ -12,16 +12,18 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from .. import reference
+from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
-from ..reference import Moments, Pool, Sweeps, Totals
+from .._install import requirement
+from ..reference import Mask, Moments, Pool, Sweeps, Totals
+from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
 SWEEPS = ("moments", "dots", "affine", "affine2", "affine3")
@@ -35,6 +37,9 @@ MODULES = {  # imported when first used
 }
 
 
+LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Backend:
     """Every operation that batch norm needs, for one kind of array. u, x, dy and y are (N, C, S), vectors are (C,).
@@ -44,14 +49,15 @@ class Backend:
     """
 
     name: str
-    moments: Callable[[Array], tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
+    masks: bool  # True where the sweeps take `where`; the reference serves masks otherwise
+    moments: Callable[..., tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
     dots: Callable[..., tuple[Array, Array]]
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
     affine3: Callable[..., Array]
-    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out, *, mask) -> batch, rstd, y
     forward_of_part: Callable[..., tuple[Array, Array]]  # (x, batch, weight, bias, eps, out) -> rstd, y
-    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
+    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out, *, where) -> dx, …
     evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
     evaluation_backward: Callable[..., tuple[Array, Array, Array]]
     jvp: Callable[..., Array]  # these four as in ``reference.py``, without their first argument
@@ -62,6 +68,7 @@ class Backend:
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
     trainer: Callable[..., Any]  # (x, (N, C, S), an array of the layer, eps) -> `cuda.training.Trainer`, or None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
+    exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
 
 def as_backend(module: Module, name: str) -> Backend:
@@ -73,15 +80,21 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats`, `widened` and `trainer`, as in `Backend`.
+    - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
+    - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
+      otherwise;
+    - `masked_forward(x, weight, bias, eps, out, mask) -> batch, rstd, y` and `masked_backward(dy, x, batch, rstd,
+      weight, out, where) -> dx, dweight, dbias`, like `forward` and `backward`.
     """
-    sweeps: Any = SimpleNamespace(**{name: _offered(module, name) or getattr(reference, name) for name in SWEEPS})
+    masks = bool(getattr(module, "MASKS", False))
+    sweeps: Any = SimpleNamespace(**{name: _sweep(module, name, masks) for name in SWEEPS})
     return Backend(
         name,
+        masks,
         **vars(sweeps),
-        forward=_forward(sweeps, _offered(module, "forward")),
+        forward=_forward(sweeps, _offered(module, "forward"), _offered(module, "masked_forward")),
         forward_of_part=functools.partial(reference.forward_of_part, sweeps),
-        backward=_backward(sweeps, _offered(module, "backward")),
+        backward=_backward(sweeps, _offered(module, "backward"), _offered(module, "masked_backward")),
         evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
         evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
         jvp=functools.partial(reference.jvp, sweeps),
@@ -95,39 +108,87 @@ def as_backend(module: Module, name: str) -> Backend:
     )
 
 
+def _sweep(module: Module, name: str, masks: bool) -> Callable[..., Any]:
+    """Return a sweep of the module, or of the reference; `where` is always among the arguments."""
+    sweep: Callable[..., Any] = _offered(module, name) or getattr(reference, name)
+
+    def without_masks(*given: Any, where: None = None) -> Any:
+        return sweep(*given)
+
+    return sweep if masks or module is reference else without_masks
+
+
+@functools.cache
+def with_exact_sums(backend: Backend) -> Backend:
+    """Return the backend of exact mode (E10) for the same arrays; second derivatives keep the usual sums."""
+    sweeps: Any = importlib.import_module(f"{MODULES['cpu']}.exact") if backend.name == "cpu" else exact
+    as_sweeps = SimpleNamespace(dots=functools.partial(exact.dots, sweeps), affine=sweeps.affine)
+    return replace(
+        backend,
+        name=f"{backend.name}, exact",
+        forward=functools.partial(exact.forward, sweeps),
+        forward_of_part=functools.partial(reference.forward_of_part, sweeps),
+        backward=functools.partial(exact.backward, sweeps),
+        evaluate=functools.partial(reference.evaluate, sweeps),
+        evaluation_backward=functools.partial(reference.evaluation_backward, as_sweeps),
+        update_running_stats=reference.update_running_stats,
+        widened=_widened,
+        exact=sweeps,
+    )
+
+
 def _offered(module: Module, name: str) -> Any:
     """Return a kernel module's own operation; the reference has its compositions under the same names."""
     return None if module is reference else getattr(module, name, None)
 
 
-def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, Array]]:
+def _forward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Moments, Array, Array]]:
     """Return the forward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.forward, sweeps)
     if fused is None:
         return composed
 
     def forward(
-        x: Array, weight: Array | None, bias: Array | None, eps: float, pool: Pool | None, out: Array | None
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        pool: Pool | None,
+        out: Array | None,
+        *,
+        mask: Mask | None = None,
     ) -> tuple[Moments, Array, Array]:
-        if pool is not None:
-            return composed(x, weight, bias, eps, pool, out)
+        if pool is not None or (mask is not None and masked is None):
+            return composed(x, weight, bias, eps, pool, out, mask=mask)
+        if mask is not None:
+            return masked(x, weight, bias, eps, out, mask)  # type: ignore[no-any-return]
         mean, m2, rstd, y = fused(x, weight, bias, eps, out)
         return Moments(x.shape[0] * x.shape[2], mean, m2), rstd, y
 
     return forward
 
 
-def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, Array]]:
+def _backward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Array, Array, Array]]:
     """Return the backward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.backward, sweeps)
     if fused is None:
         return composed
 
     def backward(
-        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Totals | None, out: Array | None
+        dy: Array,
+        x: Array,
+        batch: Moments,
+        rstd: Array,
+        weight: Array | None,
+        pool: Totals | None,
+        out: Array | None,
+        *,
+        where: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        if pool is not None:
-            return composed(dy, x, batch, rstd, weight, pool, out)
+        if pool is not None or (where is not None and masked is None):
+            return composed(dy, x, batch, rstd, weight, pool, out, where=where)
+        if where is not None:
+            return masked(dy, x, batch, rstd, weight, out, where)  # type: ignore[no-any-return]
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
@@ -146,9 +207,9 @@ def _no_result(x: Array) -> None:
 
 
 def _preallocate_result(x: Array) -> Array | None:
-    if isinstance(x, np.ndarray) or is_cupy_array(x):
-        return array_namespace(x).empty(x.shape, dtype=x.dtype)
-    return None
+    if isinstance(x, np.ndarray):
+        return results.empty(x.shape, x.dtype)
+    return array_namespace(x).empty(x.shape, dtype=x.dtype) if is_cupy_array(x) else None
 
 
 def select(x: Array, kernels: str | Module | None = None) -> Backend:
@@ -160,6 +221,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
+            if x.size >= LARGE and not _has_numba():
+                _recommend_numba()
             return backend("cpu" if _has_numba() and (x.dtype.char != "e" or _has_half()) else "reference")
         return backend("cuda" if _has_cuda(x) and dtype_name(x.dtype) in FLOATS else "reference")
     if isinstance(kernels, str):
@@ -182,6 +245,11 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     return as_backend(kernels, name) if own is None else backend(own)
 
 
+def for_masks(found: Backend) -> Backend:
+    """Return the backend for a batch with a mask: `found` where its sweeps take masks, otherwise the reference."""
+    return found if found.masks else backend("reference")
+
+
 @functools.cache
 def backend(name: str) -> Backend:
     """Return the backend of that name, one of `MODULES`; its module is imported now."""
@@ -200,6 +268,15 @@ def _has_numba() -> bool:
         warnings.warn(f"{text}, which is many times slower", RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+@functools.cache
+def _recommend_numba() -> None:
+    """Warn, once a process, that numba is not installed; a numba that cannot be imported has its own warning."""
+    if importlib.util.find_spec("numba") is None:
+        text = "arraybn: without numba, large NumPy arrays take many times as long. Install it with: pip install"
+        text = f'{text} {requirement("cpu")}, or pass kernels="reference"'
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _has_half() -> bool:
@@ -239,7 +316,7 @@ def _check_cpu(x: Array) -> None:
         raise TypeError(f'kernels: expected a NumPy array for "cpu"; got a {name} array{move}')
     if not _has_numba():
         raise ImportError(
-            'kernels: expected numba to be installed for "cpu". Install it with: pip install "arraybn[cpu]"'
+            f'kernels: expected numba to be installed for "cpu". Install it with: pip install {requirement("cpu")}'
         )
     if x.dtype.char == "e" and not _has_half():
         raise TypeError('kernels: expected another dtype for "cpu", because this processor lacks F16C; got float16')

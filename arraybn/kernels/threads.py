@@ -1,14 +1,32 @@
-"""The thread pool of the CPU kernels. The number of threads is the one global of arraybn; it changes no bits."""
+"""The threads of the CPU kernels. Their number is the one global of arraybn; it changes no bits.
+
+A helper thread waits for jobs in compiled code, without the GIL, and begins one half a microsecond after a caller has
+made the job known; to wake a thread takes a hundred times as long. Once it has waited for `SPIN` seconds in vain, a
+helper sleeps. The hand-over itself is in ``cpu/jobs.py``. Work in Python goes to a pool of other threads by `run`.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
+import numpy as np
+
+from .._arrays.namespaces import Array
 from .._checks import as_integer
+
+SPIN = 50e-6  # seconds
+WAKE = 2**20  # bytes of data from which it pays to wake a helper
+# The words of memory that the threads share: BUSY and RUNNING, which many threads write, have cache lines of their own.
+BUSY, OPEN, STOP, FUNCTION, ARGUMENTS, JOBS, CREW, RUNNING, ASLEEP = 0, 8, 9, 10, 11, 12, 13, 16, 24
+ALONE = np.zeros(0, np.int64)  # the words of a caller without helpers
+Serve = Callable[[Array, int, int], bool]
 
 
 def get_num_threads() -> int:
@@ -26,9 +44,9 @@ def get_num_threads() -> int:
     >>> arraybn.get_num_threads() >= 1
     True
     """
-    if _pool.threads is None:
-        _pool.threads = _default_threads()
-    return _pool.threads
+    if _state.threads is None:
+        _state.threads = _default_threads()
+    return _state.threads
 
 
 def set_num_threads(threads: int) -> None:
@@ -53,7 +71,7 @@ def set_num_threads(threads: int) -> None:
     1
     >>> arraybn.set_num_threads(before)
     """
-    _pool.resize(as_integer("threads", threads, 1))
+    _state.threads = as_integer("threads", threads, 1)
 
 
 def run(work: Callable[[int], None], items: Iterable[int]) -> None:
@@ -89,10 +107,9 @@ def run(work: Callable[[int], None], items: Iterable[int]) -> None:
 
 
 class _Pool:
-    """The helper threads: one thread fewer than the kernels use."""
+    """Helper threads for work in Python."""
 
     def __init__(self) -> None:
-        self.threads: int | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -100,14 +117,6 @@ class _Pool:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._size = 0
-
-    def resize(self, threads: int) -> None:
-        """Use `threads` threads from now on; running calls keep their threads."""
-        with self._lock:
-            self.threads = threads
-            if self._executor is not None and threads - 1 != self._size:
-                self._executor.shutdown(wait=False)
-                self._executor = None
 
     def submit(self, function: Callable[[], None], copies: int) -> list[Future[None]]:
         with self._lock:
@@ -122,18 +131,129 @@ class _Pool:
             return futures
 
 
-_pool = _Pool()
+def helpers(serve: Serve, size: int) -> Array:
+    """Return the words that a caller shares with its helpers, who are woken if the job has `size` bytes enough.
+
+    `serve(words, me, looks)` is compiled. Thread `me` does its part of jobs there until none was found at so many looks
+    in a row, and then sets its word after `ASLEEP` and returns True; or until `STOP` is set, and returns False.
+    """
+    crew = _state.crew
+    if crew is None or crew.size != get_num_threads() - 1:
+        crew = _state.renew(serve)
+    if size >= WAKE:
+        crew.wake()
+    return crew.words
+
+
+class _Crew:
+    """Helper threads and the words that they share with their callers."""
+
+    def __init__(self, serve: Serve, size: int) -> None:
+        self.size, self.words = size, ALONE
+        self._gates: list[Any] = []
+        self._threads: list[threading.Thread] = []
+        if size == 0:
+            return
+        words = np.zeros(ASLEEP + size + 9, np.int64)
+        self.words = words[-words.ctypes.data % 64 // 8 :]  # from the beginning of a cache line on
+        self.words[CREW] = size + 1
+        looks = _looks(serve, SPIN if get_num_threads() * _ranks() <= _cores() else 0.0)
+        with suppress(RuntimeError):  # at the end of the interpreter, or where the system has no more threads
+            for me in range(1, size + 1):
+                gate = threading.Lock()
+                gate.acquire()
+                thread = threading.Thread(target=self._help, args=(serve, me, looks, gate), daemon=True)
+                thread.start()
+                self._gates.append(gate)
+                self._threads.append(thread)
+
+    def _help(self, serve: Serve, me: int, looks: int, gate: Any) -> None:
+        while serve(self.words, me, looks):
+            gate.acquire()
+
+    def wake(self) -> None:
+        """Let every helper that sleeps look for jobs again."""
+        for word, gate in enumerate(self._gates, ASLEEP + 1):
+            if self.words[word]:
+                self.words[word] = 0
+                with suppress(RuntimeError):  # another caller was faster
+                    gate.release()
+
+    def stop(self) -> None:
+        """Wait until the helpers have done what they are at, and have ended."""
+        if self.size:
+            self.words[STOP] = 1
+        for thread in self._threads:
+            while thread.is_alive():
+                self.wake()
+                thread.join(1e-3)
+
+
+class _State:
+    """The number of threads, None until asked for, and the helpers, who are there from the first job on."""
+
+    threads: int | None = None
+
+    def __init__(self) -> None:
+        self.forget()
+        self._ended = False
+
+    def forget(self) -> None:
+        """Start without helpers, as in a forked child, where the threads of the parent do not exist."""
+        self._lock = threading.Lock()
+        self.crew: _Crew | None = None
+
+    def renew(self, serve: Serve) -> _Crew:
+        """Return as many helpers as there should be now, and stop those of another number."""
+        with self._lock:
+            size = 0 if self._ended else get_num_threads() - 1
+            old = self.crew
+            if old is None or old.size != size:
+                self.crew = _Crew(serve, size)
+                if old is not None:
+                    old.stop()
+            assert self.crew is not None
+            return self.crew
+
+    def end(self) -> None:
+        """Stop the helpers before the interpreter takes away their compiled code."""
+        with self._lock:
+            self._ended = True
+            if self.crew is not None:
+                self.crew.stop()
+                self.crew = _Crew(lambda *_: False, 0)
+
+
+_pool, _state = _Pool(), _State()
+atexit.register(_state.end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.forget)
+    os.register_at_fork(after_in_child=_state.forget)
+
+
+def _looks(serve: Serve, seconds: float) -> int:
+    """Return the number of looks that take so long."""
+    words = np.zeros(ASLEEP + 1, np.int64)
+    serve(words, 0, 1)  # perhaps compiled now
+    start = time.perf_counter()
+    serve(words, 0, 1000)
+    return 1 + int(1000 * seconds / (time.perf_counter() - start))
 
 
 def _default_threads() -> int:
     """Return the cores of this process, or its share of the machine's cores where several ranks run on the machine."""
-    machine = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    ranks = _positive("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE") or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores()
     limit = _positive("OMP_NUM_THREADS") or mine
-    return max(1, min(mine, machine // ranks, limit))
+    return max(1, min(mine, _cores() // _ranks(), limit))
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _ranks() -> int:
+    """Return the number of ranks that mpirun has put on this machine."""
+    return _positive("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE") or 1
 
 
 def _positive(*names: str) -> int | None:

@@ -14,9 +14,8 @@ def check_comm(name: str, comm: Comm | None) -> None:
 
 def exchange_over(name: str, comm: Comm | None) -> Exchange | None:
     """Return the exchange over a communicator, or over the world for None; None where there is a single rank."""
-    exchange = getattr(comm, "exchange", None)  # of an arraybn.testing.ThreadComm
-    if not isinstance(exchange, Exchange):
-        if comm is None and (comm := mpi.world()) is None:
-            return None
+    if comm is None and (comm := mpi.world()) is None:
+        return None
+    if hasattr(comm, "Get_attr") or not isinstance(exchange := getattr(comm, "exchange", None), Exchange):
         return mpi.exchange_over(name, comm)
-    return None if exchange.reducer.size == 1 else exchange
+    return None if exchange.reducer.size == 1 else exchange  # of an arraybn.testing.ThreadComm

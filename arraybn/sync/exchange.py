@@ -13,15 +13,16 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_number
-from . import frames
-from .errors import SyncError, SyncTimeoutError
+from . import frames, roll
+from .errors import RankLostError, SyncError, SyncTimeoutError
 from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
@@ -47,6 +48,11 @@ class Reducer(Protocol):
 
     rank: int
     size: int
+    hint: str  # a sentence that says how to get `recovery`; '' where it is there, or cannot be
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The further operations under fault tolerance; None where the other ranks cannot go on when a rank dies."""
 
     def open(self, deadline: float | None) -> None:
         """Wait until the ranks are connected; called before each exchange."""
@@ -63,11 +69,45 @@ class Reducer(Protocol):
     def allgather(self, text: bytes, deadline: float | None) -> list[bytes]:
         """Return the texts of all ranks, which have one length."""
 
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own.
+
+        The result is empty where the ranks are not connected yet. In the other ranks, the call that waits, and every
+        later one, raises a RollCallError.
+        """
+
     def close(self) -> None:
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
 
+class Recovery(Protocol):
+    """The further operations of a `Reducer` under fault tolerance."""
+
+    def agree(self, deadline: float | None) -> None:
+        """Return on all ranks where every rank has come here without a failure, or raise on all ranks."""
+
+    def revoke(self) -> None:
+        """Let every call of every rank over these ranks raise, except `recover`."""
+
+    def recover(self, limit: float | None) -> tuple[Sequence[int], Comm]:
+        """Return the ranks that have died, and a communicator of those that are left; a call of all that are left."""
+
+
+E = TypeVar("E", bound=SyncError)
 More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
+
+
+class OpenStep:
+    """A step under way (`arraybn.sync.step`): the calls of all ranks that are undone together if a rank dies."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange  # over all ranks of the step
+        self.used = {exchange}  # and over parts of them
+        self.ends = False  # True in the call at its end, which alone the ranks agree on
+        self.lost = False
+
+
+STEP: ContextVar[OpenStep | None] = ContextVar("STEP", default=None)
 
 
 class Exchange:
@@ -76,10 +116,13 @@ class Exchange:
     def __init__(self, reducer: Reducer) -> None:
         self.reducer = reducer
         self.calls = 0
-        self._checksum = 0  # of all results, whose bits have to be the same on all ranks
+        self._checksum = 0  # of all reduced frames, whose bits have to be the same on all ranks
         self._broken = ""  # the reason why no further call can be made
         self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
         self._lock = threading.Lock()  # one thread at a time
+        self._frame = frames.frame([0] * len(frames.FIELDS), 0, 0)  # the first frame of every call
+        self._numbers = tuple(frames.body(self._frame))  # its two rows
+        self._used = 0  # channels of the frame that may be other than 0
         self._process = os.getpid()
         self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._layers_seen = 0  # counted apart, because a layer that is collected leaves the dictionary
@@ -108,22 +151,33 @@ class Exchange:
         self._unreported_failure = text
 
     def carry_out(
-        self, call: Call, rows: Array, n: int = 0, error: BaseException | None = None, more: More | None = None
+        self,
+        call: Call,
+        rows: frames.Rows,
+        n: int = 0,
+        error: BaseException | None = None,
+        more: More | None = None,
     ) -> tuple[Array, int]:
-        """Return `rows` (2, C) and n of all ranks together, or raise a SyncError on all of them.
+        """Return two `rows` (C,) and n of all ranks together, or raise a SyncError on all of them.
 
         `error` is what this rank sends in the place of its numbers; `more` is sent after them, in the same call.
         """
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
-        self._acquire(call)
+        if not self._lock.acquire(False):
+            self._wait_for_other_thread(call)
         try:
             self.check()
             self.reducer.open(deadline)
-            return self._carry_out(call, rows, n, error, more, deadline)
+            found = self._carry_out(call, rows, n, error, more, deadline)
+            if self.reducer.recovery is not None:
+                self._agree(self.reducer.recovery, deadline)
+            return found
         except SyncError:
             raise
-        except (TimeoutError, ConnectionError) as failure:
-            raise self._break(call, failure) from failure
+        except TimeoutError as failure:
+            raise self._give_up(call, failure, deadline) from failure
+        except ConnectionError as failure:
+            raise self.unreachable(call, failure, call.timeout) from failure
         except BaseException as failure:  # Ctrl-C while waiting
             self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
             raise
@@ -133,7 +187,7 @@ class Exchange:
             finally:
                 self._lock.release()
 
-    def _acquire(self, call: Call) -> None:
+    def _wait_for_other_thread(self, call: Call) -> None:
         limit = call.timeout
         if not self._lock.acquire(timeout=-1 if limit is None else limit):
             raise SyncTimeoutError(
@@ -143,39 +197,48 @@ class Exchange:
     def _carry_out(
         self,
         call: Call,
-        rows: Array,
+        rows: frames.Rows,
         n: int,
         error: BaseException | None,
         more: More | None,
         deadline: float | None,
-    ) -> tuple[Array, int]:
-        channels = rows.shape[1]
+    ) -> tuple[frames.Rows, int]:
+        channels = len(rows[0])
         fields = call.fields(self.calls + 1, channels, self._checksum)
         flags = frames.ERROR if error else 0
         if self._unreported_failure:
             error, flags = SyncError(self._unreported_failure), frames.ERROR | frames.BROKEN
-        frame = frames.frame(fields, flags, n, rows[:, : frames.FIRST_FRAME_CHANNELS])
-        self.reducer.allreduce(frame, deadline)
-        self.calls += 1
-        call.number = self.calls
-        flags, total = frames.flags_and_n(frame)
+        self._fill_frame(rows, channels)
+        frames.write_header(self._frame, fields, flags, n)
+        self.reducer.allreduce(self._frame, deadline)
+        self.calls = call.number = self.calls + 1
+        flags, total = frames.flags_and_n(self._frame)
         if flags:
+            self._used = frames.FIRST_FRAME_CHANNELS  # the numbers may be those of another rank
             self._raise_on_all_ranks(call, flags, channels, error, deadline)
-        result = self._numbers_of(frame)[:, :channels]
+        self._checksum = zlib.crc32(self._frame, self._checksum)
+        first, second = self._numbers
+        result = first[:channels].copy(), second[:channels].copy()
         if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
-            frame = frames.frame(fields, 0, n, rows[:, -beyond:], beyond)
+            frame = frames.frame(fields, 0, n, [row[-beyond:] for row in rows], beyond)
             self.reducer.allreduce(frame, deadline)
-            result = np.concatenate([result, self._numbers_of(frame)], axis=1)
+            self._checksum = zlib.crc32(frame, self._checksum)
+            first, second = (np.concatenate(both) for both in zip(result, frames.body(frame), strict=True))
+            result = first, second
         if more is not None:
             self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
         return result, total
 
-    def _numbers_of(self, frame: Array) -> Array:
-        """Return the numbers of a reduced frame, whose bits enter the checksum."""
-        numbers = frames.body(frame)
-        frames.canonical(numbers)
-        self._checksum = zlib.crc32(frame, self._checksum)
-        return numbers
+    def _fill_frame(self, rows: frames.Rows, channels: int) -> None:
+        """Write the first channels into the frame of this exchange, and 0 where an earlier call left numbers."""
+        (first, second), (a, b) = self._numbers, rows
+        if channels > frames.FIRST_FRAME_CHANNELS:
+            channels = frames.FIRST_FRAME_CHANNELS
+            a, b = a[:channels], b[:channels]
+        first[:channels], second[:channels] = a, b
+        if channels < self._used:
+            first[channels:] = second[channels:] = 0
+        self._used = channels
 
     def _raise_on_all_ranks(
         self, call: Call, flags: int, channels: int, error: BaseException | None, deadline: float | None
@@ -196,18 +259,73 @@ class Exchange:
             raised.add_note(note)
         raise raised
 
-    def _break(self, call: Call, failure: OSError) -> SyncError:
-        """Return the error of this rank alone, after which no further call can be made."""
+    def _give_up(self, call: Call, failure: TimeoutError, deadline: float | None) -> SyncTimeoutError:
+        """Call the roll, or answer; return the error of this rank alone, after which no further call can be made."""
         rank = f"rank {self.reducer.rank}"
-        if isinstance(failure, ConnectionError):
-            self._broken = f"{rank}: {call} failed: {failure}"
-            return SyncError(self._broken)
         self._broken = f"{rank} gave up {call}"
-        return SyncTimeoutError(
-            f"{rank} of {self.reducer.size} waited {call.timeout:g} s for the other ranks in {call}. Likely causes: a"
-            " rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
-            " process_group, or has ended"
+        late = isinstance(failure, roll.RollCallError) and failure.late
+        seconds = roll.seconds_for(call.timeout)
+        answer = roll.answer(roll.LATE if late else roll.WAITS, call.place(), seconds)
+        answers = self.reducer.call_roll(answer, seconds)
+        if late:
+            did = f"came to {call} when the time limit of another rank was over"
+        elif deadline is not None and time.monotonic() >= deadline:
+            did = f"waited {call.timeout:g} s for the other ranks in {call}"
+        else:
+            did = f"gave up {call}, because the time limit of another rank was over"
+        text = f"{rank} of {self.reducer.size} {did}. Likely causes: {_CAUSES}"
+        text = f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text
+        return self._with_hint(SyncTimeoutError(text))
+
+    def _with_hint(self, error: E) -> E:
+        if self.reducer.hint:
+            error.add_note(self.reducer.hint)
+        return error
+
+    # ---- A lost rank ----
+
+    def _agree(self, recovery: Recovery, deadline: float | None) -> None:
+        """Raise on all ranks that are left if this call has failed on one; within a step, only at the step's end."""
+        step = STEP.get()
+        if step is not None:
+            step.used.add(self)
+        if step is None or step.ends:
+            recovery.agree(deadline)
+
+    def unreachable(self, doing: object, failure: BaseException, limit: float | None) -> SyncError:
+        """Return the error where a rank cannot be reached: a RankLostError where the other ranks can go on.
+
+        No further call can be made over these ranks, nor over others that the step has used.
+        """
+        self._broken = f"rank {self.reducer.rank}: {doing} failed: {failure}"
+        step = STEP.get() or OpenStep(self)
+        whole = step.exchange.reducer
+        if (recovery := whole.recovery) is None:
+            return self._with_hint(SyncError(self._broken))
+        step.lost = True
+        step.used.add(self)
+        for exchange in step.used:
+            if exchange.reducer.recovery is not None:
+                exchange.reducer.recovery.revoke()
+        lost, survivors = recovery.recover(limit)
+        if not lost:
+            return SyncError(self._broken)
+        who = frames.ranks_text(lost)
+        for exchange in step.used:
+            exchange._broken = f"{who} died; go on over the communicator RankLostError.survivors"
+        undone = "the call has changed nothing" if STEP.get() is None else "the step is undone"
+        return RankLostError(
+            f"{who} of {whole.size} died, as rank {whole.rank} noticed in {doing}; {undone}. The other {survivors.size}"
+            " can go on over the communicator RankLostError.survivors",
+            lost,
+            survivors,
         )
+
+
+_CAUSES = (
+    "a rank is in evaluation, has skipped this layer or its backward, has a batch less, was given another"
+    " process_group, or has ended"
+)
 
 
 class Call:
@@ -231,20 +349,28 @@ class Call:
         self.exchange, self.operation, self.layer, self.settings = exchange, operation, layer, settings
         self.batches, self.timeout, self.forward_number = batches, timeout, forward_number
         self.number = 0  # set by the exchange
+        self._settings_hash: int | None = None
         self._same_error_everywhere = False
 
     def __str__(self) -> str:
-        number = self.number or self.exchange.calls + 1
-        return f"the {self.operation} of {self.layer} (call {number} on this communicator)"
+        return f"{self.place()[:-1]} on this communicator)"
+
+    def place(self) -> str:
+        """Return "the forward of layer '1' (call 7)"."""
+        return f"the {self.operation} of {self.layer} (call {self.number or self.exchange.calls + 1})"
 
     def backward(self, operation: str = frames.BACKWARD) -> Call:
         """Return the call of the backward of this forward, or of another derivative."""
         options: dict[str, Any] = {"batches": self.batches, "timeout": self.timeout, "forward_number": self.number}
-        return Call(self.exchange, operation, self.layer, self.settings, **options)
+        call = Call(self.exchange, operation, self.layer, self.settings, **options)
+        call._settings_hash = self._settings_hash
+        return call
 
     def fields(self, number: int, channels: int, checksum: int) -> tuple[int, ...]:
         """Return the fields of the header, in the order of `frames.FIELDS`."""
-        settings = frames.hash64("\n".join(f"{name} {value}" for name, value in self.settings.items()))
+        if (settings := self._settings_hash) is None:
+            text = "\n".join([f"{name} {value}" for name, value in self.settings.items()])
+            settings = self._settings_hash = frames.hash64(text)
         batches = -1 if self.batches is None else self.batches
         layer, operation = frames.hash64(self.layer), frames.code(self.operation)
         return frames.FORMAT, number, operation, layer, channels, settings, batches, self.forward_number, checksum
@@ -263,7 +389,8 @@ class Call:
         }
 
     def __enter__(self) -> Call:
-        self.exchange.check()
+        if self.exchange._broken:
+            self.exchange.check()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -273,7 +400,7 @@ class Call:
             self.exchange.report_later(self, error)
             return
         try:
-            self.exchange.carry_out(self, np.zeros((2, 0)), error=error)
+            self.exchange.carry_out(self, frames.NO_ROWS, error=error)
         except SyncError as raised:
             raise raised from error
 
@@ -281,9 +408,20 @@ class Call:
         """Promise that all ranks raise the error that follows, so that none has to be told."""
         self._same_error_everywhere = True
 
-    def combine(self, rows: Array, n: int = 0) -> tuple[Array, int]:
-        """Return the rows (2, C) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
+    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[frames.Rows, int]:
+        """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
+
+    def add_records(self, record: Array, n: int = 0) -> tuple[Array, int]:
+        """(E10) Return the record (rows, C) of integers and n of all ranks together."""
+        total = np.ascontiguousarray(record)
+
+        def more(reducer: Reducer, deadline: float | None) -> Array:
+            reducer.add(total, deadline)
+            return total
+
+        _, n = self.exchange.carry_out(self, np.zeros((2, record.shape[1])), n, more=more)
+        return total, n
 
     def broadcast(self, octets: Array) -> None:
         """Replace the bytes by those of rank 0."""
@@ -292,7 +430,7 @@ class Call:
             reducer.broadcast(octets, deadline)
             return octets
 
-        self.exchange.carry_out(self, np.zeros((2, 0)), more=more)
+        self.exchange.carry_out(self, frames.NO_ROWS, more=more)
 
     def add(self, weight: float, numbers: Array) -> float:
         """Replace the float64 numbers by their sums over all ranks, and return the sum of the weights."""
@@ -302,8 +440,8 @@ class Call:
             frames.canonical(numbers)
             return numbers
 
-        rows, _ = self.exchange.carry_out(self, np.full((2, 1), weight), more=more)
-        return float(rows[0, 0])
+        rows, _ = self.exchange.carry_out(self, ((weight,), (weight,)), more=more)
+        return float(rows[0][0])
 
 
 def begin(
@@ -312,7 +450,6 @@ def begin(
     """Return a call of all ranks, or None where there is one rank; `layer` is a path, or a layer without a path."""
     if exchange is None:
         return None
-    exchange.check()
     return Call(exchange, operation, layer if isinstance(layer, str) else exchange.name_of(layer), settings, **options)
 
 

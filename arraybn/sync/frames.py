@@ -6,10 +6,11 @@ headers of two ranks differ, the reduction sets a flag, and the reduced header h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,48 +22,59 @@ FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
 VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
 # The header holds the index of the operation.
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward")
-FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD = OPERATIONS
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward", "end")
+FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD, END = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")
-FORMAT = int.from_bytes(b"arraybn1", "big")  # a new number whenever the data that ranks send changes
-_HEADER = struct.Struct(f"={len(FIELDS)}qqq")  # the fields, flags, n
+FORMAT = int.from_bytes(b"arraybn2", "big")  # a new number whenever the data that ranks send changes
+_TAIL = struct.Struct("=iiq")  # flags, room, n
+_HEADER = struct.Struct(f"={len(FIELDS)}q{_TAIL.format[1:]}")
 LENGTH = _HEADER.size + 16 * FIRST_FRAME_CHANNELS
 ERROR, BROKEN = 1 << len(FIELDS), 2 << len(FIELDS)  # flags, after one flag for each field
+Rows: TypeAlias = Any  # two vectors of one length, as a tuple, or as one array
+NO_ROWS: Rows = ((), ())
 
 # ---- Frames ----------------------------------------------------------------------------------------------------------
 
 
-def code(operation: str) -> int:
-    """Return the number of an operation in the header."""
-    return OPERATIONS.index(operation)
+code = {operation: index for index, operation in enumerate(OPERATIONS)}.__getitem__  # the number in the header
 
 
+@functools.lru_cache(maxsize=4096)
 def hash64(text: str) -> int:
     """Return a hash of `text` as a signed number of 64 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big", signed=True)
 
 
 def frame(
-    fields: Sequence[int], flags: int, n: int, rows: Array | None = None, room: int = FIRST_FRAME_CHANNELS
+    fields: Sequence[int],
+    flags: int,
+    n: int,
+    rows: Rows | None = None,
+    room: int = FIRST_FRAME_CHANNELS,
 ) -> Array:
-    """Return a frame in bytes, with room for (2, room) numbers, of which `rows` (2, ≤ room) are set."""
-    buffer: Any = np.zeros(_HEADER.size + 16 * room, np.uint8)
-    _HEADER.pack_into(buffer, 0, *fields, flags, n)
+    """Return a frame in bytes, with room for (2, room) numbers, which begin with those of two rows."""
+    buffer = np.zeros(_HEADER.size + 16 * room, np.uint8)
+    write_header(buffer, fields, flags, n)
     if rows is not None:
-        body(buffer)[:, : rows.shape[1]] = rows
+        numbers, used = body(buffer), len(rows[0])
+        numbers[0, :used], numbers[1, :used] = rows
     return buffer
+
+
+def write_header(buffer: Any, fields: Sequence[int], flags: int, n: int) -> None:
+    _HEADER.pack_into(buffer, 0, *fields, flags, (len(buffer) - _HEADER.size) // 16, n)
 
 
 def body(buffer: Any) -> Array:
     """Return the numbers (2, room) of a frame, as a view."""
-    return np.frombuffer(buffer, np.float64, offset=_HEADER.size).reshape(2, -1)
+    return np.ndarray((2, (len(buffer) - _HEADER.size) // 16), np.float64, buffer, _HEADER.size)
 
 
 def flags_and_n(buffer: Any) -> tuple[int, int]:
     """Return the flags and n of a reduced frame."""
-    *_, flags, n = _HEADER.unpack_from(buffer)
+    flags, _, n = _TAIL.unpack_from(buffer, _HEADER.size - _TAIL.size)
     return flags, n
 
 
@@ -72,27 +84,31 @@ def combine(a: Any, b: Any) -> Any:
     combine(a, b) and combine(b, a) have the same bits where the headers agree, so that either of two ranks may combine.
     The flags that different headers set are the same for every order of the ranks.
     """
-    *fields_a, flags_a, n_a = _HEADER.unpack_from(a)
-    *fields_b, flags_b, n_b = _HEADER.unpack_from(b)
+    *fields_a, flags_a, room, n_a = _HEADER.unpack_from(a)
+    *fields_b, flags_b, _, n_b = _HEADER.unpack_from(b)
     flags = flags_a | flags_b
     if fields_a != fields_b:
         flags |= sum((p != q) << index for index, (p, q) in enumerate(zip(fields_a, fields_b, strict=True)))
-    _HEADER.pack_into(b, 0, *fields_b, flags, 0 if flags else n_a + n_b)
+    _HEADER.pack_into(b, 0, *fields_b, flags, room, 0 if flags else n_a + n_b)
     if flags:
         return b  # the numbers, which may mean different things, will not be read
     ours, theirs = body(a), body(b)
+    counts: Any = float(n_a), float(n_b)  # for the bits of the compiled twin, whose integers have 64 bits
     with np.errstate(all="ignore"):  # where warnings are errors, an error here would end the job
         if fields_b[2] == code(FORWARD):
-            pooled = reference.pool(Moments(n_a, ours[0], ours[1]), Moments(n_b, theirs[0], theirs[1]))
+            pooled = reference.pool(Moments(counts[0], *ours), Moments(counts[1], *theirs))
             theirs[0], theirs[1] = pooled.mean, pooled.m2
         else:
             theirs += ours
+    canonical(theirs)
     return b
 
 
 def canonical(numbers: Array) -> None:
     """Give every NaN the same bits, because the NaN that an addition of two NaNs keeps depends on their order."""
-    numbers[np.isnan(numbers)] = np.nan
+    nan = np.isnan(numbers)
+    if np.count_nonzero(nan):  # a look costs less than the assignment
+        numbers[nan] = np.nan
 
 
 # ---- Texts after an error or a disagreement --------------------------------------------------------------------------
@@ -131,8 +147,8 @@ def read_text(text: bytes) -> str:
 def message(texts: Sequence[bytes], flags: int) -> str:
     """Return the errors in the texts of all ranks, or the first cause of a disagreement with its likely reason."""
     read = [read_text(text) for text in texts]
-    if errors := _ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
-        return "\n".join(f"{_ranks(ranks)}: {text}" for text, ranks in errors.items())
+    if errors := ranks_by_text({rank: text[1:] for rank, text in enumerate(read) if text.startswith("!")}):
+        return "\n".join(f"{ranks_text(ranks)}: {text}" for text, ranks in errors.items())
     calls = [_call(text) for text in read]
     if differences := _differences(calls):
         name, line = differences[0]
@@ -189,7 +205,7 @@ def _differences(calls: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
             continue
         if name == "operation":
             values = {rank: f"{value} of {calls[rank].get('layer')}" for rank, value in values.items()}
-        lines.append((name, f"{name}: {_listed(_ranks_by_text(values))}"))
+        lines.append((name, f"{name}: {_listed(ranks_by_text(values))}"))
     return lines
 
 
@@ -202,7 +218,7 @@ def _place(name: str) -> int:
 
 def _listed(values: Mapping[str, Sequence[int]]) -> str:
     """Return each value with its ranks; of many or long values, the beginning."""
-    parts = [f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in values.items()]
+    parts = [f"{_shortened(value)} on {ranks_text(ranks)}" for value, ranks in values.items()]
     rest = [f"{len(parts) - LISTED} other values"] if len(parts) > LISTED else []
     *before, last = parts[:LISTED] + rest
     return f"{', '.join(before)} and {last}"
@@ -212,14 +228,14 @@ def _shortened(value: str) -> str:
     return value if len(value) <= VALUE else f"{value[: VALUE - 1]}…"
 
 
-def _ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
+def ranks_by_text(texts: Mapping[int, str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for rank, text in texts.items():
         found.setdefault(text, []).append(rank)
     return found
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """'rank 1', 'ranks 0, 2–5'."""
     runs: list[list[int]] = []
     for rank in ranks:

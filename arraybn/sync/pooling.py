@@ -11,6 +11,8 @@ from ..reference import Moments, Pool
 from .exchange import Call
 from .staging import Staging, staging_for
 
+_NUMPY_FLOAT64 = type(np.dtype(np.float64))  # whose name takes NumPy long
+
 
 class RankPool(Pool):
     """The ranks of one call: vectors (C,) are staged to the host, exchanged in float64, and staged home."""
@@ -25,23 +27,29 @@ class RankPool(Pool):
 
     def moments(self, part: Moments) -> Moments:
         """(E2) Return the moments of all parts together, on the host."""
-        self._staging, self._wide = staging_for(part.mean, 4), dtype_name(part.mean.dtype) == "float64"
+        self._staging = staging_for(part.mean, 4)
+        dtype = part.mean.dtype
+        self._wide = type(dtype) is _NUMPY_FLOAT64 or dtype_name(dtype) == "float64"
         if part.mean_low is None:
-            rows = self._staging.host(part.mean, part.m2)
+            mean, m2 = self._staging.host(part.mean, part.m2)
         else:
-            rows = self._staging.host(part.mean, part.m2, part.mean_low)
-            rows[0] += rows[2]
-        (mean, m2), n = self.call.combine(rows[:2], part.n)
+            mean, m2, low = self._staging.host(part.mean, part.m2, part.mean_low)
+            mean = np.add(mean, low, dtype=np.float64)
+        (mean, m2), n = self.call.combine((mean, m2), part.n)
         return Moments(n, mean, m2)
 
-    def sums(self, *parts: Array) -> Array:
+    def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the sum of each vector over all parts, on the host; a frame has two rows for all vectors."""
         self._staging = staging_for(parts[0], max(3, len(parts)))
         vectors = self._staging.host(*parts)
-        if len(parts) % 2:
-            vectors = np.concatenate([vectors, np.zeros_like(vectors[:1])])
-        rows, _ = self.call.combine(vectors.reshape(2, -1))
-        return rows.reshape(vectors.shape)[: len(parts)]
+        if len(parts) == 2:
+            both: Sequence[Array] = self.call.combine(vectors)[0]
+            return both
+        channels = parts[0].shape[0]
+        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * channels))
+        rows.reshape(-1, channels)[: len(parts)] = vectors
+        together: Array = np.stack(self.call.combine(rows)[0])
+        return list(together.reshape(-1, channels)[: len(parts)])
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""
@@ -58,3 +66,7 @@ class RankPool(Pool):
     def home(self, *vectors: Array) -> Sequence[Array]:
         """Return the host's vectors on the device and in the dtype of the part's statistics."""
         return self._staging.home(*vectors)
+
+    def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
+        """(E10) Return the record (rows, C) of integers and n of all parts together, which are on the host."""
+        return self.call.add_records(part, n)

@@ -20,8 +20,8 @@ from .._arrays.namespaces import Array, array_namespace, device, is_cupy_array
 class Staging(Protocol):
     """The two ways between a device and the host, for vectors of one length, dtype and device."""
 
-    def host(self, *vectors: Array) -> Array:
-        """Return k vectors (C,) of the device as new rows (k, C), float64 in host memory."""
+    def host(self, *vectors: Array) -> Sequence[Array]:
+        """Return vectors (C,) of the device in host memory, to be read before the next call."""
 
     def home(self, *rows: Array) -> Sequence[Array]:
         """Return rows (C,) of the host in the namespace and dtype and on the device of the vectors."""
@@ -40,8 +40,8 @@ def staging_for(like: Array, rows: int) -> Staging:
 class _NoStaging:
     """For NumPy, whose vectors are on the host."""
 
-    def host(self, *vectors: Array) -> Array:
-        return np.stack(vectors).astype(np.float64, copy=False)
+    def host(self, *vectors: Array) -> Sequence[Array]:
+        return vectors
 
     def home(self, *rows: Array) -> Sequence[Array]:
         return rows
@@ -56,8 +56,8 @@ class _CopyStaging:
     def __init__(self, like: Array) -> None:
         self._like = like
 
-    def host(self, *vectors: Array) -> Array:
-        return np.stack([np.asarray(as_numpy("moments", vector), np.float64) for vector in vectors])
+    def host(self, *vectors: Array) -> Sequence[Array]:
+        return [as_numpy("moments", vector) for vector in vectors]
 
     def home(self, *rows: Array) -> Sequence[Array]:
         like = self._like
@@ -76,12 +76,14 @@ class _GpuStaging:
         away, back = self._pinned.away, self._pinned.back
         self._away, self._back = (memory[: self._room.size].reshape(shape) for memory in (away, back))
 
-    def host(self, *vectors: Array) -> Array:
-        rows = self._away[: len(vectors)]
-        for row, vector in zip(rows, vectors, strict=True):
-            vector.astype(np.float64, copy=False).get(self._pinned.stream, out=row, blocking=False)
+    def host(self, *vectors: Array) -> Sequence[Array]:
+        room: Array = self._room[: len(vectors)]
+        away: Sequence[Array] = self._away[: len(vectors)]
+        for row, vector in zip(room, vectors, strict=True):
+            row[...] = vector
+        room.get(self._pinned.stream, out=away, blocking=False)
         self._pinned.stream.synchronize()
-        return np.array(rows)
+        return away
 
     def home(self, *rows: Array) -> Sequence[Array]:
         room, back = self._room[: len(rows)], self._back[: len(rows)]

@@ -11,7 +11,16 @@ from typing import Any
 
 from .checking import AccuracyError, BatchNormError, Failure, Verdict, check_batch_norm
 from .close import assert_close, check_vjp
-from .oracle import Exact, exact_batch_norm, exact_moments, ulp, worst
+from .oracle import (
+    Exact,
+    ExactDouble,
+    exact_batch_norm,
+    exact_double_backward,
+    exact_jvp,
+    exact_moments,
+    ulp,
+    worst,
+)
 from .scenarios import Batch, named_batches
 from .threads import ThreadComm
 
@@ -20,6 +29,7 @@ __all__ = [
     "Batch",
     "BatchNormError",
     "Exact",
+    "ExactDouble",
     "Failure",
     "ThreadComm",
     "Verdict",
@@ -27,6 +37,8 @@ __all__ = [
     "check_batch_norm",
     "check_vjp",
     "exact_batch_norm",
+    "exact_double_backward",
+    "exact_jvp",
     "exact_moments",
     "named_batches",
     "ulp",

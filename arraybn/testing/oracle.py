@@ -52,7 +52,9 @@ class Exact:
     exact_m2: list[Fraction] = field(repr=False)
 
 
-def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, channel_axis: int = 1) -> Exact:
+def exact_batch_norm(
+    x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, where: Any = None, channel_axis: int = 1
+) -> Exact:
     """Return the results of E1, E3, E5 and E6 by definition.
 
     Parameters
@@ -62,6 +64,9 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     weight, bias : array (C,)
     eps : float
         ε, the exact value of the float.
+    where : array (N, *S) of bool, optional
+        True at the positions that belong to the batch. Where `where` is False, x may be NaN; if dy is 0 there too, the
+        position counts for nothing in dweight.
     channel_axis : int
         The axis of the channels in x and dy.
 
@@ -85,7 +90,8 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     check_longdouble()
     x, dy = (np.moveaxis(np.asarray(array), channel_axis, 1) for array in (x, dy))
     shape, channels = x.shape, range(x.shape[1])
-    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps) for c in channels]
+    kept = np.ones(x[:, 0].size, bool) if where is None else np.broadcast_to(where, x[:, 0].shape).ravel()
+    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps, kept) for c in channels]
     results: dict[str, Any] = {name: [row[name] for row in rows] for name in (*_ARRAYS, *_VECTORS, *_RATIONALS)}
     for name in _ARRAYS:
         values = np.stack(results[name]).reshape(len(rows), shape[0], *shape[2:])
@@ -95,25 +101,173 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     return Exact(**results)
 
 
+def exact_jvp(
+    x: Any, weight: Any, x_dot: Any, weight_dot: Any, bias_dot: Any, *, eps: float, channel_axis: int = 1
+) -> tuple[Array, Array]:
+    """Return y_dot (E8) and its largest term, like x, by definition.
+
+    Parameters
+    ----------
+    x, x_dot : array (N, C, *S)
+        Finite NumPy arrays of any floating dtype; x_dot is the tangent of x.
+    weight, weight_dot, bias_dot : array (C,)
+    eps : float
+        ε, the exact value of the float.
+    channel_axis : int
+        The axis of the channels in x and x_dot.
+
+    Returns
+    -------
+    y_dot, y_dot_scale : array (N, C, *S)
+        Longdouble, within 2⁻⁶⁰ of the largest term.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, one = numpy.asarray([[1.0], [3.0]]), numpy.ones(1)
+    >>> exact_jvp(x, one, x, 0 * one, one, eps=0)[0].astype(float)
+    array([[1.],
+           [1.]])
+    """
+
+    def channel(x: Array, x_dot: Array, weight: Any, weight_dot: Any, bias_dot: Any) -> tuple[Array, Array]:
+        return _sum_and_largest(_tangent_terms(*_standardized(x, eps), x_dot, weight, weight_dot, bias_dot))
+
+    y_dot, scale = _over_channels(channel, channel_axis, (x, x_dot), (weight, weight_dot, bias_dot))
+    return y_dot, scale
+
+
+@dataclass(frozen=True)
+class ExactDouble:
+    """The exact results of a double backward (E9): longdouble arrays, within 2⁻⁶⁰ of their largest term.
+
+    Attributes
+    ----------
+    ddy, ddy_scale, ddx, ddx_scale : array (N, C, *S)
+        The gradients by dy and by x, and the largest terms of their formulas.
+    ddweight, ddweight_scale : array (C,)
+        The gradient by weight, and rstd·Σ|v·dy| or a larger term.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, one = numpy.asarray([[1.0], [3.0]]), numpy.ones(1)
+    >>> truth = exact_double_backward(x, one, x, one * [[1.0], [0.0]], one, one, eps=0)
+    >>> isinstance(truth, ExactDouble), truth.ddx.shape, truth.ddweight.shape
+    (True, (2, 1), (1,))
+    """
+
+    ddy: Array
+    ddy_scale: Array
+    ddx: Array
+    ddx_scale: Array
+    ddweight: Array
+    ddweight_scale: Array
+
+
+def exact_double_backward(
+    x: Any, weight: Any, dy: Any, v: Any, v_weight: Any, v_bias: Any, *, eps: float, channel_axis: int = 1
+) -> ExactDouble:
+    """Return the gradients of Σv·dx + Σv_weight·dweight + Σv_bias·dbias by dy, x and weight (E9), by definition.
+
+    Parameters
+    ----------
+    x, dy, v : array (N, C, *S)
+        Finite NumPy arrays of any floating dtype.
+    weight, v_weight, v_bias : array (C,)
+    eps : float
+        ε, the exact value of the float.
+    channel_axis : int
+        The axis of the channels in x, dy and v.
+
+    Returns
+    -------
+    ExactDouble
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, one = numpy.asarray([[1.0], [3.0]]), numpy.ones(1)
+    >>> exact_double_backward(x, one, x, 0 * x, one, 0 * one, eps=0).ddy.astype(float)  # xhat
+    array([[-1.],
+           [ 1.]])
+    """
+
+    def channel(x: Array, dy: Array, v: Array, weight: Any, v_weight: Any, v_bias: Any) -> tuple[Array, ...]:
+        return _second_gradients(*_standardized(x, eps), dy, v, weight, v_weight, v_bias)
+
+    return ExactDouble(*_over_channels(channel, channel_axis, (x, dy, v), (weight, v_weight, v_bias)))
+
+
+def _second_gradients(
+    xhat: Array, rstd: Any, g: Array, v: Array, weight: Any, v_weight: Any, v_bias: Any
+) -> tuple[Array, ...]:
+    """Return the fields of `ExactDouble` for one channel, g = dy and v (n,)."""
+    n, scale = xhat.size, -weight * rstd * rstd
+    mean_g, mean_v, mean_vg = np.sum(g) / n, np.sum(v) / n, np.sum(v * g) / n
+    g1, v1 = np.sum(g * xhat) / n, np.sum(v * xhat) / n
+    of_q = [mean_vg, -mean_v * mean_g, -v1 * g1]
+    terms = [scale * xhat * term for term in of_q]
+    terms += [scale * g1 * term for term in (v, -mean_v, -xhat * v1)]
+    terms += [scale * v1 * term for term in (g, -mean_g, -xhat * g1)]
+    terms += [v_weight * rstd * term for term in (g, -mean_g, -xhat * g1)]
+    by_weight = sum(of_q) * n * rstd, np.maximum(np.sum(abs(v * g)), n * max(abs(mean_v * mean_g), abs(v1 * g1))) * rstd
+    by_g = _sum_and_largest(_tangent_terms(xhat, rstd, v, weight, v_weight, v_bias))
+    return *by_g, *_sum_and_largest(terms), *by_weight
+
+
+def _tangent_terms(xhat: Array, rstd: Any, x_dot: Array, weight: Any, weight_dot: Any, bias_dot: Any) -> list[Array]:
+    """Return the terms of E8 for one channel."""
+    n, scale = xhat.size, weight * rstd
+    projected = [scale * x_dot, -scale * np.sum(x_dot) / n, -scale * xhat * (np.sum(x_dot * xhat) / n)]
+    return [*projected, weight_dot * xhat, bias_dot + 0 * xhat]
+
+
+def _sum_and_largest(terms: list[Array]) -> tuple[Array, Array]:
+    return sum(terms[1:], terms[0]), np.max(abs(np.stack(np.broadcast_arrays(*terms))), axis=0)
+
+
+def _standardized(x: Array, eps: float) -> tuple[Array, Any]:
+    """Return xhat (n,) and rstd of the values x of one channel."""
+    mean, m2 = exact_moments(x)
+    total = m2 / x.size + Fraction(eps)
+    rstd = 1 / np.sqrt(as_long(total)) if total else LONG(0)
+    return centred(x, mean) * rstd, rstd
+
+
+def _over_channels(function: Any, channel_axis: int, arrays: Any, vectors: Any) -> list[Array]:
+    """Return the results of `function` of the values and numbers of each channel, as arrays (N, C, *S) or (C,)."""
+    check_longdouble()
+    arrays = [np.moveaxis(np.asarray(array), channel_axis, 0) for array in arrays]
+    rows = [
+        function(*(array[c].ravel().astype(LONG) for array in arrays), *(LONG(vector[c]) for vector in vectors))
+        for c in range(len(arrays[0]))
+    ]
+    results = [np.stack(column) for column in zip(*rows, strict=True)]
+    return [r if r.ndim == 1 else np.moveaxis(r.reshape(arrays[0].shape), 0, channel_axis) for r in results]
+
+
 def check_longdouble() -> None:
     """Raise a RuntimeError if numpy.longdouble is too short for the oracle."""
     if np.finfo(LONG).nmant < 63:
         raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
 
 
-def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[str, Any]:
-    """Return the results of one channel, x and dy (n,)."""
-    n = x.size
-    if n == 0 or not np.isfinite(x.astype(LONG)).all():
-        nothing, value = np.full(n, np.nan, LONG), LONG(0 if n == 0 else np.nan)
+def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float, kept: Array) -> dict[str, Any]:
+    """Return the results of one channel, x, dy and the mask `kept` of one length."""
+    n = int(np.count_nonzero(kept))
+    if x.size == 0 or not np.isfinite(x[kept].astype(LONG)).all():
+        nothing, value = np.full(x.size, np.nan, LONG), LONG(0 if x.size == 0 else np.nan)
         empty: dict[str, Any] = dict.fromkeys(_ARRAYS, nothing)
         return empty | dict.fromkeys(_VECTORS, value) | dict.fromkeys(_RATIONALS, Fraction(0))
-    mean, m2 = exact_moments(x)
+    mean, m2 = exact_moments(x[kept]) if n else (Fraction(0), Fraction(0))
+    n = max(n, 1)
     var = m2 / n + Fraction(eps)
     rstd = 1 / np.sqrt(as_long(var)) if var else LONG(0)
     xhat, g, gamma, beta = centred(x, mean) * rstd, dy.astype(LONG), LONG(weight), LONG(bias)
-    dweight, dbias = np.sum(g * xhat), np.sum(g)
-    terms = [gamma * rstd * g, gamma * rstd * dbias / n, gamma * rstd * xhat * dweight / n]
+    dweight, dbias = np.sum((g * xhat)[kept | (g != 0)]), np.sum(g)
+    means = [gamma * rstd * dbias / n, gamma * rstd * xhat * dweight / n]
+    terms = [gamma * rstd * g, *(np.where(kept, mean, 0) for mean in means)]
     return {
         "xhat": xhat,
         "y": gamma * xhat + beta,

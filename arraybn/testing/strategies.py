@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .._install import requirement
+
 try:
     from hypothesis import strategies as st
 except ImportError as error:
-    raise ImportError('arraybn.testing.strategies needs hypothesis: pip install "arraybn[test]"') from error
+    raise ImportError(f"arraybn.testing.strategies needs hypothesis: pip install {requirement('test')}") from error
 
 from .oracle import MANTISSA_BITS, largest_number
 from .scenarios import KINDS, Array, Batch, numpy_dtype, of_kinds

@@ -14,6 +14,7 @@ from .._checks import as_integer
 from ..sync import frames
 from ..sync.errors import SyncError
 from ..sync.exchange import Exchange
+from ..sync.roll import RollCallError
 
 T = TypeVar("T")
 
@@ -113,6 +114,7 @@ class _Table:
         self._left: set[int] = set()
         self._round = 0
         self._result: Any = None
+        self._roll: dict[int, bytes] = {}  # the answers to a roll call
         self._news = threading.Condition()
 
     def leave(self, rank: int) -> None:
@@ -130,22 +132,41 @@ class _Table:
                 self._values = {}
                 self._round += 1
                 self._news.notify_all()
+            waited = False
             while self._round == now:
+                if self._roll:
+                    raise RollCallError(late=not waited)
+                waited = True
                 if missing := self._left - set(self._values):
                     raise ConnectionError(f"rank {min(missing)} has ended")
                 if not self._news.wait(None if deadline is None else max(0, deadline - time.monotonic())):
                     raise TimeoutError
+            if self._roll:
+                raise RollCallError(late=not waited)
             return self._result
+
+    def call_roll(self, rank: int, answer: bytes, seconds: float) -> dict[int, bytes]:
+        """Give the answer of this rank to all others, and return what has come within `seconds`."""
+        with self._news:
+            self._roll[rank] = answer
+            self._news.notify_all()
+            self._news.wait_for(lambda: len(self._roll) == self.size, seconds)
+            return dict(self._roll)
 
 
 class _ThreadReducer:
     """The operations of `arraybn.sync.exchange.Reducer` over a table."""
+
+    recovery, hint = None, ""
 
     def __init__(self, rank: int, table: _Table) -> None:
         self.rank, self.size, self._table = rank, table.size, table
 
     def open(self, deadline: float | None) -> None:
         """Do nothing: threads are connected."""
+
+    def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
+        return self._table.call_roll(self.rank, answer, seconds)
 
     def close(self) -> None:
         """Do nothing: interrupts go to the main thread, which is no rank."""

@@ -14,11 +14,14 @@ import threading
 import time
 from typing import Any
 
-if os.environ.get("ARRAYBN_TEST_KERNELS") == "reference":
+KERNELS = os.environ.get("ARRAYBN_TEST_KERNELS")
+ODD = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0) % 2 == 1
+if KERNELS == "reference" or (KERNELS == "mixed" and ODD):
     sys.modules["numba"] = None  # type: ignore[assignment]  # importing it takes longer than the checks
 
 import faults
 import numpy as np
+import twice
 import whole
 from mpi4py import MPI
 
@@ -113,6 +116,35 @@ def bits() -> None:
             found = WORLD.allgather((saved.moments.mean.tobytes(), saved.moments.m2.tobytes(), saved.moments.n))
             assert len(set(found)) == 1
             assert saved.moments.n == len(x)
+
+
+def twins() -> None:
+    """Check that MPI calls the compiled reduction on the ranks with Numba, and the one in Python on all others."""
+    arraybn.batch_norm(np.ones((2, 3)), comm=WORLD)
+    assert len(mpi._kept) == (KERNELS != "mixed" or RANK % 2 == 0)
+
+
+def derivatives() -> None:
+    """Check forward mode and double backward (E8, E9), also beyond one frame, and for one exchange each."""
+    for channels in (3, 100, 300):
+        case = twice.Case(SIZE, channels)
+        found = WORLD.allgather(twice.step(case, WORLD))
+        twice.check(case, found)
+        try:
+            twice.check(case, WORLD.allgather(twice.step(case, WORLD, alone=True)))
+        except AssertionError:
+            continue
+        raise SystemExit("the control passed")
+    notes: list[str] = []
+    comm, part = Counting(WORLD.Dup(), notes), twice.Case(SIZE, 3).part(RANK)
+    _, saved = arraybn.batch_norm(part["x"], comm=comm)
+    for call in (
+        lambda: arraybn.batch_norm_jvp(part["v"], saved),
+        lambda: arraybn.batch_norm_double_backward(part["v"], part["dy"], saved),
+    ):
+        notes.clear()
+        call()
+        assert notes == ["Iallreduce"], notes
 
 
 def counts() -> None:
@@ -398,7 +430,8 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-CHECKS = (exact, control, bits, counts, wrong, users, copies, patience, interrupts, begun, noticed, broken)
+CHECKS = (exact, control, bits, twins, derivatives, counts, wrong, users)
+CHECKS += (copies, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import arraybn
 
 WORLD = MPI.COMM_WORLD
 MISSING = WORLD.rank == 1
-LIMIT = 1.0
+LIMIT = 2.0
 
 
 def say(text: object) -> None:

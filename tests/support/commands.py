@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import arraybn
 
 PACKAGE = Path(arraybn.__file__).parent
 
+NAMED = re.compile(r'"[^"\s]+\[(\w+)\]"')  # a requirement of arraybn with an extra
+
 Result = subprocess.CompletedProcess[str]
 
 
@@ -23,6 +26,11 @@ def environment(**changes: str) -> dict[str, str]:
     """Return an environment in which a child finds this arraybn from any folder and prints UTF-8."""
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **changes}
+
+
+def as_installed(text: str) -> str:
+    """Return the text with the requirements that users of an installed arraybn read: of a checkout they are a path."""
+    return NAMED.sub(r'"arraybn[\1]"', text)
 
 
 def python(*arguments: str, limit: float = 60, cwd: Path, **changes: str) -> Result:

@@ -338,10 +338,9 @@ def installed(*given: Any, **options: Any) -> Iterator[shim.Shim]:
 
 def serve_all_by(module: Any, patch: pytest.MonkeyPatch) -> None:
     """Let `module` serve NumPy arrays wherever no other kernels are asked for."""
-    for room in ("functional", "statistics"):
-        patch.setattr(
-            f"arraybn.{room}.select", lambda x, kernels=None: select(x, module if kernels is None else kernels)
-        )
+    patch.setattr(
+        "arraybn.statistics.select", lambda x, kernels=None: select(x, module if kernels is None else kernels)
+    )
 
 
 # ---- Assertions ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PyTorch: its function and module, the backward by autograd."""
+"""PyTorch: its function and module, the backward by autograd; and the operators that both end in."""
 
 from __future__ import annotations
 
@@ -67,6 +67,23 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 
     calls = {"forward": lambda: function(leaves[0], None, None, *leaves[1:], training=True, eps=eps), "eval": evaluate}
     return Calls({**found.operations, **calls, **layer_calls(device, problem)}, found.read)
+
+
+def operator_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the operators of PyTorch's core: no dispatch over devices, no autograd, no module."""
+    torch, eps = importlib.import_module("torch"), problem.eps
+    x, dy, weight, bias, mean, var = _tensors(torch, problem)
+    if flat := x.ndim == 3:  # the fast way for channels-last asks for images
+        x, dy = x.unsqueeze(-1), dy.unsqueeze(-1)
+    forward, backward = torch.native_batch_norm, torch.ops.aten.native_batch_norm_backward.default
+    _, *statistics = forward(x, weight, bias, None, None, True, 0.0, eps)
+    fixed, wanted, read = (None, None), [True] * 3, _reader(torch, device, problem)
+    calls = {
+        "forward": lambda: forward(x, weight, bias, *fixed, True, 0.0, eps)[0],
+        "backward": lambda: backward(dy, x, weight, *fixed, *statistics, True, eps, wanted),
+        "eval": lambda: forward(x, weight, bias, mean, var, False, 0.0, eps)[0],
+    }
+    return Calls(calls, lambda tensor: read(tensor.squeeze(-1) if flat and tensor.ndim > 1 else tensor))
 
 
 def device_calls(device: HostDevice, problem: Problem, name: str) -> Calls:

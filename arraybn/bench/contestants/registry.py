@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._install import requirement
 from ...kernels import MODULES
 from ..cases import LARGE_OPERATIONS
 from ..device import HostDevice
@@ -15,7 +16,7 @@ from . import Contestant, Library, Measured, formulas, jax, onnx, ours, pytorch,
 
 # ---- The CPU: a process for each library -----------------------------------------------------------------------------
 
-COPYTO = "numpy.copyto"
+COPYTO, OPERATORS = "numpy.copyto", "aten"
 WORKING = 8  # arrays like x that the greediest has for a while beside what it holds: the reference, in float64
 _OURS = (
     Contestant("copy", COPYTO, "arraybn", ours.copy_calls, operations=("copy",)),
@@ -25,16 +26,19 @@ _OURS = (
 ARRAYBN = Library("arraybn", "arraybn", ("numpy",), "numpy", 3, _OURS)
 
 
-def _peer(name: str, title: str, package: str, held: int, build: Any) -> Library:
-    return Library(name, title, (package,), package, held, (Contestant(name, title, name, build),))
+def _peer(name: str, title: str, package: str, held: int, build: Any, **options: Any) -> Library:
+    return Library(name, title, (package,), package, held, (Contestant(name, title, name, build, **options),))
 
 
+EXACT = "exact"  # takes part where it is asked for
 PEERS = (
     _peer("reference", "arraybn reference", "numpy", 2, ours.reference_calls),
     _peer("numpy", "NumPy formulas", "numpy", 3, formulas.host_calls),
     _peer("torch", "PyTorch", "torch", 3, pytorch.host_calls),
+    _peer(OPERATORS, "PyTorch operators", "torch", 3, pytorch.operator_calls, operations=LARGE_OPERATIONS),
     _peer("jax", "JAX", "jax", 4, jax.host_calls),
     _peer("tensorflow", "TensorFlow", "tensorflow", 3, tensorflow.host_calls),
+    _peer(EXACT, "arraybn exact, out=", "numpy", 2, ours.exact_calls, operations=LARGE_OPERATIONS),
 )
 
 
@@ -72,7 +76,7 @@ def why_absent(one: Contestant, device: HostDevice) -> str:
 _DOUBLE, _SINGLE = "N1–N3", "float32 only"
 _NAMESPACES = (  # label, module, extra (x64 of JAX, device of array-api-strict), pip, promise
     ("NumPy", "numpy", None, "numpy", _DOUBLE),
-    ("CuPy", "cupy", None, '"arraybn[cuda12]"', _DOUBLE),
+    ("CuPy", "cupy", None, requirement("cuda12"), _DOUBLE),
     ("PyTorch", "torch", None, "torch", _DOUBLE),
     ("JAX", "jax.numpy", True, "jax", _DOUBLE),
     ("JAX without float64", "jax.numpy", False, "jax", _SINGLE),
@@ -94,9 +98,9 @@ def _measured_ours() -> list[Measured]:
         takes, needs = _KERNELS.get(kernels, (None, None))
         for label, module, extra, pip, promise in _NAMESPACES:
             if importlib.util.find_spec(path) and (kernels == "reference" or label == takes):
-                packages = tuple(filter(None, (module.partition(".")[0], needs)))
+                packages = tuple(dict.fromkeys(filter(None, (module.partition(".")[0], needs))))
                 name = f"{label}, {kernels} kernels" if takes else label
-                how = '"arraybn[cpu]"' if kernels == "cpu" else pip
+                how = requirement("cpu") if kernels == "cpu" else pip
                 build = partial(ours.measured, kernels, module, extra)
                 found.append(Measured("arraybn", name, packages, how, build, promise))
     return found

@@ -1,6 +1,7 @@
-"""The compiled functions that Python calls: the sweeps over a tile, and two sweeps with the formulas between.
+"""The compiled functions that Python calls: jobs of one or two sweeps over an array, with the formulas between.
 
-Each is compiled for a dtype at its first call, and kept on disk.
+A job takes its data group by group, a group in stages, and a stage in parts that threads share. Each is compiled for a
+dtype at its first call, and kept on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from ... import reference
+from ... import exact, reference
 from ..._arrays.namespaces import Array
-from . import half, scalars, tiles
+from . import compiling, half, jobs, scalars, tiles
 from .half import HALF, wide
+from .jobs import AGAIN, BACKWARDS, ONWARDS, address_of, mark, place, program, share
 from .tiles import (
     LONG,
+    Cut,
     affine2_of_lines,
     affine2_of_planes,
     affine3_of_lines,
@@ -40,11 +43,13 @@ from .tiles import (
     plain,
 )
 
-# ---- The sweeps --------------------------------------------------------------------------------------
+SPAN = 256  # channels in a part of a stage that goes through channels
+
+# ---- The sweeps over a tile ------------------------------------------------------------------------------------------
 
 
 @plain
-def _shift(x, sample, plane, n, c0, shift):
+def _near_mean(x, sample, plane, n, c0, shift):
     """Set `shift` to a value near the mean of each channel: the mean of its first values, exact if all are equal."""
     places = min(plane, 8)
     samples = min(n // plane, 8 // places)
@@ -58,15 +63,6 @@ def _shift(x, sample, plane, n, c0, shift):
     for j in range(shift.size):
         near = first[j] + total[j] / (samples * places)
         shift[j] = near if np.isfinite(near) else 0.0
-
-
-@plain
-def _spread(x, sample, plane, c0, r0, r1, shift, s, q):
-    """(E1) Σd and Σd² with d = x − shift."""
-    if plane >= LONG:
-        moments_of_planes(x, x, sample, plane, c0, r0, r1, shift, s, q)
-    else:
-        moments_of_lines(x, x, sample, plane, c0, r0, r1, shift, s, q)
 
 
 @plain
@@ -88,55 +84,7 @@ def _finish(n, shift, s, q):
     return some
 
 
-@plain
-def _moments(x, sample, plane, n, c0, rows, mean, m2):
-    """(E1) Set mean and m2 of whole channels, which are one tile."""
-    shift = np.empty(mean.size)
-    _shift(x, sample, plane, n, c0, shift)
-    for _ in range(2):
-        _spread(x, sample, plane, c0, 0, rows, shift, mean, m2)
-        if not _finish(n, shift, mean, m2):
-            return
-
-
-@plain
-def _dots(u, x, sample, plane, c0, r0, r1, mean, s, q):
-    """(E5, E8, E9) Σu and Σu·(x−mean)."""
-    if plane >= LONG:
-        dots_of_planes(u, x, sample, plane, c0, r0, r1, mean, s, q)
-    else:
-        dots_of_lines(u, x, sample, plane, c0, r0, r1, mean, s, q)
-
-
-@plain
-def _affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
-    """(E3, E7) a·(x−mean) + c."""
-    if plane >= LONG:
-        affine_of_planes(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
-    else:
-        affine_of_lines(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
-
-
-@plain
-def _affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
-    """(E6, E8, E9) a·u + b·(x−mean) + c."""
-    if plane >= LONG:
-        affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
-    else:
-        affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
-
-
-@plain
-def _affine3(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
-    """(E9) a·v + b·u + c·(x−mean) + d."""
-    if plane >= LONG:
-        affine3_of_planes(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
-    else:
-        affine3_of_lines(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
-
-
-# ---- Two sweeps over whole channels that are one tile, with the formulas of ``reference.py`` between -----------------
-# The formulas are compiled for the numbers of one channel.
+# ---- The formulas of ``reference.py``, compiled for the numbers of one channel ---------------------------------------
 
 
 @overload(reference.rstd, jit_options={"error_model": "numpy"})
@@ -144,29 +92,252 @@ def _rstd_compiled(var: Array, eps: float) -> Array:
     return reference.rstd
 
 
-_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
+_rstd, _batch_rstd, _normalize = plain(reference.rstd), plain(reference.batch_rstd), plain(reference.normalize)
 _update_running = plain(reference.update_running)
 _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
 
 
-def _forward(x, sample, plane, n, c0, rows, weight, bias, eps, mean, m2, rstd, out, in_place):
-    """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
-    _moments(x, sample, plane, n, c0, rows, mean, m2)
-    a, c = np.empty(mean.size), np.empty(mean.size)
-    for j in range(mean.size):
-        rstd[j] = _batch_rstd(m2[j], n, eps)
+# ---- Stages: functions of (part, group, *arguments), where a part is a tile of the group, or some channels -----------
+
+
+@plain
+def _tile(cut, group, tile):
+    """Return the channels c0 … c1 - 1 and the rows r0 … r1 - 1 of a tile."""
+    c0, r0 = group * cut.group, tile * cut.height
+    return c0, min(c0 + cut.group, cut.channels), r0, min(r0 + cut.height, cut.rows)
+
+
+@plain
+def _span(cut, group, part):
+    """Return the channels c0 … c1 - 1 of a part; none where the group is smaller than others."""
+    c0 = group * cut.group
+    c1 = min(c0 + cut.group, cut.channels)
+    return min(c0 + part * SPAN, c1), min(c0 + (part + 1) * SPAN, c1)
+
+
+def _shift(part, group, x, cut, shift):
+    """Set `shift` to a value near the mean of each channel."""
+    c0, c1, _, _ = _tile(cut, group, 0)
+    _near_mean(x, cut.sample, cut.plane, cut.n, c0, shift[c0:c1])
+
+
+def _spread(tile, group, x, cut, shift, sums):
+    """(E1) Σd and Σd² with d = x − shift."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    s, q = sums[0, tile, c0:c1], sums[1, tile, c0:c1]
+    if cut.plane >= LONG:
+        moments_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, shift[c0:c1], s, q)
+    else:
+        moments_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, shift[c0:c1], s, q)
+
+
+def _dots(tile, group, u, x, cut, mean, sums):
+    """(E5, E8, E9) Σu and Σu·(x−mean)."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    s, q = sums[0, tile, c0:c1], sums[1, tile, c0:c1]
+    if cut.plane >= LONG:
+        dots_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean[c0:c1], s, q)
+    else:
+        dots_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean[c0:c1], s, q)
+
+
+def _affine(tile, group, x, cut, mean, a, c, out, in_place):
+    """(E3, E7) a·(x−mean) + c."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, c = mean[c0:c1], a[c0:c1], c[c0:c1]
+    if cut.plane >= LONG:
+        affine_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
+    else:
+        affine_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
+
+
+def _affine2(tile, group, u, x, cut, mean, a, b, c, out, in_place):
+    """(E6, E8, E9) a·u + b·(x−mean) + c."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, b, c = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1]
+    if cut.plane >= LONG:
+        affine2_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    else:
+        affine2_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
+
+
+def _affine3(tile, group, v, u, x, cut, mean, a, b, c, d, out, in_place):
+    """(E9) a·v + b·u + c·(x−mean) + d."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, b, c, d = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1], d[c0:c1]
+    if cut.plane >= LONG:
+        affine3_of_planes(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+    else:
+        affine3_of_lines(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+
+
+@plain
+def _add_tiles(sums, c0, c1, s, q):
+    """Set s and q to the sums of all tiles, added by halves."""
+    tiles = sums.shape[1]
+    while tiles > 1:
+        half = (tiles + 1) // 2
+        for k in range(2):
+            for tile in range(tiles - half):
+                for j in range(c0, c1):
+                    sums[k, tile, j] += sums[k, half + tile, j]
+        tiles = half
+    s[c0:c1] = sums[0, 0, c0:c1]
+    q[c0:c1] = sums[1, 0, c0:c1]
+
+
+def _mean_m2(part, group, cut, board, shift, sums, mean, m2):
+    """(E1) mean and m2; mark the group where the sums have to be made again."""
+    c0, c1 = _span(cut, group, part)
+    _add_tiles(sums, c0, c1, mean, m2)
+    if _finish(cut.n, shift[c0:c1], mean[c0:c1], m2[c0:c1]):
+        mark(board, group)
+
+
+def _total(part, group, cut, sums, s, q):
+    """(E5) The sums of the tiles."""
+    c0, c1 = _span(cut, group, part)
+    _add_tiles(sums, c0, c1, s, q)
+
+
+def _normalized(part, group, cut, m2, weight, bias, eps, rstd, a, c):
+    """(E3) rstd, and the coefficients of y."""
+    c0, c1 = _span(cut, group, part)
+    for j in range(c0, c1):
+        rstd[j] = _batch_rstd(m2[j], cut.n, eps)
         a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
-    _affine(x, sample, plane, c0, 0, rows, mean, a, c, out, in_place)
 
 
-def _backward(dy, x, sample, plane, n, c0, rows, mean, rstd, weight, dweight, dbias, out, in_place):
-    """(E5, E6) Set dweight and dbias, and write dx."""
-    _dots(dy, x, sample, plane, c0, 0, rows, mean, dbias, dweight)
-    a, b, c = np.empty(mean.size), np.empty(mean.size), np.empty(mean.size)
-    for j in range(mean.size):
+def _gradients(part, group, cut, sums, rstd, weight, dweight, dbias, a, b, c):
+    """(E5, E6) dweight, dbias, and the coefficients of dx."""
+    c0, c1 = _span(cut, group, part)
+    _add_tiles(sums, c0, c1, dbias, dweight)
+    for j in range(c0, c1):
         dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
-        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
-    _affine2(dy, x, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
+        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], cut.n, rstd[j], weight[j], None)
+
+
+# ---- Jobs: programs of stages, whose functions are given by address --------------------------------------------------
+# So the loops over data are compiled once, for all jobs that have them.
+
+
+@plain
+def _do(words, cut, work, stages, board, memory):
+    """Do the job; what the arguments of the stages refer to is in `memory`, or belongs to the caller."""
+    rows = program(stages)
+    share(words, work, place((board, cut, rows)))
+    # Numba frees an array after the last line that has its name, and sees no use of an address.
+    if board[0] != 0 or len(rows) == len(memory) == 0:
+        raise MemoryError
+
+
+@plain
+def _parts(cut):
+    """Return the number of parts of a stage that goes through the channels of a group."""
+    return (cut.group + SPAN - 1) // SPAN
+
+
+@plain
+def _board(cut):
+    return np.zeros(1 + cut.groups * (10 + 3 * cut.tiles + 3 * _parts(cut)), np.int64)
+
+
+@plain
+def _work_space(cut, vectors):
+    """Return vectors (C,), and two more for each tile."""
+    return np.empty((vectors + 2 * cut.tiles, cut.channels))
+
+
+@plain
+def _sums(cut, memory):
+    """Return the last vectors as the sums (2, tiles, C) of each tile."""
+    return memory[memory.shape[0] - 2 * cut.tiles :].reshape((2, cut.tiles, cut.channels))
+
+
+def _moments(at, words, x, cut, mean, m2):
+    work, shift, spread, mean_m2 = at
+    memory, board = _work_space(cut, 1), _board(cut)
+    near, sums = memory[0], _sums(cut, memory)
+    tiles, spans = (spread, place((x, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
+    stages = (
+        (shift, place((x, cut, near)), 1, ONWARDS),
+        (*tiles, cut.tiles, ONWARDS),
+        (*spans, _parts(cut), ONWARDS),
+        (*tiles, cut.tiles, AGAIN),
+        (*spans, _parts(cut), AGAIN),
+    )
+    _do(words, cut, work, stages, board, memory)
+
+
+def _dots_alone(at, words, u, x, cut, mean, s, q):
+    work, dots, total = at
+    memory, board = _work_space(cut, 0), _board(cut)
+    sums = _sums(cut, memory)
+    stages = (
+        (dots, place((u, x, cut, mean, sums)), cut.tiles, ONWARDS),
+        (total, place((cut, sums, s, q)), _parts(cut), ONWARDS),
+    )
+    _do(words, cut, work, stages, board, memory)
+
+
+def _affine_alone(at, words, x, cut, mean, a, c, out, in_place):
+    work, affine = at
+    board = _board(cut)
+    stages = ((affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),)
+    _do(words, cut, work, stages, board, mean)
+
+
+def _affine2_alone(at, words, u, x, cut, mean, a, b, c, out, in_place):
+    work, affine2 = at
+    board = _board(cut)
+    stages = ((affine2, place((u, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),)
+    _do(words, cut, work, stages, board, mean)
+
+
+def _affine3_alone(at, words, v, u, x, cut, mean, a, b, c, d, out, in_place):
+    work, affine3 = at
+    board = _board(cut)
+    stages = ((affine3, place((v, u, x, cut, mean, a, b, c, d, out, in_place)), cut.tiles, BACKWARDS),)
+    _do(words, cut, work, stages, board, mean)
+
+
+def _forward(at, words, x, cut, weight, bias, eps, mean, m2, rstd, out, in_place):
+    """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
+    work, shift, spread, mean_m2, normalized, affine = at
+    memory, board = _work_space(cut, 3), _board(cut)
+    near, a, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
+    tiles, spans = (spread, place((x, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
+    stages = (
+        (shift, place((x, cut, near)), 1, ONWARDS),
+        (*tiles, cut.tiles, ONWARDS),
+        (*spans, _parts(cut), ONWARDS),
+        (*tiles, cut.tiles, AGAIN),
+        (*spans, _parts(cut), AGAIN),
+        (normalized, place((cut, m2, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
+        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+    )
+    _do(words, cut, work, stages, board, memory)
+
+
+def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in_place):
+    """(E5, E6) Set dweight and dbias, and write dx."""
+    work, dots, gradients, affine2 = at
+    memory, board = _work_space(cut, 3), _board(cut)
+    a, b, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
+    found = (cut, sums, rstd, weight, dweight, dbias, a, b, c)
+    stages = (
+        (dots, place((dy, x, cut, mean, sums)), cut.tiles, ONWARDS),
+        (gradients, place(found), _parts(cut), ONWARDS),
+        (affine2, place((dy, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),
+    )
+    _do(words, cut, work, stages, board, memory)
+
+
+def _fixed(var, weight, bias, eps, rstd, a, c):
+    """(E3) Set rstd, a and c for fixed statistics."""
+    for j in range(rstd.size):
+        rstd[j] = _rstd(var[j], eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
 def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
@@ -179,6 +350,7 @@ def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
 
 _READ = functools.partial(types.Array, ndim=1, layout="C", readonly=True)
 _WRITE = functools.partial(types.Array, ndim=1, layout="C")
+_WORDS, _CUT = types.Array(types.int64, 1, "C"), types.NamedUniTuple(types.intp, len(Cut._fields), Cut)
 _STORED = {"e": types.int16, "E": types.uint16, "f": types.float32, "d": types.float64}  # by the dtype's character
 
 
@@ -186,36 +358,62 @@ class Compiled:
     """The entries for one dtype. Each is compiled, or read from the cache on disk, at its first use."""
 
     def __init__(self, stored: types.Type) -> None:
-        self.storage = (
-            np.dtype(stored.name) if isinstance(stored, types.Integer) else None
-        )  # the dtype that data is viewed as
-        data, result = _READ(stored), _WRITE(stored)
-        given, sums = _READ(types.float64), _WRITE(types.float64)
-        place, in_place, eps = (types.intp,) * 5, types.intp, types.float64
-        self._signatures = {
-            "shift": (_shift, (data, *place[:4], sums)),
-            "spread": (_spread, (data, *place, given, sums, sums)),
-            "finish": (_finish, (types.intp, sums, sums, sums)),
-            "moments": (_moments, (data, *place, sums, sums)),
-            "dots": (_dots, (data, data, *place, given, sums, sums)),
-            "affine": (_affine, (data, *place, given, given, given, result, in_place)),
-            "affine2": (_affine2, (data, data, *place, given, given, given, given, result, in_place)),
-            "affine3": (_affine3, (data, data, data, *place, *(given,) * 5, result, in_place)),
-            "forward": (_forward, (data, *place, given, given, eps, sums, sums, sums, result, in_place)),
-            "backward": (_backward, (data, data, *place, given, given, given, sums, sums, result, in_place)),
-            "running": (_running, (data, data, given, given, eps, result, result)),
+        # The dtype that data is viewed as
+        self.storage = np.dtype(stored.name) if isinstance(stored, types.Integer) else None
+        x, out = _READ(stored), _WRITE(stored)
+        given, found, sums = _READ(types.float64), _WRITE(types.float64), types.Array(types.float64, 3, "C")
+        number, eps = types.intp, types.float64
+        self._stages = {
+            "shift": (_shift, (x, _CUT, found)),
+            "spread": (_spread, (x, _CUT, found, sums)),
+            "mean_m2": (_mean_m2, (_CUT, _WORDS, found, sums, found, found)),
+            "dots": (_dots, (x, x, _CUT, given, sums)),
+            "total": (_total, (_CUT, sums, found, found)),
+            "normalized": (_normalized, (_CUT, found, given, given, eps, found, found, found)),
+            "affine": (_affine, (x, _CUT, given, given, given, out, number)),
+            "gradients": (_gradients, (_CUT, sums, given, given, found, found, found, found, found)),
+            "affine2": (_affine2, (x, x, _CUT, given, given, given, given, out, number)),
+            "affine3": (_affine3, (x, x, x, _CUT, *(given,) * 5, out, number)),
+        }
+        self._jobs = {
+            "moments": (_moments, (x, _CUT, found, found), ("shift", "spread", "mean_m2")),
+            "dots": (_dots_alone, (x, x, _CUT, given, found, found), ("dots", "total")),
+            "affine": (_affine_alone, (x, _CUT, given, given, given, out, number), ("affine",)),
+            "affine2": (_affine2_alone, (x, x, _CUT, given, given, given, given, out, number), ("affine2",)),
+            "affine3": (_affine3_alone, (x, x, x, _CUT, *(given,) * 5, out, number), ("affine3",)),
+            "forward": (
+                _forward,
+                (x, _CUT, given, given, eps, found, found, found, out, number),
+                ("shift", "spread", "mean_m2", "normalized", "affine"),
+            ),
+            "backward": (
+                _backward,
+                (x, x, _CUT, given, given, given, found, found, out, number),
+                ("dots", "gradients", "affine2"),
+            ),
+        }
+        self._others = {
+            "fixed": (_fixed, (given, given, given, eps, found, found, found)),
+            "running": (_running, (x, x, given, given, eps, out, out)),
         }
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._signatures:
+        if name in self._others:
+            entry = _compile(*self._others[name])
+        elif name in self._jobs:
+            function, arguments, stages = self._jobs[name]
+            at = (_work_address(), *(_address(*self._stages[stage]) for stage in stages))
+            entry = functools.partial(
+                _compile(function, (types.UniTuple(types.int64, len(at)), _WORDS, *arguments)), at
+            )
+        else:
             raise AttributeError(name)
-        entry = _compile(*self._signatures[name])
         setattr(self, name, entry)
         return entry
 
     def names(self) -> list[str]:
         """Return the names of the entries."""
-        return list(self._signatures)
+        return [*self._jobs, *self._others]
 
 
 @functools.cache
@@ -233,6 +431,23 @@ def compile_all() -> Iterator[str]:
         for entry in entries.names():
             getattr(entries, entry)
         yield name
+
+
+@functools.cache
+def _address(function: Any, arguments: tuple[types.Type, ...]) -> Any:
+    """Return the address of a compiled stage."""
+    return _compile(address_of(function, arguments), ())()
+
+
+@functools.cache
+def _work_address() -> Any:
+    return _address(jobs.work, (_WORDS, _CUT, types.Array(types.int64, 2, "C")))
+
+
+@functools.cache
+def serve() -> Any:
+    """Return the compiled function of helper threads."""
+    return _compile(jobs.serve, (_WORDS, types.intp, types.intp))
 
 
 def cache_folder() -> str | None:
@@ -257,16 +472,27 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         )
 
     def _index_key(self, signature, codegen):
-        return *super()._index_key(signature, codegen), _sources()
+        # Not Numba's key: that has a function's closure, pickled, which is never the same again.
+        return signature, codegen.magic_tuple(), self._py_func.__qualname__, _sources()
 
     def load_overload(self, signature, context):
         """Load as Numba does, but let a file that cannot be read, as after a crash, be compiled anew."""
+        found = None
         try:
-            return super().load_overload(signature, context)
+            found = super().load_overload(signature, context)
         except (EOFError, pickle.UnpicklingError, OSError):
             with suppress(OSError):
                 self.flush()
-            return None
+        if found is None:
+            compiling.announce(self.cache_path)
+        return found
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return the context in which to load or compile: nobody waits for code that is kept already."""
+        with suppress(EOFError, pickle.UnpicklingError, OSError):
+            if self._cache_file._load_index():
+                return nullcontext()
+        return compiling.turn(f"{self._cache_file._index_path}.lock")
 
     def save_overload(self, signature, data):
         """Save as Numba does, but warn and go on where the disk is full."""
@@ -278,7 +504,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    files = (__file__, tiles.__file__, half.__file__, scalars.__file__, reference.__file__)
+    own = (__file__, jobs.__file__, tiles.__file__, half.__file__, scalars.__file__)
+    files = (*own, reference.__file__, exact.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -287,14 +514,16 @@ def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     if config.DISABLE_JIT:
         return function
     function = getattr(function, "py_func", function)
-    entry = plain(nogil=True)(function)
+    entry, turn = plain(nogil=True)(function), nullcontext()
     try:
         entry._cache = _Cache(function, arguments)
+        turn = entry._cache.turn()
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
         _warn_no_cache("there is no folder to keep them in")
-    entry.compile(arguments)
+    with turn:
+        entry.compile(arguments)
     entry.disable_compile()
     return entry
 

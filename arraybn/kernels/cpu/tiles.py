@@ -11,7 +11,7 @@ many channels, and its coefficients are arrays as long as the run.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -29,6 +29,34 @@ BLOCK = 64  # runs whose sums are added to each other before the sum of the tile
 plain = functools.partial(njit, error_model="numpy")
 _sum = functools.partial(njit, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 _map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
+
+
+def named_after(run: Any) -> Any:
+    """Return a decorator that compiles the loops made for the function `run` under a name of their own.
+
+    The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
+    Of two of one name, kept on disk by two processes, a third would take one for the other.
+    """
+
+    def compile_(loops: Any) -> Any:
+        loops.__qualname__ += f".{getattr(run, 'py_func', run).__qualname__}"
+        return plain(loops)
+
+    return compile_
+
+
+class Cut(NamedTuple):
+    """Groups of channels, each cut into tiles of rows; the same for every number of threads."""
+
+    sample: int  # values of a sample, C·S
+    plane: int  # values of a plane, S
+    n: int
+    channels: int
+    group: int  # channels in a group
+    groups: int
+    rows: int
+    height: int  # rows in a tile
+    tiles: int  # of a group
 
 
 @plain
@@ -222,24 +250,10 @@ def _add_up(line, plane, sums):
         sums[j] += total
 
 
-def _loops_of(run: Any) -> Any:
-    """Return a decorator that compiles the loops made for `run` under a name of their own.
-
-    The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
-    Of two of one name, kept on disk by two processes, a third would take one for the other.
-    """
-
-    def compile_(loops: Any) -> Any:
-        loops.__qualname__ += f".{run.__name__}"
-        return plain(loops)
-
-    return compile_
-
-
 def _sums_along(run: Any) -> Any:
     """Return the loops of a reduction over long planes; `run` returns the two sums of a run."""
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
         s_block, q_block = np.empty(mean.size), np.empty(mean.size)
         s[:] = 0.0
@@ -271,7 +285,7 @@ def _sums_across(run: Any, several: Any, height: int) -> Any:
     A line of sums is loaded and stored once for all runs of a pass, which takes half the time of one run after another.
     """
 
-    @_loops_of(run)
+    @named_after(run)
     def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
         together, times = _together(mean.size, sample, plane)
         lines = _lines(3, together * times * plane)
@@ -305,7 +319,7 @@ def _sums_across(run: Any, several: Any, height: int) -> Any:
 def _map_along(run: Any) -> Any:
     """Return the loops of a map over long planes; `run` writes a run of `out`, from index o on."""
 
-    @_loops_of(run)
+    @named_after(run)
     def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
         buffer = np.empty(in_place * PIECE, out.dtype)
         target = buffer if in_place else out
@@ -324,7 +338,7 @@ def _map_along(run: Any) -> Any:
 def _map_across(run: Any) -> Any:
     """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on."""
 
-    @_loops_of(run)
+    @named_after(run)
     def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
         together, times = _together(mean.size, sample, plane)
         lines = _lines(4, together * times * plane)

@@ -155,25 +155,29 @@ struct Affine2 {
     DEVICE Value of(Value x, Value u) const { return fused(a, u, fused(b, scale * centre.from(x), c)); }
 };
 
-// (E9) a * v + b * u + c * (x - mean) + d. c goes as rstd to the third, so it is two factors, as b of Affine2.
+// (E9) a * v + b * u + c * (x - mean) + d. a and b go as rstd squared and c as its third power, so each is two factors,
+// as b of Affine2.
 template <class T>
 struct Affine3 {
     typedef typename T::Value Value;
     enum { INPUTS = 3 };
     Centre<Value> centre;
-    Value a, b, c, scale, d;
+    Value a, b, c, of_v, of_u, of_x, d;
 
     DEVICE Affine3() {}
     DEVICE Affine3(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
-        const double power = half_way(p.c[channel]);
-        a = (Value)p.a[channel];
-        b = (Value)p.b[channel];
-        c = (Value)(p.c[channel] / power);
-        scale = (Value)power;
+        split(p.a[channel], of_v, a);
+        split(p.b[channel], of_u, b);
+        split(p.c[channel], of_x, c);
         d = (Value)p.d[channel];
     }
+    DEVICE static void split(double coefficient, Value& power, Value& rest) {
+        const double half = half_way(coefficient);
+        power = (Value)half;
+        rest = (Value)(coefficient / half);
+    }
     DEVICE Value of(Value x, Value u, Value v) const {
-        return fused(a, v, fused(b, u, fused(c, scale * centre.from(x), d)));
+        return fused(a, of_v * v, fused(b, of_u * u, fused(c, of_x * centre.from(x), d)));
     }
 };
 

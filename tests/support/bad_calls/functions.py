@@ -27,6 +27,22 @@ def masked(name: str) -> str:
     )
 
 
+def no_mask(got: str) -> str:
+    return f"where: expected a boolean array, True where a value counts; got {got}"
+
+
+def no_bool(got: str) -> str:
+    return f"where: expected bool, True where a value counts; got {got}. Compare it, for example where != 0"
+
+
+def shape_of_mask(expected: str, got: str, hint: str = "x without its channels") -> str:
+    return f"where: expected shape {expected}, {hint}, or one that broadcasts to it; got {got}"
+
+
+def channels_of_mask(expected: str, got: str) -> str:
+    return shape_of_mask(expected, got, "without an axis of channels")
+
+
 OVERWRITTEN = (
     "saved: expected a forward whose x is still there; got one without, because {}. Pass another array as out, or None"
 )
@@ -365,6 +381,82 @@ FUNCTIONS = [
         "moments: expected n > correction = 4, or the variance is not defined; got n = 4",
         "moments",
     ),
+    # where
+    Bad("batch_norm(X, where=[1, 1, 0, 0])", TypeError, no_mask("list"), "where"),
+    Bad("batch_norm(X, where=True)", TypeError, no_mask("bool"), "where"),
+    Bad("moments(X, where='all')", TypeError, no_mask("str"), "where"),
+    Bad("batch_norm(X, where=np.ma.masked_array(L > 0, L > 1))", TypeError, no_mask("numpy.ma.MaskedArray"), "where"),
+    Bad("batch_norm(X, where=L)", TypeError, no_bool("int64"), "where", "where != 0"),
+    Bad("batch_norm(X, where=X[:, 0])", TypeError, no_bool("float32"), "where", "where != 0"),
+    Bad("moments(X, where=L.astype('u1'))", TypeError, no_bool("uint8"), "where", "where != 0"),
+    Bad("batch_norm(X, where=L[:3] > 0)", ValueError, shape_of_mask("(4,)", "(3,)"), "where"),
+    Bad(
+        "batch_norm(X, where=X > 1)",
+        ValueError,
+        channels_of_mask("(4,)", "(4, 3)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X, where=(L > 0)[:, None])",
+        ValueError,
+        channels_of_mask("(4,)", "(4, 1)"),
+        "where",
+    ),
+    Bad(
+        "moments(X, where=L > 0, channel_axis=0)",
+        ValueError,
+        shape_of_mask("(3,)", "(4,)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X[:, :, None], where=np.ones((4, 2), bool))",
+        ValueError,
+        shape_of_mask("(4, 1)", "(4, 2)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X, where=L > 0, exact=True)",
+        ValueError,
+        "where: expected None, because exact=True does not take a mask yet; got a mask",
+        "where",
+    ),
+    Bad("batch_norm(X, mean=W, var=W, where=L)", TypeError, no_bool("int64"), "where", "where != 0"),
+    Bad(
+        "batch_norm(X, where=strict.ones(4, dtype=strict.bool))",
+        TypeError,
+        other_home("where", "numpy", "array_api_strict"),
+        "where",
+        MOVE,
+        needs="array_api_strict",
+    ),
+    Bad(
+        "batch_norm(a, where=b)",
+        ValueError,
+        r"where: expected on .*CPU.* as x is; got one on .*device1.*\. Move one of them \(a layer with"
+        r" layer\.to\(device=…\), an array with to_device\)",
+        "where",
+        MOVE,
+        "a = strict.ones((4, 3)); b = strict.ones(4, dtype=strict.bool, device=strict.Device('device1'))",
+        "array_api_strict",
+        True,
+    ),
+    Bad(
+        "jax.jit(lambda where: batch_norm(jax.numpy.ones((4, 3)), where=where))(jax.numpy.ones(4, bool))",
+        TypeError,
+        "where: expected a mask with values, because they are counted; got a JAX tracer. Make the mask outside of"
+        " jax.jit, from numbers that are known there",
+        "where",
+        "Make the mask outside",
+        needs="jax",
+    ),
+    Bad(
+        "batch_norm(X, where=L > 0, moments=arraybn.Moments(1, W, W))",
+        ValueError,
+        "moments: expected those of the whole batch, n ≥ 2, the values per channel of x; got n = 1."
+        " Pool those of all parts: arraybn.pool(*(arraybn.moments(part) for part in parts))",
+        "moments",
+        "Pool those",
+    ),
 ]
 
 BACKWARD = [
@@ -517,5 +609,116 @@ BACKWARD = [
         "sums: expected the sum of what batch_norm_sums returned; got tuple",
         "sums",
         setup=PART,
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, v=DY[:2], tangent=True)",
+        ValueError,
+        "v: expected None, because tangent is True; got an array",
+        "v",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, tangent=1)",
+        TypeError,
+        "tangent: expected True or False; got 1",
+        "tangent",
+        "",
+        PART,
+    ),
+    Bad(
+        "sums + batch_norm_sums(DY[:2], saved, tangent=True)",
+        ValueError,
+        "tangent: expected the same in all sums; got True and False",
+        "tangent",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_jvp(X, saved, sums=batch_norm_sums(X, saved))",
+        ValueError,
+        "sums: expected those of batch_norm_sums(x_dot, saved, tangent=True), because the forward had where=;"
+        " got sums without tangent=True",
+        "sums",
+        "tangent=True",
+        "saved = batch_norm(X, moments=moments(X, where=L > 0), where=L > 0)[1]",
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, v_weight=W)",
+        ValueError,
+        "v: expected an array, because v_weight is given; got None",
+        "v",
+        setup=PART,
+    ),
+    # further derivatives
+    Bad("batch_norm_jvp(None, saved)", TypeError, no_array("x_dot", "NoneType"), "x_dot", CONVERT, SAVED),
+    Bad(
+        "batch_norm_jvp(X, None)",
+        TypeError,
+        "saved: expected what batch_norm returned beside y; got NoneType",
+        "saved",
+    ),
+    Bad(
+        "batch_norm_jvp(X[:2], saved)",
+        ValueError,
+        "x_dot: expected shape (4, 3), that of x and y; got (2, 3)",
+        "x_dot",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_jvp(X, saved, W[:2])",
+        ValueError,
+        SHAPE_3.format("weight_dot", "x", "(2,)"),
+        "weight_dot",
+        setup=SAVED,
+    ),
+    Bad("batch_norm_jvp(X, saved, None, 1.0)", TypeError, no_array("bias_dot", "float"), "bias_dot", CONVERT, SAVED),
+    Bad("batch_norm_jvp(X, saved, out=LONG)", ValueError, NO_OUT.format("(12,) and <f4"), "out", setup=SAVED),
+    Bad(
+        "batch_norm_jvp(X[:2], saved)",
+        ValueError,
+        f"sums: expected those of all parts, because the forward had moments=; got None{PARTS}",
+        "sums",
+        "sums=sum(",
+        PART,
+    ),
+    Bad("batch_norm_double_backward(None, DY, saved)", TypeError, no_array("v", "NoneType"), "v", CONVERT, SAVED),
+    Bad("batch_norm_double_backward(X, DY > 0, saved)", TypeError, no_float("dy", "bool"), "dy", ASTYPE, SAVED),
+    Bad(
+        "batch_norm_double_backward(X, DY[:, :2], saved)",
+        ValueError,
+        "dy: expected shape (4, 3), that of x and y; got (4, 2)",
+        "dy",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved, X)",
+        ValueError,
+        SHAPE_3.format("v_weight", "x", "(4, 3)"),
+        "v_weight",
+        setup=SAVED,
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved, W, strict.ones(3))",
+        TypeError,
+        other_home("v_bias", "numpy", "array_api_strict"),
+        "v_bias",
+        MOVE,
+        SAVED,
+        "array_api_strict",
+    ),
+    Bad(
+        "batch_norm_double_backward(X[:2], DY[:2], saved, sums=sums + rest)",
+        ValueError,
+        "sums.values: expected shape (7, 3); got (2, 3). Pass v, and v_weight, to batch_norm_sums",
+        "sums",
+        "to batch_norm_sums",
+        f"{PART}; rest = batch_norm_sums(DY[2:], batch_norm(X[2:], moments=M)[1])",
+    ),
+    Bad(
+        "batch_norm_double_backward(X, DY, saved)",
+        RuntimeError,
+        OVERWRITTEN.format("an earlier batch_norm_jvp wrote y_dot over it (out=x)"),
+        "saved",
+        "Pass another array as out",
+        f"{SAVED}; batch_norm_jvp(DY, saved, out=X)",
     ),
 ]

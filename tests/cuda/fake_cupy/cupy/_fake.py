@@ -171,6 +171,14 @@ class Stream:
         return not self._arriving and not self._leaving
 
 
+class ExternalStream(Stream):
+    """`cupy.cuda.ExternalStream`: a stream of another library."""
+
+    def __init__(self, ptr: int, device_id: int = -1) -> None:
+        super().__init__()
+        self.ptr = ptr
+
+
 _null = [None] * DEVICES
 
 
@@ -367,6 +375,12 @@ class ndarray:  # noqa: N801
         self._array[...] = arr
         if stream is not None:
             stream._leaving.append((arr, arr.tobytes()))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()  # another library has no fake device
 
     def item(self) -> Any:
         return self.get().item()

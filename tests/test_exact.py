@@ -1,0 +1,441 @@
+"""Exact mode: sums that do not round (E10), the same bits for any split and on every backend (X1, X2)."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.libraries import need
+
+import arraybn
+from arraybn import exact
+from arraybn.commands._demo_exact import checksum, trained
+from arraybn.commands._demo_training import load_digits
+from arraybn.testing import ThreadComm
+
+PACKAGE = Path(arraybn.__file__).parent
+SHAPES = [(5, 3, 40), (3, 2, 5000), (100, 7), (700, 3), (6, 5, 7), (40, 600), (2, 64), (9, 70, 20), (1030, 64)]
+
+
+def kinds(rng: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield data that is hard to add, by name."""
+    n, signs = rng.normal(size=shape), rng.choice([-1.0, 1.0], shape)
+    yield "normal", n
+    yield "mean far from zero", 1e3 + 1e-3 * n
+    yield "mean very far", np.float32(1e30) * (1 + 1e-7 * n)
+    yield "60 binades", n * 2.0 ** rng.integers(-60, 0, shape)
+    yield "all binades", n * 2.0 ** rng.integers(-160, 120, shape)
+    yield "subnormal", n * 1e-44
+    yield "near overflow beside tiny", np.where(rng.random(shape) < 0.1, 3e38 * signs, n * 1e-40)
+    yield "signed zeros", 0 * n * signs
+    yield "constant", 0 * n + 1.1
+    yield "cancels", np.concatenate([n, -n])[: shape[0]] if shape[0] % 2 == 0 else n - n[::-1]
+    yield "one outlier", np.where(np.arange(n.size).reshape(shape) == n.size // 2, 1e30, n)
+    yield "a tie that the last bit breaks", np.resize([1.0, 2.0**-53, 2.0**-100, 0.0], shape)
+    yield "28 binades", np.where(rng.random(shape) < 0.5, 1.0, 2.0**-27) * (1 + rng.random(shape))
+    yield "29 binades", np.where(rng.random(shape) < 0.5, 1.0, 2.0**-28) * (1 + rng.random(shape))
+
+
+def not_finite(rng: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    for name, values in {
+        "NaN": [np.nan],
+        "inf": [np.inf, np.inf],
+        "-inf": [-np.inf],
+        "both": [np.inf, -np.inf],
+    }.items():
+        x = rng.normal(size=shape)
+        x.reshape(-1)[rng.choice(x.size, len(values), replace=False)] = values
+        yield name, x
+
+
+def run(x: Any, dy: Any, weight: Any, bias: Any, **options: Any) -> list[Any]:
+    """Return y, dx, dweight, dbias, mean and m2 in exact mode."""
+    with np.errstate(all="ignore"):
+        y, saved = arraybn.batch_norm(x, weight, bias, exact=True, **options)
+        dx, dweight, dbias = arraybn.batch_norm_backward(dy, saved)
+    return [np.asarray(a) for a in (y, dx, dweight, dbias, saved.moments.mean, saved.moments.m2)]
+
+
+def drawn(seed: int, shape: tuple[int, ...], data: Any, dtype: Any = np.float32) -> tuple[Any, ...]:
+    """Return x, dy, weight and bias."""
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore"):
+        x, dy = data.astype(dtype), 0.3 * rng.permutation(data.reshape(-1)).reshape(shape)
+        return x, dy.astype(dtype), rng.uniform(-2, 2, shape[1]).astype(np.float32), rng.normal(size=shape[1])
+
+
+def same(ours: list[Any], others: list[Any]) -> bool:
+    return all(
+        (a.dtype == b.dtype and a.tobytes() == b.tobytes()) or np.array_equal(a, b, equal_nan=True)
+        for a, b in zip(ours, others, strict=True)
+    )
+
+
+def nearest(value: Fraction) -> float:
+    """Return the float64 nearest to a rational number; on a tie the even one, as Python divides integers."""
+    return value.numerator / value.denominator
+
+
+# ---- X1: correctly rounded -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(5, 3, 40), (30, 4), (7, 3, 5), (1, 2), (2, 2, 1)])
+def test_x1_statistics_and_gradients_are_the_rational_ones_rounded_once(kernels: str, shape: Any) -> None:
+    need("numba")
+    rng = np.random.default_rng(0)
+    for name, data in kinds(rng, shape):
+        x, dy, _, _ = drawn(1, shape, data)
+        dy = dy.astype(np.float32)
+        dx, dweight, dbias, mean, m2 = run(x, dy, np.ones(shape[1]), np.zeros(shape[1]), kernels=kernels)[1:]
+        del dx
+        for c in range(shape[1]):
+            values, gradients = ([Fraction(float(v)) for v in a[:, c].reshape(-1)] for a in (x, dy))
+            exact_mean = sum(values) / len(values)
+            assert mean[c] == nearest(exact_mean), name
+            assert m2[c] == nearest(sum((v - exact_mean) ** 2 for v in values)), name
+            assert dbias[c] == nearest(sum(gradients, Fraction(0))), name
+            spread = nearest(sum(g * (v - Fraction(mean[c])) for g, v in zip(gradients, values, strict=True)))
+            rstd = 1 / np.sqrt(m2[c] / len(values) + 1e-5)
+            assert abs(dweight[c] - rstd * spread) <= 2 * np.spacing(abs(rstd * spread)), name
+
+
+def test_x1_ten_million_values_are_correctly_rounded() -> None:
+    need("numba")
+    x = np.random.default_rng(0).normal(1000, 1, (1, 1, 10_000_000)).astype(np.float32)
+    integers = np.round(x.astype(np.float64) * 2**20).astype(np.int64)  # float32 near 1000 are multiples of 2^-14
+    assert np.array_equal(integers / 2**20, x)
+    total, n = int(integers.sum()), x.size
+    high, low = integers >> 16, integers & 0xFFFF
+    squares = (int((high * high).sum()) << 32) + (int((high * low).sum()) << 17) + int((low * low).sum())
+    found = arraybn.moments(x, exact=True)
+    assert found.mean[0] == nearest(Fraction(total, n << 20))
+    assert found.m2[0] == nearest(Fraction(n * squares - total * total, n << 40))
+
+
+# ---- X2: the same bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_x2_reference_and_cpu_and_both_layouts_give_the_same_bits(shape: Any, dtype: str) -> None:
+    need("numba")
+    of_array = need("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    rng = np.random.default_rng(0)
+    for name, data in [*kinds(rng, shape), *not_finite(rng, shape)]:
+        x, dy, weight, bias = drawn(1, shape, data, of_array)
+        wanted = run(x, dy, weight, bias, kernels="reference")
+        assert same(run(x, dy, weight, bias, kernels="cpu"), wanted), name
+        last = [np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy)]
+        y, dx, *rest = run(*last, weight, bias, kernels="cpu", channel_axis=-1)
+        assert same([np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1), *rest], wanted), name
+
+
+@pytest.mark.parametrize("namespace", ["torch", "array_api_strict"])
+def test_x2_other_namespaces_give_the_same_bits(namespace: str) -> None:
+    xp = need(namespace)
+    for name, data in kinds(np.random.default_rng(0), (6, 5, 7)):
+        arrays = drawn(1, (6, 5, 7), data)
+        theirs = [xp.asarray(a) for a in arrays]
+        y, saved = arraybn.batch_norm(theirs[0], *theirs[2:], exact=True)
+        dx, dweight, dbias = arraybn.batch_norm_backward(theirs[1], saved)
+        found = [np.asarray(a) for a in (y, dx, dweight, dbias, saved.moments.mean, saved.moments.m2)]
+        if "subnormal" in name or "tiny" in name or "all" in name:  # torch may flush subnormal float32 to zero
+            continue
+        assert same(found, run(*arrays)), name
+
+
+def state(layer: Any) -> list[Any]:
+    return [np.asarray(value) for value in layer.state_dict().values()]
+
+
+@given(st.data())
+def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.DataObject) -> None:
+    need("numba")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    samples = data.draw(st.integers(2, 40))
+    shape = (samples, *data.draw(st.sampled_from([(3,), (2, 50), (4, 3, 3)])))
+    name, values = data.draw(st.sampled_from(list(kinds(rng, shape))))
+    x, dy, weight, bias = drawn(1, shape, values)
+    order = np.asarray(data.draw(st.permutations(range(samples))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=4)))
+    wanted = run(x, dy, weight, bias)
+    y, dx, *rest = run(x[order], dy[order], weight, bias, kernels=data.draw(st.sampled_from(["reference", "cpu"])))
+    assert same([y, dx, *rest], [wanted[0][order], wanted[1][order], *wanted[2:]]), name
+
+    threads = arraybn.get_num_threads()
+    arraybn.set_num_threads(data.draw(st.integers(1, 5)))
+    try:
+        assert same(run(x, dy, weight, bias), wanted), name
+    finally:
+        arraybn.set_num_threads(threads)
+
+    parts = list(zip(np.split(x[order], cuts), np.split(dy[order], cuts), strict=True))  # the seam in public
+    whole = arraybn.pool(*(arraybn.moments(part, exact=True) for part, _ in parts))
+    done = [arraybn.batch_norm(part, weight, bias, moments=whole, exact=True) for part, _ in parts]
+    sums = sum(arraybn.batch_norm_sums(g, saved) for (_, g), (_, saved) in zip(parts, done, strict=True))
+    dxs = [arraybn.batch_norm_backward(g, s, sums=sums)[0] for (_, g), (_, s) in zip(parts, done, strict=True)]
+    found = [np.concatenate([y for y, _ in done]), np.concatenate(dxs), whole.mean, whole.m2]
+    assert same(found, [wanted[0][order], wanted[1][order], *wanted[4:]]), name
+
+    def work(comm: Any) -> list[Any]:
+        part, g = parts[comm.rank]
+        layer = arraybn.SyncBatchNorm(shape[1], exact=True, process_group=comm)
+        layer.weight.data, layer.bias.data = weight, bias
+        with np.errstate(over="ignore"):  # of the running variance
+            return [layer(part), layer.backward(g), *state(layer)]
+
+    results = ThreadComm.run(len(parts), work)
+    y, dx = (np.concatenate([result[index] for result in results]) for index in (0, 1))
+    assert same([y, dx], [wanted[0][order], wanted[1][order]]), name
+    alone = arraybn.BatchNorm1d(shape[1], exact=True) if x.ndim < 4 else arraybn.BatchNorm2d(shape[1], exact=True)
+    alone.weight.data, alone.bias.data = weight, bias
+    with np.errstate(over="ignore"):
+        alone(x)
+    assert all(same(result[2:], state(alone)) for result in results), name
+
+
+def test_x2_control_the_usual_mode_depends_on_the_order() -> None:
+    """Most orders of a batch change a bit of its usual m2 or mean, so the tests above could fail."""
+    rng, differ = np.random.default_rng(0), 0
+    x = rng.normal(size=(301, 1)).astype(np.float32)
+    first = arraybn.moments(x)
+    for _ in range(50):
+        other = arraybn.moments(rng.permutation(x))
+        differ += not same([first.mean, first.m2], [other.mean, other.m2])
+    assert differ > 10
+
+
+def test_x2_one_bit_of_one_value_is_seen() -> None:
+    x = np.random.default_rng(0).normal(size=(301, 1)).astype(np.float32)
+    before = arraybn.moments(x, exact=True)
+    seen = 0
+    for index in range(x.size):
+        other = x.copy()
+        other.view(np.int32)[index] ^= 1
+        seen += exact._totals(arraybn.moments(other, exact=True).record) != exact._totals(before.record)
+    assert seen == x.size
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_x2_fixed_statistics_give_the_same_bits_on_each_backend(evaluation: bool) -> None:
+    need("numba")
+    x, dy, weight, bias = drawn(1, (9, 70, 20), np.random.default_rng(0).normal(size=(9, 70, 20)))
+    fixed = {"mean": np.linspace(-1, 1e300 if evaluation else 1, 70), "var": np.linspace(0, 5, 70)}
+    results = []
+    for kernels in ("reference", "cpu"):
+        with np.errstate(over="ignore"):
+            y, saved = arraybn.batch_norm(x, weight, bias, **fixed, exact=True, kernels=kernels)
+            results.append([y, *arraybn.batch_norm_backward(dy, saved)])
+    assert same(*results)
+
+
+def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
+    need("numba")
+    need("sklearn")
+    digits = load_digits(0)
+    digits = digits._replace(train_images=digits.train_images[:90], train_labels=digits.train_labels[:90])
+
+    def work(comm: Any) -> str:
+        return checksum(trained(digits, 0, 1, comm.rank, comm.size, comm))
+
+    sums = {
+        checksum(trained(digits, 0, 1, 0, 1, None)),
+        *(one for size in (2, 3, 5) for one in ThreadComm.run(size, work)),
+    }
+    assert len(sums) == 1
+    other = digits._replace(train_images=digits.train_images + np.float32(1e-6))
+    assert checksum(trained(other, 0, 1, 0, 1, None)) not in sums  # the control
+
+
+# ---- NaN and infinity: as in the usual mode --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(9, 2, 40), (30, 3)])
+def test_what_is_not_finite_spreads_as_in_the_usual_mode(shape: Any) -> None:
+    rng = np.random.default_rng(0)
+    for name, data in not_finite(rng, shape):
+        x, dy, weight, bias = drawn(1, shape, rng.normal(size=shape))
+        for bad_x, bad_dy in ((data.astype(np.float32), dy), (x, data.astype(np.float32))):
+            found = run(bad_x, bad_dy, weight, bias)
+            with np.errstate(all="ignore"):
+                y, saved = arraybn.batch_norm(bad_x, weight, bias, kernels="reference")
+                usual = [y, *arraybn.batch_norm_backward(bad_dy, saved), saved.moments.mean, saved.moments.m2]
+            for ours, theirs in zip(found, usual, strict=True):
+                np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=name)
+                np.testing.assert_array_equal(np.isposinf(ours), np.isposinf(theirs), err_msg=name)
+
+
+# ---- The interface ---------------------------------------------------------------------------------------------------
+
+
+def test_exact_mode_is_as_accurate_as_the_usual_one() -> None:
+    x, dy, weight, bias = drawn(1, (50, 3, 40), np.random.default_rng(0).normal(3, 1, (50, 3, 40)))
+    y, saved = arraybn.batch_norm(x, weight, bias)
+    usual = [y, *arraybn.batch_norm_backward(dy, saved)]
+    for ours, theirs in zip(run(x, dy, weight, bias), usual, strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_pool_of_exact_moments_is_exact_and_associative() -> None:
+    x = (np.random.default_rng(0).normal(size=(90, 2)) * 10.0 ** np.arange(-40, 50)[:, None] / 1e13).astype(np.float32)
+    a, b, c = (arraybn.moments(part, exact=True) for part in np.split(x, [20, 50]))
+    whole = arraybn.moments(x, exact=True)
+    for pooled in (arraybn.pool(arraybn.pool(a, b), c), arraybn.pool(a, arraybn.pool(b, c)), arraybn.pool(c, b, a)):
+        assert pooled.n == whole.n
+        assert same([pooled.mean, pooled.m2], [whole.mean, whole.m2])
+        assert exact._totals(pooled.record) == exact._totals(whole.record)
+    mixed = arraybn.pool(a, arraybn.moments(x[20:]))
+    assert mixed.record is None
+    again = pickle.loads(pickle.dumps(whole))
+    assert same([again.record], [whole.record])
+
+
+def test_second_derivatives_after_an_exact_forward_take_usual_sums() -> None:
+    x, dy, weight, bias = drawn(1, (6, 3), np.random.default_rng(0).normal(size=(6, 3)))
+    for options in ({}, {"mean": np.zeros(3), "var": np.ones(3)}):
+        _, saved = arraybn.batch_norm(x, weight, bias, exact=True, **options)
+        _, usual = arraybn.batch_norm(x, weight, bias, **options)
+        np.testing.assert_allclose(arraybn.batch_norm_jvp(dy, saved), arraybn.batch_norm_jvp(dy, usual), rtol=1e-4)
+        ours, theirs = (arraybn.batch_norm_double_backward(x, dy, s)[1] for s in (saved, usual))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+    def work(comm: Any) -> Any:
+        _, saved = arraybn.batch_norm(x[3 * comm.rank :][:3], weight, bias, exact=True, comm=comm)
+        return arraybn.batch_norm_jvp(dy[3 * comm.rank :][:3], saved)
+
+    _, saved = arraybn.batch_norm(x, weight, bias)
+    np.testing.assert_allclose(np.concatenate(ThreadComm.run(2, work)), arraybn.batch_norm_jvp(dy, saved), rtol=1e-4)
+
+
+X32 = np.ones((3, 2), np.float32)
+WRONG = [
+    (
+        lambda: arraybn.batch_norm(np.ones((3, 2)), exact=True),
+        TypeError,
+        "x: expected float16, bfloat16 or float32 for e",
+    ),
+    (lambda: arraybn.moments(np.ones((3, 2)), exact=True), TypeError, "x: expected float16, .*got float64"),
+    (lambda: arraybn.batch_norm(X32, exact=1), TypeError, "exact: expected True or False; got 1"),
+    (lambda: arraybn.BatchNorm1d(2, exact=None), TypeError, "exact: expected True or False; got None"),
+    (
+        lambda: arraybn.batch_norm_backward(np.ones((3, 2)), arraybn.batch_norm(X32, exact=True)[1]),
+        TypeError,
+        "dy: expected float16, bfloat16 or float32 for exact=True",
+    ),
+    (
+        lambda: arraybn.batch_norm(X32, moments=arraybn.moments(X32), exact=True),
+        ValueError,
+        "moments: expected those of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), WRONG)
+def test_a_wrong_call_says_what_was_expected(call: Any, error: Any, text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_sums_of_usual_forwards_are_refused_in_exact_mode() -> None:
+    whole = arraybn.moments(X32, exact=True)
+    _, exact_saved = arraybn.batch_norm(X32, moments=whole, exact=True)
+    _, usual = arraybn.batch_norm(X32, moments=whole)
+    with pytest.raises(ValueError, match="sums: expected those of exact forwards"):
+        arraybn.batch_norm_backward(X32, exact_saved, sums=arraybn.batch_norm_sums(X32, usual))
+
+
+def test_a_layer_in_exact_mode_shows_it_and_ranks_agree_on_it() -> None:
+    assert "exact=True" in repr(arraybn.BatchNorm1d(2, exact=True))
+
+    def work(comm: Any) -> str:
+        layer = arraybn.SyncBatchNorm(2, exact=comm.rank == 0, process_group=comm)
+        with pytest.raises(arraybn.SyncError) as caught:
+            layer(X32)
+        return str(caught.value)
+
+    assert "exact" in ThreadComm.run(2, work)[0]
+
+
+def test_an_empty_batch_and_one_value_are_as_in_the_usual_mode() -> None:
+    y, saved = arraybn.batch_norm(X32[:0], exact=True)
+    assert y.shape == (0, 2)
+    assert saved.moments.n == 0
+    assert np.array_equal(saved.moments.mean, [0, 0])
+    dx, _, dbias = arraybn.batch_norm_backward(X32[:0], arraybn.batch_norm(X32[:0], bias=np.ones(2), exact=True)[1])
+    assert dx.shape == (0, 2)
+    assert np.array_equal(dbias, [0, 0])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        arraybn.BatchNorm1d(2, exact=True)(X32[:1])
+
+
+# ---- Planted faults: each makes a check above fail -------------------------------------------------------------------
+
+
+def agrees() -> bool:
+    """Return whether the compiled sums are those of the reference on all kinds, in both layouts."""
+    from arraybn.kernels.cpu import exact as compiled
+
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1, 9000), (2, 1, 40), (600, 3, 1)):
+        for name, data in kinds(rng, shape):
+            if math.prod(shape) > 5000 and name not in ("normal", "constant"):  # without compiling, each takes a second
+                continue
+            x, n = data.astype(np.float32), shape[0] * shape[2]
+            with np.errstate(over="ignore"):  # sums of bits, modulo 2^64
+                ours, wanted = compiled.squares(x), exact.squares(x)
+                found = compiled.mean_and_m2(ours, n)
+            if exact._totals(ours) != exact._totals(wanted) or not same([found], [exact.mean_and_m2(wanted, n)]):
+                return False
+    return True
+
+
+FAULTS = {  # name: (the text in kernels/cpu/exact.py, its replacement)
+    "a grid one bit too coarse": ("_magic(2 * top - 103), _magic(top - 51)", "_magic(2 * top - 103), _magic(top - 50)"),
+    "a carry lost": ("limbs[k + 1] += (low >> BITS) + (high & _MASK)", "limbs[k + 1] += high & _MASK"),
+    "a window of 29 exponents": ("VALUE_WINDOW, PRODUCT_WINDOW = 28, 56", "VALUE_WINDOW, PRODUCT_WINDOW = 29, 58"),
+    "a run longer than 4096": ("CHUNK = 4096", "CHUNK = 16384"),
+    "a slow path never taken": ("if top - bottom < VALUE_WINDOW and high < 0x7F800000:", "if True:"),
+    "a rest that is not looked at": ("rest = rest or digits[k] != np.uint64(0)", "rest = rest"),
+}  # fmt: skip
+
+
+def test_the_compiled_sums_agree_with_the_reference() -> None:
+    need("numba")
+    assert agrees()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    need("numba")
+    package = tmp_path / "arraybn"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = package / "kernels" / "cpu" / "exact.py"
+    text, (old, new) = source.read_text(encoding="utf-8"), FAULTS[name]
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    code = "import test_exact; print('agrees' if test_exact.agrees() else 'differs')"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip() == "differs", done.stderr
