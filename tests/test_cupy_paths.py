@@ -185,6 +185,8 @@ CHANGES: dict[str, Any] = {  # between two steps
     "eps": lambda layer, cupy: setattr(layer, "eps", 0.3),
     "momentum": lambda layer, cupy: setattr(layer, "momentum", 0.7),
     "momentum 0": lambda layer, cupy: setattr(layer, "momentum", 0.0),
+    "exact": lambda layer, cupy: setattr(layer, "exact", True),
+    "a mask": lambda layer, cupy: layer(cupy.asarray(X), where=cupy.asarray(X[:, 0] > 2)),
     "evaluation": lambda layer, cupy: layer.eval(),
     "no tracking": lambda layer, cupy: setattr(layer, "track_running_stats", False),
     "other statistics": lambda layer, cupy: setattr(layer, "running_var", cupy.full(3, 2.0)),
@@ -214,6 +216,28 @@ def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> N
     for short, checked in zip(*found, strict=True):
         assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
         np.testing.assert_allclose(short.get(), checked.get(), rtol=1e-6, atol=1e-6)
+
+
+def test_an_exact_layer_takes_no_short_step(cupy: Any) -> None:
+    x = cupy.asarray((X * 1e3).astype("f4"))
+    layer = arraybn.BatchNorm2d(3, xp=cupy, exact=True)
+    for _ in range(3):
+        y, dx = layer(x), layer.backward(cupy.asarray(DY))
+        want, saved = arraybn.batch_norm(x, layer.weight.data, layer.bias.data, exact=True)
+        np.testing.assert_array_equal(y.get(), want.get())
+        np.testing.assert_array_equal(dx.get(), arraybn.batch_norm_backward(cupy.asarray(DY), saved)[0].get())
+        assert layer._repeat is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_a_short_forward_has_a_backward_with_all_checks(cupy: Any, dtype: str) -> None:
+    layer, twin, dy = arraybn.BatchNorm2d(3, xp=cupy), arraybn.BatchNorm2d(3), DY.astype(dtype)
+    for _ in range(3):
+        layer(cupy.asarray(X)), twin(X)
+        np.testing.assert_allclose(layer.backward(cupy.asarray(dy)).get(), twin.backward(dy), rtol=1e-4, atol=1e-5)
+        assert layer(cupy.asarray(X)) is not None
+        layer._forget()
+    np.testing.assert_allclose(layer.weight.grad.get(), twin.weight.grad, rtol=1e-4)
 
 
 def test_a_wrong_state_is_the_error_of_a_call_with_all_checks(cupy: Any) -> None:
