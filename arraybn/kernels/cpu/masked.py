@@ -22,7 +22,17 @@ from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
 from .. import results, threads
 from . import tiles
-from .entries import _READ, _STORED, _WRITE, _compile, _finish
+from .entries import (
+    _READ,
+    _STORED,
+    _WRITE,
+    _batch_rstd,
+    _compile,
+    _finish,
+    _input_gradient,
+    _normalize,
+    _parameter_gradients,
+)
 from .half import narrow, wide
 from .tiles import (
     BLOCK,
@@ -480,6 +490,32 @@ def _affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
         tiles.affine_of_lines(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
 
 
+@plain
+def _forward(x, where, sample, plane, c0, rows, n, weight, bias, eps, mean, m2, rstd, out, in_place):
+    """(E1, E3) Set mean, m2 and rstd of whole channels, which are one tile, and write y = weight·xhat + bias."""
+    shift, a, c = np.empty(mean.size), np.empty(mean.size), np.empty(mean.size)
+    _near_mean(x, where, sample, plane, c0, shift)
+    for _ in range(2):
+        _spread(x, where, sample, plane, c0, 0, rows, shift, mean, m2)
+        if not _finish(n, shift, mean, m2):
+            break
+    for j in range(mean.size):
+        rstd[j] = _batch_rstd(m2[j], n, eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
+    _affine(x, sample, plane, c0, 0, rows, mean, a, c, out, in_place)
+
+
+@plain
+def _backward(dy, x, where, sample, plane, c0, rows, n, mean, rstd, weight, dweight, dbias, out, in_place):
+    """(E5, E6) Set dweight and dbias of whole channels, which are one tile, and write dx."""
+    _nonzero_dots(dy, x, sample, plane, c0, 0, rows, mean, dbias, dweight)
+    a, b, c = np.empty(mean.size), np.empty(mean.size), np.empty(mean.size)
+    for j in range(mean.size):
+        dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
+        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
+    _affine2(dy, x, where, sample, plane, c0, 0, rows, mean, a, b, c, out, in_place)
+
+
 @functools.cache
 def _entry(name: str, dtype: str) -> Any:
     """Return a function of this page, compiled for the dtype of that character at the first call."""
@@ -495,6 +531,14 @@ def _entry(name: str, dtype: str) -> Any:
         "nonzero_dots": (_nonzero_dots, (data, data, *size, *rows, given, sums, sums)),
         "affine": (_affine, (data, *size, *rows, *(given,) * 3, result, number)),
         "affine2": (_affine2, (data, data, mask, *size, *rows, *(given,) * 4, result, number)),
+        "forward": (
+            _forward,
+            (data, mask, *size, *rows[1:], number, given, given, types.float64, sums, sums, sums, result, number),
+        ),
+        "backward": (
+            _backward,
+            (data, data, mask, *size, *rows[1:], number, given, given, given, sums, sums, result, number),
+        ),
         "affine3": (_affine3, (data, data, data, mask, *size, *rows, *(given,) * 5, result, number)),
     }
     return _compile(*signatures[name])
@@ -605,6 +649,11 @@ class _Group:
         """(E9) Write a·v + b·u + c·(x−mean) + d, or b·u."""
         return self._map("affine3", [*self.call.data, self.call.where], mean, a, b, c, d)
 
+    def at_once(self, name: str, *given: Any) -> None:
+        """Do both sweeps in compiled code, as the group is one tile."""
+        call = self.call
+        self._entry(name)([*call.data, call.where], call.cut.rows, *given, call.y, call.in_place)
+
     def _each(self, work: Callable[[int], None], items: Iterable[int]) -> None:
         if self.apart:
             for item in items:
@@ -687,6 +736,9 @@ def forward(
     bias = np.zeros(cut.channels) if bias is None else bias
 
     def work(group: _Group, part: slice, weight: Array, bias: Array) -> None:
+        if group.apart:
+            group.at_once("forward", call.n, weight, bias, eps, *found[:, part])
+            return
         batch, rstd, _ = reference.forward(group, group, weight, bias, eps, mask=mask)
         found[:, part] = batch.mean, batch.m2, rstd
 
@@ -712,6 +764,9 @@ def backward(
     weight = np.ones(cut.channels) if weight is None else weight
 
     def work(group: _Group, part: slice, mean: Array, rstd: Array, weight: Array) -> None:
+        if group.apart:
+            group.at_once("backward", max(batch.n, 1), mean, rstd, weight, *found[:, part])
+            return
         of_group = Moments(batch.n, mean, rstd)  # m2 is not looked at
         _, *found[:, part] = reference.backward(group, group, group, of_group, rstd, weight, where=where)
 
