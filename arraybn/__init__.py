@@ -12,7 +12,7 @@ from .modules import Module, Parameter, Sequential, inference_mode
 from .recompute import recompute_running_stats
 from .reference import Moments
 from .statistics import moments, pool, update_running_stats
-from .sync import SyncError, SyncTimeoutError, average_gradients, broadcast_state
+from .sync import RankLostError, SyncError, SyncTimeoutError, average_gradients, broadcast_state
 
 __all__ = [
     "BatchNorm1d",
@@ -21,6 +21,7 @@ __all__ = [
     "Module",
     "Moments",
     "Parameter",
+    "RankLostError",
     "Sequential",
     "SyncBatchNorm",
     "SyncError",

@@ -103,12 +103,16 @@ def _is_transformed(tensor: Array) -> bool:
 
     PyTorch has no public question for this. torch.compile is not among them: it leaves a layer's call to Python.
     """
+    return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(tensor)) or is_recorded(tensor)
+
+
+def is_recorded(tensor: Array) -> bool:
+    """Return True where PyTorch runs a program to record its operations, with values or without."""
     torch = sys.modules["torch"]
     inner, fake = torch._C, sys.modules.get("torch._subclasses.fake_tensor")
     keys = inner._TorchDispatchModeKey
     return bool(
-        inner._functorch.is_functorch_wrapped_tensor(tensor)
-        or (fake is not None and isinstance(tensor, fake.FakeTensor))
+        (fake is not None and isinstance(tensor, fake.FakeTensor))
         or any(inner._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
         or torch.jit.is_tracing()
     )
@@ -166,6 +170,31 @@ def as_channel_vector(name: str, array: Array | None, x: Array, channels: int, *
     return array
 
 
+def as_mask(where: Any, x: Array, positions: tuple[int, ...]) -> Array:
+    """Return `where`, copied if it can be written into, after a check against x and its shape (N, *S), `positions`."""
+    if not is_array_api_obj(where) or isinstance(where, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"where: expected a boolean array, True where a value counts; got {class_name(where)}")
+    if dtype_name(where.dtype) not in ("bool", "bool_"):
+        raise TypeError(
+            f"where: expected bool, True where a value counts; got {dtype_name(where.dtype)}."
+            " Compare it, for example where != 0"
+        )
+    check_home("where", where, x)
+    if is_jax_array(where) and isinstance(where, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            "where: expected a mask with values, because they are counted; got a JAX tracer. Make the mask outside of"
+            " jax.jit, from numbers that are known there"
+        )
+    shape = tuple(where.shape)
+    sizes = zip(reversed(shape), reversed(positions), strict=False)
+    if len(shape) > len(positions) or any(own not in (1, size) for own, size in sizes):
+        without = ", x without its channels" if len(shape) <= len(positions) else ", without an axis of channels"
+        raise ValueError(f"where: expected shape {positions}{without}, or one that broadcasts to it; got {shape}")
+    if isinstance(where, np.ndarray):  # True may be any byte but 0, if the mask is a view of other memory
+        return np.ascontiguousarray(where).view(np.uint8) != 0
+    return where if is_jax_array(where) else array_namespace(where).asarray(where, copy=True)
+
+
 def as_number(name: str, value: Any) -> Any:
     """Return `value` unchanged if `value` is a finite real number, else raise."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
@@ -214,8 +243,15 @@ def check_like(name: str, array: Any, like: Array, like_name: str) -> None:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)}, that of {like_name}; got {tuple(array.shape)}")
 
 
+def is_plain_like(array: Any, x: Array, shape: tuple[int, ...]) -> bool:
+    """Return True for a usual NumPy array that has the dtype of x, and `shape`: no slower check would object."""
+    return type(array) is type(x) is np.ndarray and array.dtype == x.dtype and array.shape == shape
+
+
 def check_out(out: Any, x: Array, shape: tuple[int, ...]) -> None:
     """Raise unless `out` fits a result like x of `shape`."""
+    if is_plain_like(out, x, shape) and out.flags.c_contiguous and out.flags.writeable:
+        return
     plain = type(out) is np.ndarray
     if not plain and (not is_array_api_obj(out) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"out: expected a {namespace_name(array_namespace(x))} array; got {class_name(out)}")

@@ -5,9 +5,9 @@ has passed every check, the table keeps a plan, which is what the checks have fo
 takes the plan, in a fraction of the time. A call without a plan goes through all checks, so that every error has its
 text; a call that fails leaves no plan.
 
-Each call looks at what a key cannot tell: the value of eps, and memory that `out` shares with an input. Only calls with
-a plain NumPy array x have a key. A key holds no array. A full table begins anew. Each step of a dict is one step for
-all threads.
+Each call looks at what a key cannot tell: the value of eps, and `out`, which may share memory with an input. Only calls
+with a plain NumPy array x have a key. A key holds no array. A full table begins anew. Each step of a dict is one step
+for all threads. (A backward needs no plan: that dy has the type, dtype and shape of x says everything.)
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ P = TypeVar("P")
 SIZE = 1024  # plans in a table
 
 
-def key_of_forward(
+def key_of(
     x: Array,
     weight: Array | None,
     bias: Array | None,
     mean: Array | None,
     var: Array | None,
-    out: Array | None,
     channel_axis: object,
 ) -> Key | None:
-    """Return the key of a forward; None if it has none."""
+    """Return the key of a call; None if it has none."""
     if type(x) is not np.ndarray or type(channel_axis) is not int:  # True and 1 are equal
         return None
     try:
@@ -50,23 +49,8 @@ def key_of_forward(
             mean is not None and (mean.dtype, mean.shape),
             type(var),
             var is not None and (var.dtype, var.shape),
-            out is not None and (type(out), out.dtype, out.shape, out.strides, out.flags.writeable),
         )
     except AttributeError:  # a list
-        return None
-
-
-def key_of_backward(arrays: tuple[Array, ...], out: Array | None) -> Key | None:
-    """Return the key of a call on arrays of one shape, the last of which is x; None if it has none."""
-    x = arrays[-1]
-    if type(x) is not np.ndarray:
-        return None
-    try:
-        return (
-            *[(type(array), array.dtype, array.shape, array.strides) for array in arrays],
-            out is not None and (type(out), out.dtype, out.shape, out.strides, out.flags.writeable),
-        )
-    except AttributeError:
         return None
 
 

@@ -35,7 +35,8 @@ def batch_norm_jvp(
     weight_dot, bias_dot : array (C,), optional
         The tangents of weight and bias; 0 where None. A forward without weight counts as one with weight 1.
     sums : Sums, optional
-        After a forward with `moments`, and only then: the sum of ``batch_norm_sums(x_dot, saved)`` over all parts.
+        After a forward with `moments`, and only then: the sum of ``batch_norm_sums(x_dot, saved, tangent=True)`` over
+        all parts.
     out : array, optional
         Takes y_dot: of the shape, dtype and device of x, disjoint from the inputs, or x_dot or x itself. Over x, this
         is the last use of that forward.
@@ -61,7 +62,8 @@ def batch_norm_jvp(
     Notes
     -----
     x_dot and x are converted to a dtype that holds both, and y_dot is rounded at the end. Over `comm` there is one
-    exchange, of the two sums Σx_dot and Σx_dot·(x − mean).
+    exchange, of the two sums Σx_dot and Σx_dot·(x − mean). After an exact forward these sums are usual ones, which
+    round.
 
     References
     ----------
@@ -84,10 +86,15 @@ def batch_norm_jvp(
         weight_dot, bias_dot = widened_vectors(saved, weight_dot=weight_dot, bias_dot=bias_dot)
         backend, totals, out = saved._backend, totals_of(saved, call, sums), result.place
         given = saved._rstd, saved._weight, weight_dot, bias_dot
+        if saved._mask is not None and sums is not None and not sums.tangent:
+            raise ValueError(
+                "sums: expected those of batch_norm_sums(x_dot, saved, tangent=True), because the forward had where=;"
+                " got sums without tangent=True"
+            )
         if saved._moments is None:
             y_dot = backend.evaluation_jvp(x_dot, x, saved._mean, *given, out=out)
         else:
-            y_dot = backend.jvp(x_dot, x, saved._moments, *given, pool=totals, out=out)
+            y_dot = backend.jvp(x_dot, x, saved._moments, *given, pool=totals, out=out, where=saved._where)
         return result.write(y_dot, "an earlier batch_norm_jvp wrote y_dot")
 
 
@@ -142,6 +149,7 @@ def batch_norm_double_backward(
     at the end. Over `comm` there is one exchange. The bias has no gradient here: nothing depends on it.
 
     v_weight and v_bias may differ between ranks or parts: those of a part belong to the dweight and dbias of the part.
+    After an exact forward the sums here are usual ones, which round.
 
     References
     ----------
@@ -173,6 +181,6 @@ def batch_norm_double_backward(
         if saved._moments is None:
             ddy, ddx, ddweight = backend.evaluation_double_backward(v, dy, x, saved._mean, *given, **options)
         else:
-            options |= {"pool": totals, "out": (by_dy.place, by_x.place)}
+            options |= {"pool": totals, "out": (by_dy.place, by_x.place), "where": saved._where}
             ddy, ddx, ddweight = backend.double_backward(v, dy, x, saved._moments, *given, **options)
         return by_dy.write(ddy, ""), by_x.write(ddx, ""), None if saved._weight is None else ddweight

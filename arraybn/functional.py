@@ -16,16 +16,25 @@ from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.memory import overlap, same_memory
 from ._arrays.namespaces import Array, Shaped, array_namespace, common_dtype, dtype_name
-from ._checks import as_channel_vector, as_eps, as_floating, as_integer, check_home, check_out, check_overlap
-from ._plan import Key, are_same, keep, key_of_backward, key_of_forward
-from .kernels import Backend, Module
-from .reference import Moments, Totals
-from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, select_in_mode
+from ._checks import (
+    as_channel_vector,
+    as_eps,
+    as_flag,
+    as_floating,
+    as_integer,
+    check_home,
+    check_out,
+    check_overlap,
+    is_plain_like,
+)
+from ._plan import Key, are_same, keep, key_of
+from .kernels import Backend, Module, for_masks
+from .reference import Mask, Moments, Totals
+from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, mask_of, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
-_FORWARDS: dict[Key | None, Layout] = {}  # plans: the layout of x; and that nothing is to be converted
-_BACKWARDS: dict[Key | None, bool] = {}
+_PLANS: dict[Key | None, Layout] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -54,6 +63,7 @@ class Saved:
     _has_bias: bool
     _pool: RankPool | None  # the forward's; None where nothing was synchronized
     _is_part: bool  # True where the moments of the whole batch were given
+    _mask: Mask | None = None  # of batch statistics alone
     _shown: Moments | None = None
 
     @property
@@ -62,6 +72,10 @@ class Saved:
         if self._shown is None and self._moments is not None:
             self._shown = replace(self._moments, mean=copied(self._moments.mean))
         return self._shown
+
+    @property
+    def _where(self) -> Array | None:
+        return None if self._mask is None else self._mask.where
 
     def __repr__(self) -> str:
         n = self._layout.n if self._moments is None else self._moments.n
@@ -72,6 +86,26 @@ class Saved:
         return None if self._pool is None else self._pool.call.backward(operation)
 
 
+class SavedRows(Saved):
+    """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
+
+    The rows are mean, m2, rstd and weight; further ones are room for the backward.
+    """
+
+    __slots__ = ("has_weight", "rows")
+
+    def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
+        self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
+        self.has_weight, self._has_bias = affine
+        self._overwritten = self._pool = self._mask = self._shown = None
+        self._is_part = False
+
+    _mean = property(lambda self: self.rows[0])
+    _rstd = property(lambda self: self.rows[2])
+    _weight = property(lambda self: self.rows[3] if self.has_weight else None)
+    _moments = property(lambda self: Moments(self._layout.n, self.rows[0], self.rows[1]))
+
+
 def batch_norm(
     x: Shaped,
     weight: Shaped | None = None,
@@ -80,6 +114,7 @@ def batch_norm(
     mean: Shaped | None = None,
     var: Shaped | None = None,
     moments: Moments | None = None,
+    where: Shaped | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     comm: Comm | None = None,
@@ -101,6 +136,10 @@ def batch_norm(
         Those of the whole batch of which x is a part, as `pool` returns them: of micro-batches, or of the processes of
         another library. Unlike mean and var they depend on x, so the backward takes the sums of all parts. Neither
         with mean and var nor with comm.
+    where : array (N, *S) of bool, optional
+        A mask, or an array that broadcasts to one: True at the positions that belong to the batch, False at padding.
+        The statistics are those of the positions with True, and n is the number of True, over all ranks. y is given
+        at every position. No effect with fixed statistics.
     eps : float
         ε ≥ 0, in units of x². With eps = 0 a constant channel has xhat = 0.
     channel_axis : int
@@ -116,7 +155,7 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_fused"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
 
     Returns
     -------
@@ -143,6 +182,10 @@ def batch_norm(
 
     Over `comm` the moments of the ranks are pooled in one collective of fixed length, which is exact for parts of any
     size (E2); more than 256 channels take a second. All ranks have the same bits in `saved.moments`.
+
+    A value where `where` is False may be NaN or inf, and changes no result at another position. The backward takes dy
+    at every position, because every y depends on the statistics. Let dy be 0 where y is not used: with
+    ``numpy.where(mask, dy, 0)``, as ``mask * dy`` keeps a NaN.
 
     References
     ----------
@@ -174,6 +217,7 @@ def batch_norm(
             mean=mean,
             var=var,
             moments=moments,
+            where=where,
             eps=eps,
             channel_axis=channel_axis,
             exact=exact,
@@ -191,6 +235,7 @@ def forward_in(
     mean: Array | None = None,
     var: Array | None = None,
     moments: Moments | None = None,
+    where: Array | None = None,
     eps: float,
     channel_axis: int,
     exact: bool = False,
@@ -198,35 +243,39 @@ def forward_in(
     kernels: str | Module | None = None,
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
-    key = key_of_forward(x, weight, bias, mean, var, out, channel_axis)
-    layout = None if moments is not None else _FORWARDS.get(key)
+    key = key_of(x, weight, bias, mean, var, channel_axis)
+    layout = None if moments is not None else _PLANS.get(key)
     if layout is None:
         arrays = x, weight, bias, mean, var
-        layout, checked = _checked(call, arrays, moments, eps, channel_axis, out)
+        layout, checked = _checked(call, arrays, moments, eps, channel_axis)
         if moments is None and are_same(checked, arrays):
-            keep(_FORWARDS, key, layout)
+            keep(_PLANS, key, layout)
         x, weight, bias, mean, var = checked
     eps = as_eps(eps)
     if out is not None:
+        check_out(out, x, layout.shape)
         check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend = select_in_mode("x", x, kernels, exact)
+    backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout, exact)
     if exact and moments is not None and moments.record is None:
         raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
     pool = None if call is None else RankPool(call)
-    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], layout.n)
+    n = layout.n if mask is None else mask.n
+    batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], n)
     if mean is not None:
+        mask = None
         mean, rstd, weight, y = backend.evaluate(view, mean, var, weight, bias, eps, target)
     else:
+        backend = backend if mask is None else for_masks(backend)
         weight, widened_bias = backend.widened(weight, bias)
-        batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target)
+        batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target, mask)
         mean = batch.mean
     y = _write_result(y, layout, out, target)
     lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
     kept = x if lost is None else None
     given = moments is not None
-    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given)
+    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given, mask)
 
 
 def _checked(
@@ -235,17 +284,14 @@ def _checked(
     moments: Moments | None,
     eps: float,
     channel_axis: int,
-    out: Array | None,
 ) -> tuple[Layout, Sequence[Array | None]]:
-    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of memory."""
+    """Return the layout of x, and x, weight, bias, mean and var as plain arrays, after all checks but of `out`."""
     x = as_floating("x", arrays[0])
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     as_eps(eps)
     _check_statistics(arrays[3], arrays[4], moments, call)
     named = zip(("weight", "bias", "mean", "var"), arrays[1:], strict=True)
     vectors = [as_channel_vector(name, vector, x, layout.ncs[1]) for name, vector in named]
-    if out is not None:
-        check_out(out, x, layout.shape)
     return layout, [x, *vectors]
 
 
@@ -258,13 +304,16 @@ def _normalized(
     batch: Moments | None,
     pool: RankPool | None,
     out: Array | None,
+    mask: Mask | None,
 ) -> tuple[Moments, Array, Array]:
     """Return the moments of the batch, rstd and y; `batch` are the moments of the whole, if they are given."""
     if batch is not None:
         return batch, *backend.forward_of_part(x, batch, weight, bias, eps, out)
     if pool is not None and out is None:  # after the exchange it is too late to find out that memory is short
         out = backend.preallocate_result(x)
-    return backend.forward(x, weight, bias, eps, pool, out)
+    if mask is None:
+        return backend.forward(x, weight, bias, eps, pool, out)
+    return backend.forward(x, weight, bias, eps, pool, out, mask=mask)
 
 
 def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | None, call: Call | None) -> None:
@@ -299,7 +348,7 @@ def batch_norm_backward(
     -------
     dx : array (N, C, *S)
         In the dtype and memory layout of x; sums to zero over each channel, to rounding, where the batch's own
-        statistics were used.
+        statistics were used. At a position outside of the batch (`where`) dx is weight·rstd·dy.
     dweight, dbias : array (C,) or None
         Σdy·xhat and Σdy, float64 where the namespace has it; None where the forward had no weight, no bias. After a
         forward with `comm` or `moments` they are the sums over this part of the batch; dx knows of all parts.
@@ -343,22 +392,28 @@ def backward_in(
         dx, dweight, dbias = saved._backend.evaluation_backward(dy, x, saved._mean, saved._rstd, weight, result.place)
     else:
         given = saved._moments, saved._rstd, weight, totals, result.place
-        dx, dweight, dbias = saved._backend.backward(dy, x, *given)
+        masked = {} if saved._mask is None else {"where": saved._mask.where}
+        dx, dweight, dbias = saved._backend.backward(dy, x, *given, **masked)
     dx = result.write(dx, "an earlier backward wrote dx")
     return dx, None if weight is None else dweight, dbias if saved._has_bias else None
 
 
-def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None) -> Sums:
+def batch_norm_sums(
+    dy: Array, saved: Saved, *, v: Array | None = None, v_weight: Array | None = None, tangent: bool = False
+) -> Sums:
     """Return the sums over a part of a batch that the backward of each part needs from all parts (E5).
 
     Parameters
     ----------
     dy : array (N, C, *S)
-        As in `batch_norm_backward`; x_dot for the sums that `batch_norm_jvp` needs.
+        As in `batch_norm_backward`; x_dot, with tangent=True, for the sums that `batch_norm_jvp` needs.
     saved : Saved
         From a forward with `moments`.
     v, v_weight : array (N, C, *S) and array (C,), optional
         With v, the sums are those that `batch_norm_double_backward` needs.
+    tangent : bool
+        True for the sums of x_dot, which count only where `where` is True; those of dy count everywhere. Without
+        `where` both are the same.
 
     Returns
     -------
@@ -371,7 +426,8 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
     TypeError
         dy or v is no array of the namespace of x, or saved does not come from `batch_norm`.
     ValueError
-        A shape or device is not that of x, v_weight is given without v, or the forward had no `moments`.
+        A shape or device is not that of x, v_weight is given without v, v with tangent, or the forward had no
+        `moments`.
     RuntimeError
         x is gone, as in `batch_norm_backward`.
 
@@ -392,7 +448,9 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
         raise ValueError(f"saved: expected the forward of a part, with moments=; got one without{_PARTS}")
     if v is None and v_weight is not None:
         raise ValueError("v: expected an array, because v_weight is given; got None")
-    backend, mean = saved._backend, saved._mean
+    if as_flag("tangent", tangent) and v is not None:
+        raise ValueError("v: expected None, because tangent is True; got an array")
+    backend, mean, where = saved._backend, saved._mean, saved._where
     with on_device_of(dy):
         if v is None:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
@@ -400,13 +458,15 @@ def batch_norm_sums(dy: Array, saved: Saved, *, v: Array | None = None, v_weight
                 check_exact("dy", dy)
                 record = backend.exact.products(dy, x, mean)
                 values = exact_sums.sums_of(backend.exact, record, mean)
-                return Sums(saved._layout.n, array_namespace(x).stack(values), record)
-            sums = backend.dots(dy, x, mean)
+                return Sums(saved._layout.n, array_namespace(x).stack(values), tangent, record)
+            of_dy = reference.gradient_sums
+            sums = backend.dots(dy, x, mean, where=where) if tangent else of_dy(backend, dy, x, mean, where)
         else:
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
             (v_weight,) = widened_vectors(saved, v_weight=v_weight)
-            sums = reference.second_sums(backend, v, dy, x, mean, v_weight)
-        return Sums(saved._layout.n, array_namespace(x).stack(sums))
+            sums = reference.second_sums(backend, v, dy, x, mean, v_weight, where)
+        n = saved._layout.n if saved._mask is None else saved._mask.n
+        return Sums(n, array_namespace(x).stack(sums), tangent)
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------
@@ -427,34 +487,22 @@ def prepared(saved: Saved, call: Call | None, out: Array | None, **given: Array)
             f" Pass another array as out, or None"
         )
     layout, x = saved._layout, saved._x
-    arrays = *given.values(), x
-    if (key := key_of_backward(arrays, out)) in _BACKWARDS:
-        if out is not None:
-            check_overlap(out, dict(zip((*given, "x"), arrays, strict=True)))
-    else:
-        checked = _checked_like_x(x, layout, out, given)
-        if are_same(checked, arrays):
-            keep(_BACKWARDS, key, True)
-        arrays = checked
-    views = [layout.view(array) for array in arrays]
-    return views, Result(saved, call, out, views[-1])
-
-
-def _checked_like_x(x: Array, layout: Layout, out: Array | None, given: dict[str, Array]) -> tuple[Array, ...]:
-    """Return the given arrays and x, in a dtype that holds the values of all, after all checks."""
     given = {name: _like_x(name, array, x, layout) for name, array in given.items()}
     if out is not None:
         check_out(out, x, layout.shape)
         check_overlap(out, {**given, "x": x})
-    arrays = *given.values(), x
-    if all(array.dtype == x.dtype for array in arrays):
-        return arrays
-    wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
-    return tuple(array_namespace(x).astype(array, wide, copy=False) for array in arrays)
+    arrays = [*given.values(), x]
+    if len({array.dtype for array in arrays}) > 1:
+        wide = common_dtype(*arrays)  # rounding dy first would lose small values of dy, and turn large ones into inf
+        arrays = [array_namespace(x).astype(array, wide, copy=False) for array in arrays]
+    views = [layout.view(array) for array in arrays]
+    return views, Result(saved, call, out, views[-1])
 
 
 def _like_x(name: str, array: Array, x: Array, layout: Layout) -> Array:
     """Return `array` as a plain array after a check against x."""
+    if is_plain_like(array, x, layout.shape):
+        return array
     array = as_floating(name, array)
     check_home(name, array, x)
     if tuple(array.shape) != layout.shape:

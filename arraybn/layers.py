@@ -6,6 +6,7 @@ that raises has changed nothing.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -38,8 +39,8 @@ from ._checks import (
     check_like,
     check_values,
 )
-from .functional import backward_in, forward_in
-from .modules import Module, Parameter
+from .functional import Saved, SavedRows, backward_in, forward_in
+from .modules import Module, Parameter, Row
 from .reference import Moments
 from .statistics import update_unchecked
 from .sync import Call, Comm
@@ -192,26 +193,42 @@ class _BatchNorm(_NormBase):
     """Forward and backward of a batch norm."""
 
     _gather: Callable[[Moments], None] | None = None  # takes the moments of each batch, in place of the buffers
+    _repeat: _Repeat | None = None  # the short way for inputs like the latest one
 
-    def forward(self, x: Array) -> Array:
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for a copy or a pickle."""
+        state = super().__getstate__()
+        state.pop("_repeat", None)
+        return state
+
+    def __call__(self, x: Array, *, where: Array | None = None) -> Array:
+        """Return `forward(x)`, or `forward(x, where=where)`."""
+        return self.forward(x) if where is None else self.forward(x, where=where)
+
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x (N, C, *S), with the batch's statistics in training and the running ones in evaluation.
 
         Returns y in the dtype and memory layout of x. In training the running statistics take in the batch.
 
+        `where` (N, *S) is a mask, True at the positions that belong to the batch, as in `arraybn.batch_norm`; y and
+        dx are given at all positions. In evaluation with running statistics a mask has no effect.
+
         Raises
         ------
         TypeError
-            x is no array of this layer's namespace, or not of a real floating dtype.
+            x or where is no array of this layer's namespace, x is not of a real floating dtype, where is not boolean.
         ValueError
-            The dimensions or channels of x are not those of this layer, or each channel has one value, which is no
-            statistic.
+            The dimensions or channels of x are not those of this layer, where has another shape, or each channel has
+            one value, which is no statistic.
         """
         if type(x) is np.ndarray:  # without the detour
-            return self._forward(x, None)
+            return self._forward(x, None, where)
+        if where is None and self._repeat is not None and (y := self._repeat.forward(self, x)) is not None:
+            return y
         with on_device_of(x):
-            return self._forward(x, None)
+            return self._forward(x, None, where)
 
-    def _forward(self, x: Array, call: Call | None) -> Array:
+    def _forward(self, x: Array, call: Call | None, where: Array | None) -> Array:
         """Carry out `forward` as a part of `call`, or alone."""
         x = as_floating("x", x)
         if type(x) is not np.ndarray or type(self._an_array()) is not np.ndarray:
@@ -222,12 +239,14 @@ class _BatchNorm(_NormBase):
         weight, bias = self._own_parameters()
         weight, bias = None if weight is None else weight.data, None if bias is None else bias.data
         options: dict[str, Any] = {"eps": self.eps, "channel_axis": self.channel_axis, "exact": self.exact}
-        y, saved = forward_in(call, x, weight, bias, **fixed, **options)
+        y, saved = forward_in(call, x, weight, bias, where=where, **fixed, **options)
         if (moments := saved._moments) is not None:
             if call is not None and moments.n == 1:
                 call.every_rank_raises()
-            self._buffers.update(self._tracked(moments, x, tracking))
+            self._buffers.update(self._tracked(moments, x, tracking, where is not None))
         self._remember(saved)
+        if call is None and type(x) is not np.ndarray:
+            object.__setattr__(self, "_repeat", _Repeat.of(self, x, saved))
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -242,6 +261,8 @@ class _BatchNorm(_NormBase):
         """
         if type(dy) is np.ndarray:
             return self._backward(dy, None)
+        if self._repeat is not None and (dx := self._repeat.backward(self, dy)) is not None:
+            return dx
         with on_device_of(dy):
             return self._backward(dy, None)
 
@@ -305,15 +326,16 @@ class _BatchNorm(_NormBase):
         var = as_channel_vector("running_var", var, x, self.num_features)
         return mean, var, as_number("momentum", momentum), count
 
-    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None) -> dict[str, Any]:
+    def _tracked(self, moments: Moments, x: Array, tracking: _Tracking | None, masked: bool) -> dict[str, Any]:
         """Return the buffers that this batch changes, by name."""
         if self._gather is not None:
             self._gather(moments)
             return {}
         if moments.n == 1:
             remedy = "or use eval()" if self.training else "or keep running statistics"
+            true = " with one True in where" if masked else ""
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}."
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}{true}."
                 f" Leave out the last incomplete batch, {remedy}"
             )
         if tracking is None or moments.n == 0:
@@ -326,6 +348,89 @@ class _BatchNorm(_NormBase):
         if count is not None and self._buffers["num_batches_tracked"] != count - 1:
             self._raise_not_alone()
         return changed
+
+
+class _Repeat:
+    """A training step for inputs like one that passed all checks: one launch forward and one backward, on CuPy.
+
+    Each method returns None where anything is not as it was, so that the checks and the further ways serve that call.
+    """
+
+    __slots__ = ("backend", "layout", "settings", "trainer")
+
+    def __init__(self, layer: _BatchNorm, x: Array, saved: Saved) -> None:
+        self.backend, self.layout, self.settings = saved._backend, saved._layout, self._settings(layer)
+        self.trainer = self.backend.trainer(x, self.layout.ncs, layer._buffers["running_mean"], layer.eps)
+
+    @classmethod
+    def of(cls, layer: _BatchNorm, x: Array, saved: Saved) -> _Repeat | None:
+        """Return the short way for inputs like x, if the step that gave `saved` has one."""
+        if saved._moments is None or saved._moments.n < 2 or saved._layout.order is not None:
+            return None
+        tracks = layer.training is True and layer.track_running_stats is True and layer.momentum != 0
+        if not tracks or layer.exact is not False or layer._buffers["running_mean"] is None:
+            return None
+        self = cls(layer, x, saved)
+        return self if self.trainer is not None and self.trainer.input(x) != -1 else None
+
+    @staticmethod
+    def _settings(layer: _BatchNorm) -> tuple[Any, ...]:
+        statistics = layer.training, layer.track_running_stats, layer.momentum, layer.exact
+        return *statistics, layer.eps, layer.channel_axis, layer.num_features
+
+    def forward(self, layer: _BatchNorm, x: Array) -> Array | None:
+        """Return y, and replace the running statistics."""
+        trainer, buffers, (weight, bias) = self.trainer, layer._buffers, layer._own_parameters()
+        count, momentum = buffers["num_batches_tracked"], layer.momentum
+        same = all(map(operator.is_, self.settings, self._settings(layer)))
+        if not (same and type(count) is int and count >= 0 and layer._gather is None):
+            return None
+        data, state = (
+            trainer.input(x),
+            (trainer.vector(buffers["running_mean"]), trainer.vector(buffers["running_var"])),
+        )
+        parameters = (
+            0 if weight is None else trainer.vector(weight.data),
+            0 if bias is None else trainer.vector(bias.data),
+        )
+        if -1 in (data, *parameters, *state):
+            return None
+        momentum = 1 / (count + 1) if momentum is None else float(momentum)
+        y, rows, (mean, var) = trainer.forward(data, parameters, state, momentum)
+        saved = SavedRows(self.backend, self.layout, x, rows, (weight is not None, bias is not None))
+        changed = {"running_mean": mean, "running_var": var, "num_batches_tracked": count + 1}
+        if buffers["num_batches_tracked"] != count:
+            layer._raise_not_alone()
+        buffers.update(changed)
+        layer._remember(saved)
+        return y
+
+    def backward(self, layer: _BatchNorm, dy: Array) -> Array | None:
+        """Return dx, and add to the gradients of the parameters."""
+        trainer, saved, parameters = self.trainer, layer._remembered, layer._own_parameters()
+        if type(saved) is not SavedRows or saved._layout is not self.layout:
+            return None
+        if (parameters[0] is not None, parameters[1] is not None) != (saved.has_weight, saved._has_bias):
+            return None
+        data, before = (trainer.input(dy), trainer.input(saved._x)), tuple(map(self._gradient, parameters))
+        if -1 in (*data, *before):
+            return None
+        dx, gradients = trainer.backward(*data, saved.rows, before)
+        layer._forget()
+        for index, parameter in enumerate(parameters):
+            if parameter is not None:
+                object.__setattr__(parameter, "_grad", Row(gradients, index))
+        return dx
+
+    def _gradient(self, parameter: Parameter | None) -> int:
+        """Return the address of the gradient that is there; 0 for none, -1 for one that the kernels cannot take."""
+        if parameter is None or self.trainer.vector(parameter.data) == -1:
+            return 0 if parameter is None else -1
+        gradient = parameter._grad
+        if gradient is None:
+            return 0
+        found: int = self.trainer.row(*gradient) if type(gradient) is Row else self.trainer.vector(gradient)
+        return found
 
 
 class BatchNorm1d(_BatchNorm):
@@ -624,16 +729,17 @@ class SyncBatchNorm(_BatchNorm):
 
     # ---- Forward and backward as calls of all ranks ----
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, *, where: Array | None = None) -> Array:
         """Normalize x as `BatchNorm1d` does, with the statistics of all ranks; an error is a SyncError on all ranks.
 
-        Each channel having one value over all ranks is the plain layer's ValueError, on every rank.
+        Each channel having one value over all ranks is the plain layer's ValueError, on every rank. A rank may give a
+        mask or None, and a mask without any True: the values are counted over all ranks.
         """
         call = self._begin(sync.FORWARD) if self._uses_batch_statistics() else None
         if call is None:
-            return super().forward(x)
+            return super().forward(x, where=where)
         with call, on_device_of(x):
-            return self._forward(x, call)
+            return self._forward(x, call, where)
 
     def backward(self, dy: Array) -> Array:
         """Return dx over all ranks; weight.grad and bias.grad get the sums over this rank's batch alone."""

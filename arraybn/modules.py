@@ -70,6 +70,13 @@ def _operators(function: Callable[[Any, Any], Any]) -> tuple[_Operator, _Operato
     return left, right
 
 
+class Row(NamedTuple):
+    """A row of an array, which becomes an array of its own when somebody asks for the row."""
+
+    array: Array
+    row: int
+
+
 class Parameter:
     """An array that training changes, and its gradient.
 
@@ -97,18 +104,34 @@ class Parameter:
     array([2., 2.])
     """
 
-    __slots__ = ("data", "grad")
+    __slots__ = ("_grad", "data")
+    _grad: Array | Row | None
 
     def __init__(self, data: Array) -> None:
         self.data = data
-        self.grad: Array | None = None
+        self.grad = None
+
+    @property
+    def grad(self) -> Array | None:
+        """The sum of the gradients since the last `zero_grad`, in the shape and dtype of `data`; None before one."""
+        if type(self._grad) is Row:
+            self._grad = self._grad.array[self._grad.row]
+        return self._grad
+
+    @grad.setter
+    def grad(self, gradient: Array | None) -> None:
+        if gradient is not None:
+            check_like("grad", gradient, self.data, "data")
+        self._grad = gradient
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
             value = as_floating("data", value)
-        elif name == "grad" and value is not None:
-            check_like("grad", value, self.data, "data")
         object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> tuple[None, dict[str, Array | None]]:
+        """Return the attributes for a copy or a pickle."""
+        return None, {"data": self.data, "grad": self.grad}
 
     def __repr__(self) -> str:
         return f"Parameter({self.data!r})"
@@ -155,7 +178,7 @@ class Parameter:
 
     def __getattr__(self, name: str) -> Any:
         text = f"'Parameter' object has no attribute {name!r}"
-        if name not in Parameter.__slots__ and not name.startswith("_"):
+        if name not in ("data", "grad") and not name.startswith("_"):
             text += f". Its array is .data: use .data.{name}" if hasattr(self.data, name) else ""
         raise AttributeError(text)
 

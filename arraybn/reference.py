@@ -13,16 +13,18 @@ Python array API, so the same lines run on NumPy, CuPy, torch, JAX, … Faster s
 ``kernels/cpu`` compiles the formulas of the fourth part for the numbers of one channel.
 
 Shapes: data is seen as (N, C, S), a number per channel as (C,). ``mean[:, None]`` places the mean of a channel beside
-the values of that channel. Statistics are kept in float64 where the namespace has float64. Elsewhere the mean is kept
-as the unevaluated sum ``mean + mean_low`` of two float32 numbers: a mean rounded to the precision of the data would
-shift every ``x - mean`` of a channel by the same amount, up to |mean|/std·2⁻²⁴ standard deviations.
+the values of that channel. A mask, `where` (N, 1, S), is True at the positions that belong to the batch.
+
+Statistics are kept in float64 where the namespace has float64. Elsewhere the mean is kept as the unevaluated sum
+``mean + mean_low`` of two float32 numbers: a mean rounded to the precision of the data would shift every ``x - mean``
+of a channel by the same amount, up to |mean|/std·2⁻²⁴ standard deviations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ._arrays.copies import widened
 from ._arrays.devices import on_device_of
@@ -30,19 +32,34 @@ from ._arrays.namespaces import Array, array_namespace, dtype_name, wide_dtype
 
 
 class Sweeps(Protocol):
-    """The five sweeps over data (N, C, S) that the functions below share, under the same names as in this file."""
+    """The five sweeps over data (N, C, S) that the functions below share, under the same names as in this file.
 
-    def moments(self, x: Array) -> tuple[Array, Array]:
-        """(E1) Return mean and m2."""
+    Where `where` is False, values may be NaN or anything else, and change nothing in the results at other positions.
+    """
 
-    def dots(self, u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-        """(E5, E8, E9) Return Σu and Σu·(x−mean)."""
+    def moments(self, x: Array, where: Array | None = None) -> tuple[Array, Array]:
+        """(E1) Return mean and m2, of the values where `where` is True."""
+
+    def dots(
+        self, u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False
+    ) -> tuple[Array, Array]:
+        """(E5, E8, E9) Return Σu and Σu·(x−mean), over `where`; `skip_zeros` lets 0·NaN be 0."""
 
     def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
         """(E3, E7) Return a·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
 
-    def affine2(self, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-        """(E6, E8, E9) Return a·u + b·(x−mean) + c, in the dtype of x, perhaps written into `out`."""
+    def affine2(
+        self,
+        u: Array,
+        x: Array,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        out: Array | None = None,
+        where: Array | None = None,
+    ) -> Array:
+        """(E6, E8, E9) Return a·u + b·(x−mean) + c, or a·u where `where` is False, as `affine` does."""
 
     def affine3(
         self,
@@ -55,8 +72,16 @@ class Sweeps(Protocol):
         c: Array,
         d: Array,
         out: Array | None = None,
+        where: Array | None = None,
     ) -> Array:
-        """(E9) Return a·v + b·u + c·(x−mean) + d, in the dtype of x, perhaps written into `out`."""
+        """(E9) Return a·v + b·u + c·(x−mean) + d, or b·u where `where` is False, as `affine` does."""
+
+
+class Mask(NamedTuple):
+    """The positions that belong to the batch, and the number of them."""
+
+    where: Array  # (N, 1, S), boolean
+    n: int
 
 
 class Totals(Protocol):
@@ -95,9 +120,11 @@ def forward(
     eps: float,
     pool: Pool | None = None,
     out: Array | None = None,
+    *,
+    mask: Mask | None = None,
 ) -> tuple[Moments, Array, Array]:
-    """(E1–E3) The moments of the batch, rstd (C,), and y = weight·xhat + bias (N, C, S)."""
-    batch = batch_moments(sweeps, x)  # (E1)
+    """(E1–E3) The moments of the batch, rstd (C,), and y = weight·xhat + bias (N, C, S), masked positions included."""
+    batch = batch_moments(sweeps, x, mask)  # (E1)
     if pool is None:
         return batch, *forward_of_part(sweeps, x, batch, weight, bias, eps, out)
     batch, r = _pooled(batch, eps, pool)  # (E2, E3)
@@ -140,15 +167,25 @@ def backward(
     weight: Array | None,
     pool: Totals | None = None,
     out: Array | None = None,
+    *,
+    where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx (N, C, S), and dweight and dbias (C,), which are sums over this part of the batch alone."""
-    sums = sweeps.dots(dy, x, batch.mean)
+    sums = gradient_sums(sweeps, dy, x, batch.mean, where)
     dweight, dbias = parameter_gradients(*sums, rstd, batch.mean_low)  # (E5)
     if pool is None:
         a, b, c = input_gradient(dweight, dbias, batch.n, rstd, weight, batch.mean_low)  # (E6)
     else:
         a, b, c = _pooled_input_gradient(sums, batch.n, weight, pool)
-    return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias
+    return sweeps.affine2(dy, x, batch.mean, a, b, c, out, where=where), dweight, dbias
+
+
+def gradient_sums(sweeps: Sweeps, dy: Array, x: Array, mean: Array, where: Array | None) -> tuple[Array, Array]:
+    """(E5) Σdy and Σdy·(x−mean) (C,), masked positions included, as their y depends on the statistics too.
+
+    A masked x may be NaN, and then counts for nothing if dy is 0 there.
+    """
+    return sweeps.dots(dy, x, mean) if where is None else sweeps.dots(dy, x, mean, skip_zeros=True)
 
 
 def evaluate(
@@ -189,9 +226,10 @@ def jvp(
     *,
     pool: Totals | None = None,
     out: Array | None = None,
+    where: Array | None = None,
 ) -> Array:
     """(E8) y_dot = weight·rstd·P(x_dot) + weight_dot·xhat + bias_dot (N, C, S)."""
-    sums, low = sweeps.dots(x_dot, x, batch.mean), batch.mean_low
+    sums, low = sweeps.dots(x_dot, x, batch.mean, where=where), batch.mean_low
     if pool is None:
         projected = input_gradient(*parameter_gradients(*sums, rstd, low), batch.n, rstd, weight, low)
     else:
@@ -212,28 +250,32 @@ def double_backward(
     v_bias: Array | None = None,
     pool: Totals | None = None,
     out: tuple[Array | None, Array | None] = (None, None),
+    where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E9) ddy and ddx (N, C, S), and ddweight (C,), which is a sum over this part of the batch alone."""
     n, mean, low = batch.n, batch.mean, batch.mean_low
-    part = second_sums(sweeps, v, dy, x, mean, v_weight)
+    part = second_sums(sweeps, v, dy, x, mean, v_weight, where)
     whole = part if pool is None else pool.home(*pool.sums(*part))
     g, t, by_weight = (parameter_gradients(whole[i], whole[i + 1], rstd, low) for i in (0, 2, 4))
     projected = input_gradient(*t, n, rstd, weight, low)
     ddy = sweeps.affine2(v, x, mean, *tangent(*projected, rstd, v_weight, v_bias, low), out[0])
     a, b, c, d = second_input_gradient(inner_product(whole[6], g, t, n), g, t, by_weight, n, rstd, weight, v_weight)
-    ddx = sweeps.affine3(v, dy, x, mean, a, b, c, d if low is None else d - c * low, out[1])
+    ddx = sweeps.affine3(v, dy, x, mean, a, b, c, d if low is None else d - c * low, out[1], where=where)
     own = parameter_gradients(part[0], part[1], rstd, low)
     return ddy, ddx, rstd * inner_product(part[6], own, t, n)
 
 
 def second_sums(
-    sweeps: Sweeps, v: Array, dy: Array, x: Array, mean: Array, v_weight: Array | None
+    sweeps: Sweeps, v: Array, dy: Array, x: Array, mean: Array, v_weight: Array | None, where: Array | None = None
 ) -> tuple[Array, ...]:
-    """(E9) Σu and Σu·(x−mean) of u = dy, v and v_weight·dy, and Σv·dy, each (C,), of v, dy and x (N, C, S)."""
+    """(E9) Σu and Σu·(x−mean) of u = dy, v and v_weight·dy, and Σv·dy, each (C,), of v, dy and x (N, C, S).
+
+    Those of v are over `where`; dy, and with it v·dy, is summed over all positions, as in E5.
+    """
     zero = array_namespace(mean).zeros_like(mean)
-    of_dy, scale = sweeps.dots(dy, x, mean), zero if v_weight is None else v_weight
-    _, v_dy = sweeps.dots(v, dy, zero)
-    return *of_dy, *sweeps.dots(v, x, mean), scale * of_dy[0], scale * of_dy[1], v_dy
+    of_dy, scale = gradient_sums(sweeps, dy, x, mean, where), zero if v_weight is None else v_weight
+    _, v_dy = gradient_sums(sweeps, dy, v, zero, where)
+    return *of_dy, *sweeps.dots(v, x, mean, where=where), scale * of_dy[0], scale * of_dy[1], v_dy
 
 
 def evaluation_jvp(
@@ -296,29 +338,32 @@ def _pooled_input_gradient(
 
 # ---- The sweeps: all that ever touches data of the size of x ---------------------------------------------------------
 
+MASKS = True  # these sweeps take `where`
 
-def moments(x: Array) -> tuple[Array, Array]:
+
+def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), in two passes with a correction between them.
 
     The first mean carries the rounding of a large sum. That error shows as the mean of x − mean, where it can be
     measured and taken away. So a constant channel has exactly its value as mean, and exactly 0 as m2.
     Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Algorithms for computing the sample variance, 1983, eq. (1.7).
     """
-    xp, n = array_namespace(x), max(x.shape[0] * x.shape[2], 1)
+    xp, n = array_namespace(x), _number(x, where)
     x = xp.astype(x, wide_dtype(x), copy=False)
-    mean = _sum(x) / n
-    x = x - mean[:, None]
+    mean = _sum(_masked(x, where)) / n
+    x = _masked(x - mean[:, None], where)
     error = _sum(x) / n
-    x = x - error[:, None]
+    x = _masked(x - error[:, None], where)
     corrected = xp.where(xp.isfinite(mean), mean + error, mean)  # inf − inf is no correction
     return corrected, _sum(x * x)
 
 
-def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,), of u and x (N, C, S)."""
+def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,), of u and x (N, C, S), over `where`; `skip_zeros` lets 0·NaN be 0."""
     xp = array_namespace(x)
     u, x = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
-    return _sum(u), _sum(u * (x - mean[:, None]))
+    u, x = _masked(u, where), _masked(x - mean[:, None], u != 0 if skip_zeros else where)
+    return _sum(u), _sum(u * x)
 
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
@@ -328,22 +373,56 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
     return xp.astype(a[:, None] * (wide - mean[:, None]) + c[:, None], x.dtype, copy=False)
 
 
-def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x; `out` is left alone."""
+def affine2(
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    out: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), or a·u if not `where`, in the dtype of x; `out` is left alone."""
     xp = array_namespace(x)
     u, wide = xp.astype(u, mean.dtype, copy=False), xp.astype(x, mean.dtype, copy=False)
-    result = a[:, None] * u + (b[:, None] * (wide - mean[:, None]) + c[:, None])
+    result = a[:, None] * u + _masked(b[:, None] * (wide - mean[:, None]) + c[:, None], where)
     return xp.astype(result, x.dtype, copy=False)
 
 
 def affine3(
-    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+    v: Array,
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    d: Array,
+    out: Array | None = None,
+    where: Array | None = None,
 ) -> Array:
-    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x; `out` is left alone."""
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), or b·u if not `where`, in the dtype of x; `out` is left alone."""
     xp = array_namespace(x)
     v, u, wide = (xp.astype(t, mean.dtype, copy=False) for t in (v, u, x))
-    result = a[:, None] * v + (b[:, None] * u + (c[:, None] * (wide - mean[:, None]) + d[:, None]))
+    slope = _masked(c[:, None] * (wide - mean[:, None]) + d[:, None], where)
+    result = _masked(a[:, None] * v, where) + (b[:, None] * u + slope)
     return xp.astype(result, x.dtype, copy=False)
+
+
+def _masked(t: Array, where: Array | None) -> Array:
+    """t (N, C, S) where `where` is True, and 0 elsewhere; t·where would keep a NaN."""
+    xp = array_namespace(t)
+    return t if where is None else xp.where(where, t, xp.zeros_like(t))
+
+
+def _number(x: Array, where: Array | None) -> Array | int:
+    """n of x (N, C, S), at least 1."""
+    if where is None:
+        return max(x.shape[0] * x.shape[2], 1)
+    xp = array_namespace(x)
+    number = xp.count_nonzero(where)
+    return xp.astype(xp.maximum(number, xp.ones_like(number)), wide_dtype(x))
 
 
 def _sum(t: Array) -> Array:
@@ -413,14 +492,14 @@ class Moments:
             return self.m2 / (self.n - correction)
 
 
-def batch_moments(sweeps: Sweeps, x: Array) -> Moments:
+def batch_moments(sweeps: Sweeps, x: Array, mask: Mask | None = None) -> Moments:
     """(E1) The moments of x (N, C, S), with the low part of the mean where float32 is the widest dtype."""
-    n = x.shape[0] * x.shape[2]
-    mean, m2 = sweeps.moments(x)
+    where, n = (None, x.shape[0] * x.shape[2]) if mask is None else mask
+    mean, m2 = sweeps.moments(x, where=where)
     if n == 0 or dtype_name(mean.dtype) == "float64":
         return Moments(n, mean, m2)
     xp = array_namespace(x)
-    _, rest = sweeps.dots(xp.ones_like(x), x, mean)
+    _, rest = sweeps.dots(xp.ones_like(x), x, mean, where=where)
     return Moments(n, mean, m2, mean_low=xp.where(xp.isfinite(mean), rest / n, xp.zeros_like(mean)))
 
 

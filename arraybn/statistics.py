@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from array_api_compat import is_jax_array
 
 from . import exact as exact_sums
 from . import reference
@@ -12,18 +16,27 @@ from ._arrays.copies import copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.namespaces import Array, Shaped, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
-from ._checks import as_channel_vector, as_flag, as_floating, as_integer, as_number, check_home, check_like
-from .kernels import Backend, Module, select, with_exact_sums
-from .reference import Moments
+from ._checks import as_channel_vector, as_flag, as_floating, as_integer, as_mask, as_number, check_home, check_like
+from .kernels import Backend, Module, for_masks, select, with_exact_sums
+from .reference import Mask, Moments
 
 
-def moments(x: Shaped, *, channel_axis: int = 1, exact: bool = False, kernels: str | Module | None = None) -> Moments:
+def moments(
+    x: Shaped,
+    *,
+    where: Shaped | None = None,
+    channel_axis: int = 1,
+    exact: bool = False,
+    kernels: str | Module | None = None,
+) -> Moments:
     """Return n, mean and m2 of each channel of x (E1).
 
     Parameters
     ----------
     x : array (N, C, *S)
         float16, bfloat16, float32 or float64, in any memory layout.
+    where : array (N, *S) of bool, optional
+        True at the positions that count, as in `batch_norm`. n is the number of True.
     channel_axis : int
         The axis that is kept; -1 for channels-last.
     exact : bool
@@ -40,7 +53,7 @@ def moments(x: Shaped, *, channel_axis: int = 1, exact: bool = False, kernels: s
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm` for x, channel_axis and kernels.
+        As `batch_norm` for x, where, channel_axis and kernels.
 
     Notes
     -----
@@ -52,14 +65,35 @@ def moments(x: Shaped, *, channel_axis: int = 1, exact: bool = False, kernels: s
     >>> import numpy, arraybn
     >>> arraybn.moments(numpy.asarray([[1.0, 3.0, 5.0]]), channel_axis=0).mean
     array([3.])
+    >>> padded = numpy.asarray([[1.0, 3.0, numpy.nan]])
+    >>> arraybn.moments(padded, channel_axis=0, where=numpy.asarray([True, True, False])).mean
+    array([2.])
     """
     x = as_floating("x", x)
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     backend = select_in_mode("x", x, kernels, exact)
     with on_device_of(x):
+        mask = mask_of(where, x, layout, exact)
         if backend.exact is not None:
             return exact_sums.batch_moments(backend.exact, layout.view(x))
-        return reference.batch_moments(backend, layout.view(x))
+        return reference.batch_moments(backend if mask is None else for_masks(backend), layout.view(x), mask)
+
+
+def mask_of(where: Array | None, x: Array, layout: Layout, exact: bool) -> Mask | None:
+    """Return the mask that `where` makes, after a check against x; None where each position of x counts."""
+    if where is None:
+        return None
+    if exact:
+        raise ValueError("where: expected None, because exact=True does not take a mask yet; got a mask")
+    where, positions = as_mask(where, x, layout.positions), math.prod(layout.positions)
+    n = positions // math.prod(where.shape) * _trues(where) if positions else 0
+    return None if n == layout.n else Mask(layout.view_of_mask(where), n)
+
+
+def _trues(where: Array) -> int:
+    if isinstance(where, np.ndarray) or is_jax_array(where):  # in jax.jit, JAX's own sum would have no value yet
+        return int(np.count_nonzero(np.asarray(where)))
+    return int(array_namespace(where).count_nonzero(where))
 
 
 def select_in_mode(name: str, x: Array, kernels: str | Module | None, exact: bool) -> Backend:
@@ -241,6 +275,8 @@ class Sums:
     values : array (2, C) or (7, C)
         Σdy and Σdy·(x − mean), float64 where the namespace has it; with v, then the same two of v and of v_weight·dy,
         and Σv·dy.
+    tangent : bool
+        True for the sums of x_dot, over the positions of the batch alone.
     record : array (rows, C) or None
         In exact mode, the integers of the first two sums, which do not round when they are added (E10).
 
@@ -257,12 +293,15 @@ class Sums:
 
     n: int
     values: Array
+    tangent: bool = field(default=False, repr=False)
     record: Array | None = field(default=None, repr=False)
 
     def __add__(self, other: Sums) -> Sums:
         if not isinstance(other, Sums):
             return NotImplemented
         check_like("values", other.values, self.values, "the values of the sums before")
+        if self.tangent != other.tangent:
+            raise ValueError("tangent: expected the same in all sums; got True and False")
         records: list[Any] = [self.record, other.record]
         with on_device_of(self.values):
             total = None if any(record is None for record in records) else sum(records)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import importlib.util
 import re
 import sys
 from functools import cache, partial
@@ -61,6 +62,7 @@ nb_merge_streams = True
 
 default_role = "code"  # `x` in docstrings
 autodoc_member_order = "bysource"
+autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]  # the page of arraybn.pytorch needs none
 autodoc_typehints = "none"  # the docstrings state the shapes; types do not
 napoleon_google_docstring = False
 napoleon_use_param = False  # `weight, bias : array` stays one entry

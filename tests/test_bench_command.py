@@ -155,7 +155,7 @@ def make_problem(case: Case) -> Problem:
         (["--shapes", "1,64,1"], "expected more than one value per channel, or there is no std; got '1,64,1'"),
         (
             ["--peers", "pytorch"],
-            "expected some of reference, numpy, torch, aten, jax, tensorflow, or none; got 'pytorch'",
+            "expected some of reference, numpy, torch, aten, jax, tensorflow, exact, or none; got 'pytorch'",
         ),
         (["--repeats", "0"], "argument --repeats: expected an integer ≥ 1; got '0'"),
         (["--growth", "10"], "argument --growth: expected a number of elements from 1e3 to 1e10; got '10'"),
@@ -273,7 +273,14 @@ def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() ->
         "(1, 64, 8, 8) float32, channels-first",
     ]
     names = [library.name for library in section.libraries]
-    assert names == ["arraybn", *(p.name for p in PEERS if p.name != "reference" and not p.missing)]
+    assert names == ["arraybn", *(p.name for p in PEERS if p.name not in ("exact", "reference") and not p.missing)]
+
+
+def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
+    need("numba")
+    (section,) = cpu.plan(parsed(*["--shapes", "20,6", "--peers", "exact"]))
+    assert [library.name for library in section.libraries] == ["arraybn", "exact"]
+    assert "exact" not in [peer.name for peer in cpu.peers(None)]
 
 
 def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice() -> None:
@@ -410,8 +417,18 @@ def test_arraybn_its_reference_and_plain_formulas_pass_the_check(
     assert {len(cell.seconds) for cell in result.cells} == {3}
 
 
+REFUSED = {"tensorflow": "its fused op takes no float64", "exact": "its sums take no float64"}
+
+
 @pytest.mark.parametrize(
-    ("name", "row"), [("torch", "PyTorch"), ("aten", "PyTorch operators"), ("jax", "JAX"), ("tensorflow", "TensorFlow")]
+    ("name", "row"),
+    [
+        ("torch", "PyTorch"),
+        ("aten", "PyTorch operators"),
+        ("jax", "JAX"),
+        ("tensorflow", "TensorFlow"),
+        ("exact", "arraybn exact, out="),
+    ],
 )
 def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: str, row: str) -> None:
     (peer,) = [peer for peer in PEERS if peer.name == name]
@@ -421,8 +438,8 @@ def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: s
     with session(peer, rounds=1) as running:
         for case in (Case((20, 6), operations=ALL), *(Case((4, 6, 5), one, "float64", ALL) for one in cases.LAYOUTS)):
             result = measure(running, case)
-            refused = name == "tensorflow" and case.dtype == "float64"
-            assert {cell.failed for cell in result.cells} == {"its fused op takes no float64" if refused else ""}
+            refused = case.dtype == "float64" and REFUSED.get(name)
+            assert {cell.failed for cell in result.cells} == {refused or ""}
             assert {(cell.row, cell.operation) for cell in result.cells} == {(row, what) for what in operations}
         running.check(Case(cases.CHECKED[4], "last", operations=ALL))
         assert {text for text in running.faults.values() if "no float64" not in text} == set()

@@ -47,6 +47,7 @@ VALUES = RNG.normal(1, 2, (6, 3, 5)).astype("f2")  # which every dtype but bfloa
 DY = RNG.normal(size=(6, 3, 5)).astype("f2")
 WEIGHT, BIAS = np.asarray([1.5, -0.5, 1.0]), np.asarray([0.0, 0.25, 1.0])
 EPS = 1e-3
+MASK = RNG.random((6, 5)) < 0.7
 
 
 class Case:
@@ -155,6 +156,20 @@ def moments(case: Case) -> list[tuple[Any, Any]]:
     return [(batch.mean, case.mean), (batch.var(), case.var)]
 
 
+def with_mask(case: Case) -> list[tuple[Any, Any]]:
+    given = {"where": case.home.array(MASK), "eps": EPS, "kernels": case.options["kernels"]}
+    y, saved = arraybn.batch_norm(case.x, case.weight, case.bias, **given)
+    dx, dweight, _ = arraybn.batch_norm_backward(case.dy, saved)
+    x, dy, kept, n = case.read(case.x), case.read(case.dy), MASK[:, None], MASK.sum()
+    mean = (x * kept).sum((0, 2)) / n
+    rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2 * kept).sum((0, 2)) / n + EPS)
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    sums = dy.sum((0, 2)), (dy * xhat).sum((0, 2))
+    through = kept * (sums[0][:, None] + xhat * sums[1][:, None]) / n
+    by_x = (WEIGHT * rstd)[:, None] * (dy - through)
+    return [(y, WEIGHT[:, None] * xhat + BIAS[:, None]), (dx, by_x), (dweight, sums[1])]
+
+
 FUNCTIONS: dict[str, Callable[[Case], list[tuple[Any, Any]]]] = {
     "forward": forward,
     "`out=`": forward_out,
@@ -164,6 +179,7 @@ FUNCTIONS: dict[str, Callable[[Case], list[tuple[Any, Any]]]] = {
     "in parts": in_parts,
     "`jvp`": jvp,
     "double backward": double_backward,
+    "masks": with_mask,
 }
 
 # ---- The cases, and the tests ----------------------------------------------------------------------------------------

@@ -107,9 +107,30 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_backward_and_update_need_a_target(tmp_path: Path) -> None:
-    result = run("--backward", "mine:backward", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "expected a target, module:forward, before --backward and --update; got none" in result.stderr
+    for given, text in (
+        (("--backward", "mine:backward", "--update", "mine:update"), "--backward and --update"),
+        (("--jvp", "mine:jvp", "--double-backward", "mine:double"), "--jvp and --double-backward"),
+    ):
+        result = run(*given, cwd=tmp_path)
+        assert result.returncode == 2
+        assert f"expected a target, module:forward, before {text}; got none" in result.stderr
+
+
+def test_forward_mode_and_double_backward_are_checked_too(mine: Path) -> None:
+    (mine / "twice.py").write_text(
+        "import arraybn\n"
+        "def saved(x, weight, eps):\n    return arraybn.batch_norm(x, weight, eps=eps, kernels='reference')[1]\n"
+        "def jvp(x_dot, x, weight, weight_dot, bias_dot, eps):\n"
+        "    return arraybn.batch_norm_jvp(x_dot, saved(x, weight, eps), weight_dot)\n"
+        "def double(v, dy, x, weight, v_weight, v_bias, eps):\n"
+        "    return arraybn.batch_norm_double_backward(v, dy, saved(x, weight, eps), v_weight, v_bias)\n"
+    )
+    functions = ("mine:forward", "--jvp", "twice:jvp", "--double-backward", "twice:double")
+    result = run(*functions, "--examples", "0", cwd=mine)
+    assert result.returncode == 1
+    assert "FAILS  y_dot is what the definition gives" in result.stdout
+    assert "usual cause: bias_dot is left out (E8)" in result.stdout
+    assert "ok     ddx is what the definition gives" in result.stdout
 
 
 def test_the_table_has_a_row_for_everything_installed(quick: tuple[Result, Any]) -> None:

@@ -5,6 +5,7 @@ Numbers are compared in tests/test_namespaces.py, which runs on the fake as well
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -17,9 +18,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,7 +83,8 @@ def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: st
     """A launch takes about 5 µs of the host's time."""
     x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
     layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
-    layer(x), layer.backward(x), layer.zero_grad()  # kernels are built, and room is made, once
+    for mode in (False, True):  # kernels are built, and room is made, once
+        layer.train(mode)(x), layer.backward(x), layer.zero_grad()
     _, forward = logged(cupy, layer, x)
     _, backward = logged(cupy, layer.backward, x)
     _, evaluation = logged(cupy, layer.eval(), x)
@@ -88,10 +93,193 @@ def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: st
     for log in (forward, backward, evaluation, back):
         assert waits(log) == []
     if cupy.kernels == "cuda":
-        assert [launches(log) for log in (forward, backward, evaluation)] == [5, 4, 2]
+        assert [launches(log) for log in (forward, backward, evaluation)] == [1, 1, 2]
         assert launches(back) <= 7
     with pytest.raises(AssertionError):
         assert waits(logged(cupy, lambda: float(x.sum()))[1]) == []  # the control
+
+
+def python_calls(call: Any, *arguments: Any) -> int:
+    """Return how many functions of arraybn and array-api-compat a call enters."""
+    entered = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal entered
+        file = frame.f_code.co_filename
+        entered += event == "call" and ("array_api_compat" in file or file.startswith(str(ROOT / "arraybn")))
+
+    sys.setprofile(count)
+    try:
+        call(*arguments)
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+# Launches; arrays made, views; questions for a device, a stream and the address of an array; functions entered.
+ASKED = {
+    "forward": (1, 3, 2, 1, 1, 8, 26),  # y, the statistics and the running statistics, whose two rows are views
+    "backward": (1, 2, 0, 1, 1, 7, 26),  # dx, and the gradients
+    "backward that adds": (1, 2, 0, 1, 1, 9, 30),
+}
+
+
+@pytest.mark.parametrize(("dtype", "axis"), [("float32", 1), ("float16", -1)])
+def test_a_training_step_asks_for_one_launch_each_way_and_for_nothing_that_nobody_needs(
+    cupy: Any, dtype: str, axis: int
+) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference makes an array in each operation")
+    x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
+    layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
+    for _ in range(2):  # the first call makes the checks, the second chooses the kernels
+        layer(x), layer.backward(x), layer.zero_grad()
+    for name, call in {
+        "forward": layer,
+        "backward": layer.backward,
+        "": layer,
+        "backward that adds": layer.backward,
+    }.items():
+        cupy._fake.counted.clear()
+        entered, log = logged(cupy, python_calls, call, x)
+        counted = [cupy._fake.counted[kind] for kind in ("allocation", "view", "device", "stream", "pointer")]
+        *expected, most = ASKED[name or "forward"]
+        assert ([launches(log), *counted], entered <= most) == (expected, True), (name, entered)
+    fresh = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
+    assert python_calls(fresh, x) > 5 * ASKED["forward"][-1]  # the control: a call that makes all checks
+
+
+@contextlib.contextmanager
+def all_checks() -> Iterator[None]:
+    """Let every call of a layer make all checks, and go all further ways."""
+    with mock.patch("arraybn.layers._Repeat.of", return_value=None):
+        yield
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"affine": False}, {"bias": False}, {"momentum": None}, {"dtype": "float64"}, {"eps": 0.5}]
+)
+def test_a_short_step_has_the_bits_of_one_with_all_checks_and_writes_into_no_old_array(
+    cupy: Any, given: dict[str, Any]
+) -> None:
+    found: list[list[Any]] = []
+    for context in (contextlib.nullcontext(), all_checks()):
+        layer, results, kept = arraybn.BatchNorm2d(3, xp=cupy, **given), [], []
+        with context:
+            for step in range(4):
+                results += [layer(cupy.asarray(X + step)), layer.backward(cupy.asarray(DY * (step + 1)))]
+                kept += [layer.running_mean, layer.running_var, *(p.grad for p in layer.parameters())]
+                results += [value.copy() for value in kept]
+        found.append([*results, *layer.state_dict().values()])
+    assert len(found[0]) == len(found[1]) > 30
+    for short, checked in zip(*found, strict=True):
+        assert short.dtype == checked.dtype
+        np.testing.assert_array_equal(short.get(), checked.get())
+
+
+CHANGES: dict[str, Any] = {  # between two steps
+    "a weight of an optimizer": lambda layer, cupy: setattr(layer.weight, "data", layer.weight.data * 2),
+    "a weight of another dtype": lambda layer, cupy: setattr(layer.weight, "data", cupy.full(3, 2.0)),
+    "a bias with gaps": lambda layer, cupy: setattr(layer.bias, "data", cupy.asarray(np.arange(6, dtype="f4"))[::2]),
+    "no bias": lambda layer, cupy: setattr(layer, "bias", None),
+    "eps": lambda layer, cupy: setattr(layer, "eps", 0.3),
+    "momentum": lambda layer, cupy: setattr(layer, "momentum", 0.7),
+    "momentum 0": lambda layer, cupy: setattr(layer, "momentum", 0.0),
+    "exact": lambda layer, cupy: setattr(layer, "exact", True),
+    "a mask": lambda layer, cupy: layer(cupy.asarray(X), where=cupy.asarray(X[:, 0] > 2)),
+    "evaluation": lambda layer, cupy: layer.eval(),
+    "no tracking": lambda layer, cupy: setattr(layer, "track_running_stats", False),
+    "other statistics": lambda layer, cupy: setattr(layer, "running_var", cupy.full(3, 2.0)),
+    "loaded": lambda layer, cupy: layer.load_state_dict(arraybn.BatchNorm2d(3, eps=7).state_dict()),
+    "a gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2, dtype="f4")),
+    "a wide gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2.0)),
+    "a shared bias": lambda layer, cupy: setattr(layer, "bias", layer.weight),
+    "another size": lambda layer, cupy: layer(cupy.asarray(X[:2])),
+    "another dtype": lambda layer, cupy: layer(cupy.asarray(X.astype("f2"))),
+    "float64": lambda layer, cupy: layer.to(dtype="float64"),
+    "channels-last": lambda layer, cupy: layer(cupy.asarray(np.moveaxis(X, 1, -1).copy()).transpose(0, 3, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> None:
+    found: list[list[Any]] = []
+    for context in (contextlib.nullcontext(), all_checks()):
+        layer, results = arraybn.BatchNorm2d(3, xp=cupy), []
+        with context:
+            for step in range(4):
+                results += [layer(cupy.asarray(X + step)), layer.backward(cupy.asarray(DY))]
+                if step == 1:
+                    CHANGES[change](layer, cupy)
+        grads = [p.grad for p in layer.parameters()]
+        found.append([*results, *layer.state_dict().values(), *grads])
+    for short, checked in zip(*found, strict=True):
+        assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
+        np.testing.assert_allclose(short.get(), checked.get(), rtol=1e-6, atol=1e-6)
+
+
+def test_an_exact_layer_takes_no_short_step(cupy: Any) -> None:
+    x = cupy.asarray((X * 1e3).astype("f4"))
+    layer = arraybn.BatchNorm2d(3, xp=cupy, exact=True)
+    for _ in range(3):
+        y, dx = layer(x), layer.backward(cupy.asarray(DY))
+        want, saved = arraybn.batch_norm(x, layer.weight.data, layer.bias.data, exact=True)
+        np.testing.assert_array_equal(y.get(), want.get())
+        np.testing.assert_array_equal(dx.get(), arraybn.batch_norm_backward(cupy.asarray(DY), saved)[0].get())
+        assert layer._repeat is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_a_short_forward_has_a_backward_with_all_checks(cupy: Any, dtype: str) -> None:
+    layer, twin, dy = arraybn.BatchNorm2d(3, xp=cupy), arraybn.BatchNorm2d(3), DY.astype(dtype)
+    for _ in range(3):
+        layer(cupy.asarray(X)), twin(X)
+        np.testing.assert_allclose(layer.backward(cupy.asarray(dy)).get(), twin.backward(dy), rtol=1e-4, atol=1e-5)
+        assert layer(cupy.asarray(X)) is not None
+        layer._forget()
+    np.testing.assert_allclose(layer.weight.grad.get(), twin.weight.grad, rtol=1e-4)
+
+
+def test_a_wrong_state_is_the_error_of_a_call_with_all_checks(cupy: Any) -> None:
+    layer, x = arraybn.BatchNorm2d(3, xp=cupy), cupy.asarray(X)
+    layer(x), layer(x), layer.backward(x), layer(x)
+    for name, wrong, error in [
+        ("running_mean", np.ones(3, "f4"), "running_mean: expected a cupy array"),
+        ("running_var", cupy.ones(4, dtype="f4"), r"running_var: expected shape \(3,\)"),
+        ("num_batches_tracked", -1, "num_batches_tracked: expected an integer ≥ 0"),
+        ("eps", -1.0, "eps: expected a number ≥ 0"),
+        ("momentum", float("nan"), "momentum: expected a finite number"),
+        ("training", 1, "training: expected True or False"),
+    ]:
+        before, old = state(layer), getattr(layer, name)
+        setattr(layer, name, wrong)
+        with pytest.raises((TypeError, ValueError), match=error):
+            layer(x)
+        setattr(layer, name, old)
+        assert state(layer) == before
+    with pytest.raises(ValueError, match="dy: expected shape"):
+        layer.backward(x[:3])
+    layer.backward(x)
+    with pytest.raises(RuntimeError, match="expected a forward before it"):
+        layer.backward(x)
+
+
+def test_threads_that_meet_in_a_short_step_are_an_error(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = arraybn.BatchNorm2d(3, xp=cupy), cupy.asarray(X)
+    layer(x)
+    if layer._repeat is None:
+        pytest.skip("the reference has no short step")
+    forward = layer._repeat.trainer.forward
+
+    def meanwhile(*arguments: Any) -> Any:
+        layer.num_batches_tracked = 7
+        return forward(*arguments)
+
+    layer._repeat.trainer.forward = meanwhile
+    mean = layer.running_mean
+    with pytest.raises(RuntimeError, match="expected one thread at a time"):
+        layer(x)
+    assert layer.running_mean is mean
 
 
 @pytest.mark.parametrize(
@@ -122,6 +310,39 @@ def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
     assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
 
 
+def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no constants")
+    from arraybn.bench import tune
+    from arraybn.kernels import cuda
+    from arraybn.kernels.cuda import fused
+
+    monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
+    present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
+    backward = fused.backward
+
+    def wrong_with_few_tasks(*arguments: Any) -> Any:
+        dx, *rest = backward(*arguments)
+        dx[0] *= 1.0 + (present["TASK"] > fused.TASK)
+        return dx, *rest
+
+    def timed(call: Any, calls: int, hold: float) -> tuple[float, bool]:
+        call()
+        return (0.5 if cuda.CHUNK == 2**14 or present["TASK"] > fused.TASK else 1.0), False
+
+    monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
+    device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)
+    best = tune.tune(device, sys.stdout, ((2, 8, 3, 4),), 1)
+    assert best == {**present, "CHUNK": 2**14}
+    assert {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()} == present
+    printed = capsys.readouterr().out
+    assert re.search(r"CHUNK +16384 +0.500 ×", printed)
+    assert re.search(r"TASK +32768 +wrong", printed)
+    assert re.search(r"TASK +49152 +best", printed)
+
+
 # ---- Which kernels ---------------------------------------------------------------------------------------------------
 
 
@@ -133,10 +354,10 @@ def test_kernels_are_chosen_by_stated_conditions(cupy: Any) -> None:
         assert kernels.select(x).name == cupy.kernels
     assert kernels.select(cupy.empty(3, dtype="int32")).name == "reference"
     assert kernels.select(x, "reference").name == "reference"
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda", "cuda_fused"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
     with pytest.raises(TypeError, match=r'kernels: expected a NumPy array for "cpu"; got a cupy array.*cupy.asnumpy'):
         arraybn.batch_norm(x, kernels="cpu")
-    for name in ("cuda", "cuda_fused"):
+    for name in ("cuda", "cuda_fused", "cuda_split"):
         with pytest.raises(TypeError, match=rf'expected a CuPy array for "{name}"; got a numpy array.*cupy.asarray'):
             arraybn.moments(X, kernels=name)
     if cupy.kernels == "reference":  # as on GPUs that do not take the kernels
@@ -221,7 +442,8 @@ def test_a_kernel_that_fails_leaves_the_layer_as_it_was(cupy: Any, monkeypatch: 
     def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("the CUDA kernel is gone")
 
-    for name in ("moments", "running"):
+    kernel_names = ("moments", "running") if cupy.kernels == "reference" else ("forward",)
+    for name in kernel_names:
         with monkeypatch.context() as patch:
             if cupy.kernels == "reference":
                 patch.setattr("arraybn.reference." + {"moments": name, "running": "update_running"}[name], fails)
@@ -367,6 +589,26 @@ def test_ranks_agree_with_the_whole_batch_and_wait_once_for_the_gpu(cupy: Any, s
     for _ in range(2):
         whole(X)
     np.testing.assert_allclose(variances[0], whole.running_var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [3, 300])
+def test_a_synchronized_call_copies_once_each_way_and_waits_once(cupy: Any, channels: int) -> None:
+    x = RNG.standard_normal((4, channels)).astype("f4")
+
+    def entries(steps: int) -> Counter[str]:
+        def work(comm: Any) -> None:
+            layer, part = arraybn.SyncBatchNorm(channels, process_group=comm, xp=cupy), cupy.asarray(x)
+            for _ in range(steps):
+                layer(part), layer.backward(part)
+
+        cupy._fake.log.clear()
+        ThreadComm.run(2, work)
+        return Counter(cupy._fake.log)
+
+    one, three = entries(1), entries(3)
+    calls = 2 * 2 * 2  # of two ranks: two more steps, forward and backward
+    for entry in ("copy to the host", "copy to the device", "synchronize stream"):
+        assert three[entry] - one[entry] == calls, entry
 
 
 def test_layers_of_several_sizes_share_the_pinned_memory(cupy: Any) -> None:

@@ -225,6 +225,33 @@ def test_errors_are_within_24_ulp_of_the_largest_term(
     assert worst(ddweight + 1e-3 * truth.ddweight_scale, truth.ddweight, truth.ddweight_scale, unit) > ulps
 
 
+@pytest.mark.parametrize("scale", ["standard", "far", "very far"])
+def test_without_float64_the_mean_in_two_parts_enters_the_derivatives(scale: str) -> None:
+    xp = need("array_api_strict")
+    device, batch = xp.Device("no_float64"), scenarios.make("images", scale)
+    rng = np.random.default_rng(7)
+    x, dy, v = (a.astype("f4") for a in (batch.x, batch.dy, rng.standard_normal(batch.x.shape) + 0.5))
+    vectors = batch.weight, *rng.uniform(-2, 2, (2, 4)).astype("f4")
+    here = [xp.asarray(a, device=device) for a in (x, dy, v, *vectors)]
+    _, saved = arraybn.batch_norm(here[0], here[3], eps=batch.eps)
+    found = [
+        arraybn.batch_norm_jvp(here[2], saved, *here[4:]),
+        *arraybn.batch_norm_double_backward(here[2], here[1], saved, *here[4:]),
+    ]
+    found = [np.asarray(array.to_device(xp.Device("CPU_DEVICE"))) for array in found]
+    y_dot, y_dot_scale = exact_jvp(x, vectors[0], v, *vectors[1:], eps=batch.eps)
+    truth = exact_double_backward(x, vectors[0], dy, v, *vectors[1:], eps=batch.eps)
+    # roundings to float32 of sums of 392 values, and of a few coefficients: the 24 of the promise for float64 suffice
+    for got, want, largest in (
+        (found[0], y_dot, y_dot_scale),
+        (found[1], truth.ddy, truth.ddy_scale),
+        (found[2], truth.ddx, truth.ddx_scale),
+        (found[3], truth.ddweight, truth.ddweight_scale),
+    ):
+        assert worst(got, want, largest, "float32") <= 24
+        assert worst(got + np.float32(1e-3) * largest.astype("f4"), want, largest, "float32") > 24
+
+
 def test_the_oracle_of_derivatives_knows_a_wrong_one() -> None:
     b = Given((7, 2))
     truth = exact_double_backward(b.x, b.weight, b.dy, b.v, b.v_weight, b.v_bias, eps=EPS)
@@ -354,6 +381,40 @@ def test_a_module_without_affine3_takes_that_of_the_reference() -> None:
         for module in (own, "reference")
     ]
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("module", ["reference", "cpu"])
+def test_after_an_exact_forward_the_sums_are_usual_ones_alone_over_ranks_and_in_parts(module: str) -> None:
+    if module == "cpu":
+        need("numba")
+    case = twice.Case(2, 3)
+    for name in ("x", "dy", "v", "x_dot"):
+        setattr(case, name, getattr(case, name).astype("f4"))
+
+    def check(found: list[Any]) -> None:
+        twice.check(case, found, tolerance=2.0**-21)
+
+    options = {"kernels": module, "exact": True}
+    check(ThreadComm.run(2, lambda comm: twice.step(case, comm, **options)))
+    whole = arraybn.pool(*(arraybn.moments(case.part(rank)["x"], **options) for rank in (0, 1)))
+    parts = [case.part(rank) for rank in (0, 1)]
+    saved = [arraybn.batch_norm(p["x"], case.weight, case.bias, moments=whole, **options)[1] for p in parts]
+    first = sum(arraybn.batch_norm_sums(p["x_dot"], s) for p, s in zip(parts, saved, strict=True))
+    second = sum(
+        arraybn.batch_norm_sums(p["dy"], s, v=p["v"], v_weight=case.v_weight) for p, s in zip(parts, saved, strict=True)
+    )
+    vectors = (case.v_weight, case.v_bias)
+    check(
+        [
+            [
+                arraybn.batch_norm_jvp(p["x_dot"], s, case.weight_dot, case.bias_dot, sums=first),
+                *arraybn.batch_norm_double_backward(p["v"], p["dy"], s, *vectors, sums=second),
+            ]
+            for p, s in zip(parts, saved, strict=True)
+        ]
+    )
+    case.cuts = [0, 8]
+    check([twice.step(case, SimpleNamespace(rank=0), alone=True, **options)])
 
 
 # ---- Parts and ranks -------------------------------------------------------------------------------------------------

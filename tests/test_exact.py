@@ -21,6 +21,8 @@ from support.libraries import need
 
 import arraybn
 from arraybn import exact
+from arraybn.commands._demo_exact import checksum, trained
+from arraybn.commands._demo_training import load_digits
 from arraybn.testing import ThreadComm
 
 PACKAGE = Path(arraybn.__file__).parent
@@ -238,6 +240,24 @@ def test_x2_fixed_statistics_give_the_same_bits_on_each_backend(evaluation: bool
             y, saved = arraybn.batch_norm(x, weight, bias, **fixed, exact=True, kernels=kernels)
             results.append([y, *arraybn.batch_norm_backward(dy, saved)])
     assert same(*results)
+
+
+def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
+    need("numba")
+    need("sklearn")
+    digits = load_digits(0)
+    digits = digits._replace(train_images=digits.train_images[:90], train_labels=digits.train_labels[:90])
+
+    def work(comm: Any) -> str:
+        return checksum(trained(digits, 0, 1, comm.rank, comm.size, comm))
+
+    sums = {
+        checksum(trained(digits, 0, 1, 0, 1, None)),
+        *(one for size in (2, 3, 5) for one in ThreadComm.run(size, work)),
+    }
+    assert len(sums) == 1
+    other = digits._replace(train_images=digits.train_images + np.float32(1e-6))
+    assert checksum(trained(other, 0, 1, 0, 1, None)) not in sums  # the control
 
 
 # ---- NaN and infinity: as in the usual mode --------------------------------------------------------------------------

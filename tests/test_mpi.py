@@ -54,7 +54,17 @@ def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) ->
 
 
 def test_compiled_kernels_are_exact_over_ranks(mpi: Mpi) -> None:
-    passes(mpi, 2, "checks.py", "exact", "bits", ARRAYBN_TEST_KERNELS="fastest")
+    passes(mpi, 2, "checks.py", "twins", "exact", "bits", "wrong", "counts", ARRAYBN_TEST_KERNELS="fastest")
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_n4_ranks_with_numba_and_without_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "twins", "exact", "bits", ARRAYBN_TEST_KERNELS="mixed")
+
+
+@pytest.mark.parametrize("ranks", [3, 7])
+def test_n4_the_compiled_reduction_has_the_same_bits_on_all_ranks(mpi: Mpi, ranks: int) -> None:
+    passes(mpi, ranks, "checks.py", "twins", "bits", "counts", ARRAYBN_TEST_KERNELS="fastest")
 
 
 def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
@@ -141,6 +151,7 @@ def test_when_a_rank_goes_missing_the_others_end_with_an_error_and_nothing_hangs
         assert lines[1:] in ([], [f"{again} Nothing more can be synchronized over this communicator"])
     together = "".join(printed.values())  # a launcher may lose some of what was printed last
     assert "arraybn: a synchronized call was given up; ending all ranks" in together
+    assert "Under Open MPI, started as mpirun --with-ft ulfm, the other ranks can go on" in printed["uncaught"]
     assert re.search("arraybn.sync.SyncTimeoutError: rank [02] of 3 waited 2 s", printed["uncaught"]), printed
 
 

@@ -184,7 +184,7 @@ def closing(number: int, notebook: Notebook) -> Iterator[str]:
             yield f"an answer without an assert: {cell[:40]!r}"
     if not any("## What to remember" in cell for cell in written):
         yield "does not say what to remember"
-    if number < 7 and not re.search(rf"\]\({number + 1}-[a-z0-9-]+\.ipynb\)", written[-1]):
+    if number < 8 and not re.search(rf"\]\({number + 1}-[a-z0-9-]+\.ipynb\)", written[-1]):
         yield f"the last words do not lead to lesson {number + 1}"
 
 
@@ -205,7 +205,7 @@ def faults(number: int, notebook: Notebook) -> list[str]:
 
 @each_lesson
 def test_a_lesson_has_what_it_must_have(path: Path) -> None:
-    assert re.fullmatch(r"[1-7](-[a-z0-9]+)+", path.stem)
+    assert re.fullmatch(r"[1-8](-[a-z0-9]+)+", path.stem)
     assert path.stat().st_size <= SIZE
     assert faults(int(path.stem[0]), read(path)) == []
 
@@ -221,8 +221,8 @@ def test_a_lesson_is_kept_as_tidy_writes_it(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == as_written(read(path))
 
 
-def test_there_are_seven_lessons_and_the_readme_names_each() -> None:
-    assert [path.stem[0] for path in LESSONS] == list("1234567")
+def test_there_are_eight_lessons_and_the_readme_names_each() -> None:
+    assert [path.stem[0] for path in LESSONS] == list("12345678")
     listed = re.findall(r"^(\d)\. \[.*?\]\((.*?)\)", (ROOT / "notebooks/README.md").read_text(), re.MULTILINE)
     assert [name for _, name in listed] == [path.name for path in LESSONS]
 
@@ -243,12 +243,12 @@ def sample() -> Notebook:
     """Return a lesson as small as the rules allow, in the form of the kept lessons."""
 
     def markdown(name: str, words: str) -> Cell:
-        return {"cell_type": "markdown", "id": f"l7-{name}", "metadata": {}, "source": words.splitlines(keepends=True)}
+        return {"cell_type": "markdown", "id": f"l8-{name}", "metadata": {}, "source": words.splitlines(keepends=True)}
 
     def python(name: str, lines: str, count: int, outputs: list[Cell]) -> Cell:
         return {**markdown(name, lines), "cell_type": "code", "execution_count": count, "outputs": outputs}
 
-    intro = '# Lesson 7: A\n\n**You will do** a **You will learn** b **You need** c, `pip install ".[notebooks]"`,'
+    intro = '# Lesson 8: A\n\n**You will do** a **You will learn** b **You need** c, `pip install ".[notebooks]"`,'
     answer = "<details><summary>Answer</summary>\n\nThis.\n\n```python\nassert a == {}\na += 1\n```\n\n</details>"
     picture = {"image/png": "iVBORw0KGgo=", "text/plain": ["<Figure size 720x288 with 1 Axes>"]}
     printed = {"name": "stdout", "output_type": "stream", "text": ["1\n"]}
@@ -283,7 +283,7 @@ def printed(shown: str, name: str = "stdout") -> Callable[[Notebook], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Notebook], None], str]] = {
-    "another lesson's title": (say(0, "Lesson 7", "Lesson 6"), "does not open with"),
+    "another lesson's title": (say(0, "Lesson 8", "Lesson 6"), "does not open with"),
     "no word on what is needed": (say(0, "**You need", "**Have"), "the opening lacks"),
     "too many cells": (lambda notebook: notebook["cells"].extend(sample()["cells"] * 5), "more than 40"),
     "a long cell": (say(1, "a = 1", "a = 1\n" * 10), "more than 10"),
@@ -306,7 +306,7 @@ BROKEN: dict[str, tuple[Callable[[Notebook], None], str]] = {
     "an editor's settings": (put(1, "metadata", {"collapsed": True}), "has metadata"),
     "a kernel of one's own": (lambda notebook: notebook["metadata"].update(vscode={}), "more metadata"),
     "an id from chance": (put(1, "id", "8f3a01bc"), "is no id like"),
-    "one id for two": (put(1, "id", "l7-picture"), "is no id like"),
+    "one id for two": (put(1, "id", "l8-picture"), "is no id like"),
     "fewer claims": (say(1, "assert a == 1\n", ""), "0 asserts"),
     "claims of nothing": (say(1, "assert a == 1", "assert True"), "0 asserts"),
     "a claim that never runs": (say(1, "assert a == 1", "lambda: a"), "0 asserts"),
@@ -314,12 +314,12 @@ BROKEN: dict[str, tuple[Callable[[Notebook], None], str]] = {
     "an answer in sight": (say(4, "<summary>Answer</summary>", ""), "does not unfold"),
     "an answer that claims nothing": (say(5, "assert ", ""), "without an assert"),
     "nothing to remember": (say(7, "## What to remember", ""), "what to remember"),
-    "a dead link": (say(7, "README.md", "8-more.ipynb"), "which is not there"),
+    "a dead link": (say(7, "README.md", "9-more.ipynb"), "which is not there"),
 }
 
 
 def test_a_lesson_that_keeps_the_rules_has_no_faults() -> None:
-    assert faults(7, sample()) == []
+    assert faults(8, sample()) == []
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -327,11 +327,11 @@ def test_a_broken_rule_is_found(what: str) -> None:
     change, fault = BROKEN[what]
     notebook = sample()
     change(notebook)
-    assert any(fault in found for found in faults(7, notebook)), faults(7, notebook)
+    assert any(fault in found for found in faults(8, notebook)), faults(8, notebook)
 
 
 def test_a_lesson_that_does_not_lead_to_the_next_is_found() -> None:
-    assert list(closing(7, sample())) == []
+    assert list(closing(8, sample())) == []
     assert list(closing(3, sample())) == ["the last words do not lead to lesson 4"]
 
 
@@ -403,7 +403,7 @@ def test_outputs_of_another_run_are_found() -> None:
     other = sample()
     put(2, "outputs", other["cells"][1]["outputs"])(other)
     assert changed(sample(), sample()) == []
-    assert changed(sample(), other) == ["l7-picture"]
+    assert changed(sample(), other) == ["l8-picture"]
 
 
 def falsified(cell: Cell) -> str:
@@ -439,16 +439,16 @@ def test_a_falsified_claim_fails_where_the_lesson_runs(path: Path) -> None:
 def test_what_is_tidied_keeps_the_rules_and_stays_as_it_is_when_run_again(tmp_path: Path) -> None:
     need("nbclient")
     need("ipykernel")
-    path = tmp_path / "7-sample.ipynb"
+    path = tmp_path / "8-sample.ipynb"
     notebook = sample()
     for change in ("never run", "an editor's settings", "a kernel of one's own", "an id from chance"):
         BROKEN[change][0](notebook)
     put(2, "outputs", [])(notebook)
     say(1, "print(a)", "print(a)\nimport time\ntime.sleep(0.2)\nprint(2)")(notebook)
-    assert faults(7, notebook)
+    assert faults(8, notebook)
     assert (done := run(notebook, path)).returncode == 0, done.stderr
-    assert list(short(7, read(path)))  # ours is one line too long, which running cannot mend
-    assert [fault for fault in faults(7, read(path)) if "lines" not in fault] == []
+    assert list(short(8, read(path)))  # ours is one line too long, which running cannot mend
+    assert [fault for fault in faults(8, read(path)) if "lines" not in fault] == []
     assert [text(output) for output in code(read(path))[0]["outputs"]] == ["1\n2\n"]
     first = path.read_bytes()
     assert python(TIDY, path).returncode == 0
@@ -459,12 +459,12 @@ def test_what_is_tidied_keeps_the_rules_and_stays_as_it_is_when_run_again(tmp_pa
 def test_a_false_claim_stops_the_run_and_nothing_is_written(place: str, tmp_path: Path) -> None:
     need("nbclient")
     need("ipykernel")
-    notebook, path = sample(), tmp_path / "7-sample.ipynb"
+    notebook, path = sample(), tmp_path / "8-sample.ipynb"
     say(1 if place == "a cell" else 6, "assert a == ", "assert a == 4")(notebook)
     done = run(with_answers(notebook), path)
     assert done.returncode == 1
     assert "AssertionError" in done.stderr
-    assert "7-sample.ipynb" in done.stderr
+    assert "8-sample.ipynb" in done.stderr
     assert read(path) == with_answers(notebook)
 
 
@@ -495,7 +495,7 @@ def test_a_copy_for_students_has_all_but_the_answers(tmp_path: Path) -> None:
 
 def test_a_copy_never_overwrites_the_lesson(tmp_path: Path) -> None:
     need("nbformat")
-    path = tmp_path / "7-sample.ipynb"
+    path = tmp_path / "8-sample.ipynb"
     path.write_text(json.dumps(sample()), encoding="utf-8")
     done = python(TIDY, "--without-answers", tmp_path / "x" / "..", path)
     assert done.returncode == 2

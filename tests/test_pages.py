@@ -32,9 +32,12 @@ NOT_RUN = {  # page, how often, and what the comment before the block says
     ("synchronized.md", "needs ranks"): 4,
     ("synchronized.md", "needs a GPU"): 1,
     ("how-to/mpirun.md", "needs ranks"): 1,
+    ("how-to/lost-rank.md", "needs ranks"): 1,
+    ("how-to/inside-pytorch.md", "needs ranks"): 1,
     ("how-to/install.md", "needs a GPU"): 1,
 }
-PEERS = {"how-to/pytorch.md": "torch", "how-to/jax.md": "jax"}  # pages whose blocks need more than the tests do
+# pages whose blocks need more than the tests do
+PEERS = {"how-to/pytorch.md": "torch", "how-to/inside-pytorch.md": "torch", "how-to/jax.md": "jax"}
 
 
 class Block(NamedTuple):

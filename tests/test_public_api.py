@@ -33,6 +33,7 @@ PUBLIC = [
     "Module",
     "Moments",
     "Parameter",
+    "RankLostError",
     "Sequential",
     "SyncBatchNorm",
     "SyncError",
@@ -62,13 +63,13 @@ PUBLIC = [
 ]
 
 SIGNATURES = {
-    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, eps=1e-05,"
+    "batch_norm": "(x, weight=None, bias=None, *, mean=None, var=None, moments=None, where=None, eps=1e-05,"
     " channel_axis=1, comm=None, exact=False, out=None, kernels=None)",
     "batch_norm_backward": "(dy, saved, *, sums=None, out=None)",
     "batch_norm_double_backward": "(v, dy, saved, v_weight=None, v_bias=None, *, sums=None)",
     "batch_norm_jvp": "(x_dot, saved, weight_dot=None, bias_dot=None, *, sums=None, out=None)",
-    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None)",
-    "moments": "(x, *, channel_axis=1, exact=False, kernels=None)",
+    "batch_norm_sums": "(dy, saved, *, v=None, v_weight=None, tangent=False)",
+    "moments": "(x, *, where=None, channel_axis=1, exact=False, kernels=None)",
     "get_num_threads": "()",
     "set_num_threads": "(threads)",
     "set_memory_limit": "(limit)",
@@ -130,8 +131,10 @@ def test_every_kernel_module_has_the_signatures_of_the_protocol(name: str) -> No
     if name == "cpu":
         need("numba")
     module = importlib.import_module(kernels.MODULES[name])
+    masks = bool(getattr(module, "MASKS", False))
     for sweep in kernels.SWEEPS:
         wanted = list(inspect.signature(getattr(reference.Sweeps, sweep)).parameters.values())[1:]
+        wanted = [parameter for parameter in wanted if masks or parameter.name not in ("where", "skip_zeros")]
         assert list(inspect.signature(getattr(module, sweep)).parameters.values()) == wanted
     offering = [importlib.import_module(kernels.MODULES[other]) for other in HERE if other != "reference"]
     for function in FUSED:
@@ -148,7 +151,7 @@ def test_every_backend_is_complete(name: str) -> None:
     backend = kernels.backend(name)
     assert backend.exact is None
     for field in dataclasses.fields(exact_mode := kernels.with_exact_sums(backend)):
-        assert getattr(exact_mode, field.name), field.name
+        assert getattr(exact_mode, field.name) or field.name == "masks", field.name
     sweeps = kernels.as_backend(
         SimpleNamespace(**{sweep: getattr(reference, sweep) for sweep in kernels.SWEEPS}), "own"
     )
@@ -158,7 +161,7 @@ def test_every_backend_is_complete(name: str) -> None:
 
 
 def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda", "cuda_fused"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
     need("numba")
     from arraybn.kernels import cpu
 
@@ -234,13 +237,14 @@ ROOMS = {
     "network": "_arrays _checks reference modules layers",
     "checkpoint": "_install _arrays _checks modules",
     "interchange": "_arrays _checks modules",
+    "pytorch": "_arrays _checks reference kernels sync functional derivatives layers",
 }
 ROOMS["bench"] = " ".join(ROOMS)
 ROOMS["accuracy"] = " ".join(ROOMS)
 ROOMS["commands"] = " ".join(ROOMS)
 ROOMS["__main__"] = "_version commands"
 ROOMS[""] = " ".join(
-    room for room in ROOMS if room not in ("accuracy", "bench", "commands", "__main__")
+    room for room in ROOMS if room not in ("pytorch", "accuracy", "bench", "commands", "__main__")
 )  # arraybn/__init__.py
 
 

@@ -131,6 +131,20 @@ def test_a_folder_that_cannot_be_is_told_once_and_all_ranks_end(mpirun: str, tmp
     assert "Traceback" not in result.stderr
 
 
+def test_exact_training_prints_one_checksum_for_any_number_of_ranks(mpirun: str, tmp_path: Path) -> None:
+    need("sklearn")
+    need("tqdm")
+    words = ("-m", "arraybn", "demo", "--data-parallel", "--exact", "--no-plot", "--epochs", "1")
+    results = [arraybn_command(*words[2:], cwd=tmp_path), *(on_ranks(mpirun, n, *words, cwd=tmp_path) for n in (2, 3))]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    sums = [re.findall(r"^[0-9a-f]{64}$", result.stdout, re.MULTILINE) for result in results]
+    assert [len(found) for found in sums] == [1, 1, 1]
+    assert sums[0] == sums[1] == sums[2]
+    result = arraybn_command("demo", "--exact", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "demo: --exact: expected --data-parallel beside it, and --device cpu\n"
+
+
 def test_one_process_is_told_the_command_that_starts_ranks(tmp_path: Path) -> None:
     need("mpi4py")
     result = arraybn_command("demo", "--data-parallel", cwd=tmp_path)
@@ -181,6 +195,7 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
     for job in found["jobs"]:
         kinds = {(row["scheme"], row["what"]) for row in job["rows"]}
         exchanges = {(scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")}
+        exchanges |= {("Allreduce", "forward"), ("Iallreduce + Test", "forward")}  # of as many bytes, and nothing else
         assert kinds == {("arraybn", "layer"), ("arraybn", "step")} | (exchanges if job["ranks"] > 1 else set())
         for row in job["rows"]:
             assert len(row["seconds"]) == 1
@@ -196,6 +211,10 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
 
 def test_the_table_and_the_picture_are_there(timed: tuple[Result, Path]) -> None:
     result, folder = timed
+    assert (
+        len(re.findall(r"^ +whole layer .* sum of MPI |^ranks .* blocking +polled ", result.stdout, re.MULTILINE)) == 2
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 125
     assert len(re.findall(r"^ +[123] +(?:64|128|256|512|1024|2048) .*\d$", result.stdout, re.MULTILINE)) == 12
     assert (folder / "sync.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "sync.png").stat().st_size > 30_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import importlib
 import os
 import pickle
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from support.libraries import need
 
 import arraybn
 from arraybn import SyncBatchNorm, reference
-from arraybn.sync import frames
+from arraybn.sync import frames, roll
 from arraybn.testing import ThreadComm, exact_moments, strategies, worst
 from arraybn.testing.oracle import as_long
 
@@ -80,6 +83,74 @@ def tree(draw: Any, parts: list[Any]) -> Any:
         b = parts.pop(draw(st.integers(0, len(parts) - 1)))
         parts.append(frames.combine(a, b))
     return parts[0]
+
+
+# ---- The compiled reduction, the twin of frames.combine ----
+
+
+def compiled_combine(a: Any, b: Any, count: int = 1) -> Any:
+    """Replace the frame b by that of a and b together, as MPI does, and return b."""
+    words, number = ctypes.POINTER(ctypes.c_int64), ctypes.c_int32(count)
+    function = importlib.import_module("arraybn.sync.compiled").callback().ctypes
+    function(a.ctypes.data_as(words), b.ctypes.data_as(words), ctypes.byref(number), None)
+    return b
+
+
+def fuzzed_frame(rng: np.random.Generator, operation: str, header: Sequence[int], room: int) -> Any:
+    """Return a frame of numbers of all sizes, ties, zeros of both signs, inf and NaN."""
+    ties = rng.random() < 0.3
+    rows = np.round(rng.standard_normal((2, room)), 1) if ties else rng.standard_normal((2, room))
+    rows *= 10.0 ** rng.integers(-300, 300, rows.shape) if rng.random() < 0.5 else 1
+    odd = rng.random(rows.shape) < 0.1
+    rows[odd] = rng.choice([0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, 1.7e308], odd.sum())
+    rows.view(np.int64)[np.isnan(rows)] ^= rng.integers(0, 2**50)  # NaNs of several bits
+    n = int(rng.choice([0, 1, 2, 2, 3, 10**6, 10**8 + 1, 2**31, 2**53 + 1, 2**59]))
+    frame = frames.frame(header, 0, n, rows, room)
+    if rng.random() < 0.1:
+        frame.view(np.int64)[rng.integers(9)] ^= 1 << rng.integers(63)  # another call
+    if rng.random() < 0.1:
+        frame.view(np.int32)[18] = rng.choice([frames.ERROR, frames.BROKEN])
+    return frame
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_compiled_reduction_has_the_bits_of_the_one_in_python(ranks: int) -> None:
+    need("numba")
+    rng = np.random.default_rng(ranks)
+    for index in range(400):
+        operation = str(rng.choice(["forward", "forward", "backward", "average_gradients"]))
+        header = [frames.FORMAT, index, frames.code(operation), *rng.integers(-(2**62), 2**62, 6).tolist()]
+        room = 256 if index % 3 else int(rng.integers(1, 2000))
+        parts = [fuzzed_frame(rng, operation, header, room) for _ in range(ranks)]
+        both = []
+        for combine in (frames.combine, compiled_combine):
+            whole = [part.copy() for part in parts]
+            order = np.random.default_rng(index)
+            while len(whole) > 1:
+                i = int(order.integers(len(whole) - 1))  # neighbours, as MPI does
+                whole[i : i + 2] = [combine(whole[i], whole[i + 1])]
+            both.append(whole[0].tobytes())
+        assert both[0] == both[1], f"{operation} {index}, room {room}"
+
+
+def test_the_compiled_reduction_leaves_a_part_of_a_cut_message_alone_and_sees_what_differs() -> None:
+    need("numba")
+    fields = [frames.FORMAT, *(0,) * 8]
+    one, other = (frames.frame(fields, 0, 2, np.full((2, 256), value)) for value in (1.0, 3.0))
+    assert compiled_combine(one, other.copy(), count=0).tobytes() == other.tobytes()
+    mean, m2 = frames.body(compiled_combine(one, other.copy()))
+    assert (mean == 2).all()
+    assert (m2 == 1 + 3 + 4).all()  # 2·2/4·(3 − 1)² between the parts
+    fields[4] = 1
+    assert frames.flags_and_n(compiled_combine(one, frames.frame(fields, 0, 2))) == (1 << 4, 0)
+
+
+def test_without_numba_there_is_no_compiled_reduction() -> None:
+    code = "import sys; sys.modules['numba'] = None; import arraybn.sync\ntry: import arraybn.sync.compiled"
+    assert python(f"{code}\nexcept ImportError: print('none')").stdout.strip() == "none"
+    code = "import arraybn.sync.compiled; print(arraybn.sync.compiled.callback())"
+    need("numba")
+    assert python(code, NUMBA_DISABLE_JIT="1").stdout.strip() == "None"
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=2, max_size=6), st.data())
@@ -656,6 +727,55 @@ def test_a_rank_that_does_not_come_is_a_timeout_on_the_others(ranks: int) -> Non
         "rank 0 gave up the forward of layer 'blocks.0.norm' (call 3 on this communicator)."
         " Nothing more can be synchronized over this communicator"
     )
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_that_wait_answer_the_roll_call_and_a_late_one_hears_it(ranks: int) -> None:
+    gave_up = threading.Barrier(ranks)
+
+    def work(comm: Any) -> str:
+        layer = faults._named(faults.layer_on(comm), "norm")
+        faults.good(layer, comm)
+        layer.timeout = 0.5 if comm.rank == 0 else 30 if comm.rank % 2 else None
+        if comm.rank == 1:
+            gave_up.wait()
+        before = faults.state(layer)
+        with pytest.raises(arraybn.SyncTimeoutError) as caught:
+            layer(faults.part(faults.X, comm))
+        assert faults.state(layer) == before
+        with pytest.raises(arraybn.SyncError, match=rf"^rank {comm.rank} gave up .*\. Nothing more"):
+            layer(faults.part(faults.X, comm))
+        if comm.rank != 1:
+            gave_up.wait()
+        return str(caught.value)
+
+    found, call = ThreadComm.run(ranks, work, leave=False), "the forward of layer 'norm' (call 3"
+    waiting = {2: "rank 0 waits in", 3: "ranks 0, 2 wait in", 7: "ranks 0, 2–6 wait in"}[ranks]
+    did = {0: "waited 0.5 s for the other ranks in {}", 1: "came to {} when the time limit of another rank was over"}
+    end = {1: f"rank 1 came too late to {call})"}
+    for rank, text in enumerate(found):
+        first, second = text.splitlines()
+        here = did.get(rank, "gave up {}, because the time limit of another rank was over")
+        assert first.startswith(f"rank {rank} of {ranks} {here.format(f'{call} on this communicator)')}. Likely causes")
+        missing = "rank 1 does not answer: it has ended, or does something else"
+        assert second == f"{waiting} {call}); {end.get(rank, missing)}"
+
+
+def test_the_sentence_of_a_roll_call() -> None:
+    def said(size: int, calls: dict[int, str]) -> str:
+        return roll.sentence({rank: roll.answer(roll.WAITS, call, 1) for rank, call in calls.items()}, size)
+
+    assert said(4, {3: "A", 0: "A"}) == (
+        "ranks 0, 3 wait in A; ranks 1–2 do not answer: they have ended, or do something else"
+    )
+    assert said(3, {0: "A", 1: "B", 2: "A"}) == "ranks 0, 2 wait in A; rank 1 waits in B"
+    many = said(9, dict(enumerate("ABCDDEFG")))
+    assert many.startswith(
+        "rank 0 waits in A; rank 1 waits in B; rank 2 waits in C; ranks 3–7 wait in other calls; rank 8"
+    )
+    assert len(roll.answer(roll.LATE, "ü" * 500, 1)) == roll.LENGTH
+    assert said(1, {0: "ü" * 500}).endswith("üü")
+    assert [roll.seconds_for(limit) for limit in (2.0, 50.0, 600.0, None)] == [0.2, 5, 5, 5]
 
 
 @pytest.mark.parametrize("name", ["average_gradients", "broadcast_state"])

@@ -22,6 +22,7 @@ class Layout:
     shape: tuple[int, ...]
     order: tuple[int, ...] | None  # axes from the slowest to the fastest in memory; None if they are in this order
     ncs: tuple[int, int, int]
+    channel_axis: int  # of `shape`
 
     @classmethod
     def of(cls, x: Array, channel_axis: int) -> Layout:
@@ -36,11 +37,11 @@ class Layout:
         axis = int(channel_axis) % ndim
         if shape[axis] == 0:
             raise ValueError(f"x: expected at least one channel on axis {channel_axis}; got shape {shape}")
-        order, memory_shape = _memory_order(x), shape
+        order, memory_shape, channel_axis = _memory_order(x), shape, axis
         if order is not None:
             memory_shape, axis = tuple(shape[i] for i in order), order.index(axis)
         before, after = math.prod(memory_shape[:axis]), math.prod(memory_shape[axis + 1 :])
-        return cls(shape, order, (before, memory_shape[axis], after))
+        return cls(shape, order, (before, memory_shape[axis], after), channel_axis)
 
     @property
     def n(self) -> int:
@@ -52,6 +53,19 @@ class Layout:
         if self.order is not None:
             array = array_namespace(array).permute_dims(array, self.order)
         return _reshaped(array, self.ncs)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape without the channels, (N, *S)."""
+        return self.shape[: self.channel_axis] + self.shape[self.channel_axis + 1 :]
+
+    def view_of_mask(self, where: Array) -> Array:
+        """Return `where`, of a shape that broadcasts to (N, *S), as (N, 1, S)."""
+        xp = array_namespace(where)
+        where = xp.expand_dims(xp.broadcast_to(where, self.positions), axis=self.channel_axis)
+        if self.order is not None:
+            where = xp.permute_dims(where, self.order)
+        return _reshaped(where, (self.ncs[0], 1, self.ncs[2]))
 
     def restore(self, array: Array) -> Array:
         """Return `array` (N, C, S) in the user's shape and axis order."""

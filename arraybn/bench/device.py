@@ -92,7 +92,7 @@ class CudaDevice(HostDevice):
 
     platform = "gpu"
     together = 200e6  # bytes of x that calls rotate over, at least, so that nothing is found in L2 by luck
-    kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda_fused", "split": "cuda", "reference": "reference"}
+    kernels: ClassVar[Mapping[str, Any]] = {"fused": "cuda", "split": "cuda_split", "reference": "reference"}
 
     def __init__(self, index: int = 0) -> None:
         try:

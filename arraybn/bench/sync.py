@@ -19,7 +19,7 @@ from .._install import requirement
 from .._version import __version__
 from . import jobs, machine
 from .output import RefusedError, Run
-from .sync_ranks import BACKWARD, FORWARD, GATHER, LAYER, OURS, ROWS, STEP, fastest, measure
+from .sync_ranks import BACKWARD, BARE, FORWARD, GATHER, LAYER, OURS, POLLED, ROWS, STEP, fastest, measure
 
 RANKS = (1, 2, 4, 8)
 TURNS, QUICK_TURNS = 9, 3
@@ -102,19 +102,23 @@ class SyncBench(Run):
 NOTES = f"""Whole layer: of x ({ROWS}, channels) on each rank, float32; with one rank a plain one. Exchange: what is
 between the two sweeps of a forward or a backward. Arraybn's frames are float64, with a header and agreement on errors.
 All-gather, as in PyTorch: mean, 1/std and count of all ranks in float32, pooled by each of them; its backward is an
-allreduce. Both schemes wait in the same way, and make one collective each way; arraybn two beyond 256 channels. The
+allreduce. Sum: MPI's own allreduce of as many
+float64 numbers as arraybn sends, and nothing else; blocking (Allreduce), or polled as both schemes do (Iallreduce and
+Test). Both schemes wait in the same way, and make one collective each way; arraybn two beyond 256 channels. The
 fastest turn is shown: where ranks share cores, one that loses its core to another program keeps all waiting."""
 
 
 def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
     """Return the table, and what it means."""
     turns = len(found[0]["rows"][0]["seconds"])
-    both = f"{FORWARD:>14}{BACKWARD:>10}"
+    both = f"{FORWARD:>12}{BACKWARD:>10}"
     lines = [
         f"{here['processor']}, {here['cores']} cores; {found[0]['mpi']}; microseconds, the fastest of {turns} turns",
         "",
-        f"{'':14}{'whole layer':>22}{'exchange of arraybn':>24}{'all-gather':>24}{'bytes received, forward':>26}",
-        f"{'ranks':>5}{'channels':>9}{'layer(x)':>11}{'+ backward':>11}{both}{both}{OURS:>13}{GATHER:>13}",
+        f"{'':14}{'whole layer':>21}{'exchange of arraybn':>22}{'all-gather':>22}{'sum of MPI':>20}"
+        f"{'bytes received':>22}",
+        f"{'ranks':>5}{'channels':>9}{'layer(x)':>10}{'+ backward':>11}{both}{both}{'blocking':>12}{'polled':>8}"
+        f"{OURS:>10}{GATHER:>12}",
     ]
     for job in found:
         lines += [_line(job, channels) for channels in dict.fromkeys(row["channels"] for row in job["rows"])] + [""]
@@ -124,10 +128,11 @@ def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
 def _line(job: jobs.Found, channels: int) -> str:
     rows = {(row["scheme"], row["what"]): row for row in job["rows"] if row["channels"] == channels}
     micro = {key: f"{fastest(row) * 1e6:.0f}" for key, row in rows.items()}
-    text = f"{job['ranks']:>5}{channels:>9}{micro[OURS, LAYER]:>11}{micro[OURS, STEP]:>11}"
+    text = f"{job['ranks']:>5}{channels:>9}{micro[OURS, LAYER]:>10}{micro[OURS, STEP]:>11}"
     for scheme in (OURS, GATHER):
-        text += f"{micro.get((scheme, FORWARD), '–'):>14}{micro.get((scheme, BACKWARD), '–'):>10}"
-    for scheme in (OURS, GATHER):
+        text += f"{micro.get((scheme, FORWARD), '–'):>12}{micro.get((scheme, BACKWARD), '–'):>10}"
+    text += f"{micro.get((BARE, FORWARD), '–'):>12}{micro.get((POLLED, FORWARD), '–'):>8}"
+    for scheme, width in ((OURS, 10), (GATHER, 12)):
         row = rows.get((scheme, FORWARD))
-        text += f"{'–' if row is None else format(row['traffic']['received'], ','):>13}"
+        text += f"{'–' if row is None else format(row['traffic']['received'], ','):>{width}}"
     return text

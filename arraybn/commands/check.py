@@ -19,6 +19,7 @@ from ..bench.output import RefusedError, check_files, progress_bar, write_json
 from ..testing import AccuracyError, BatchNormError, Failure, check_batch_norm, exact_batch_norm
 from ..testing.oracle import LONG, MANTISSA_BITS
 
+FURTHER = ("backward", "update", "jvp", "double_backward")  # functions to check beside the forward
 HELP = "how accurate every batch norm installed here is; or whether yours is right"
 DESCRIPTION = """Without a target: a table of the errors of every batch norm installed here, against exact results.
 With a target: run everything that is true of a batch norm against your functions, and say what is not, and why."""
@@ -28,6 +29,8 @@ take only that; all else: (C,); momentum and eps: numbers):
   backward(dy, x, weight, bias, eps) -> dx, dweight, dbias
   update(running_mean, running_var, x, momentum) -> running_mean, running_var; as in PyTorch, momentum is the
       weight of the new batch, whose variance enters unbiased
+  jvp(x_dot, x, weight, weight_dot, bias_dot, eps) -> y_dot
+  double_backward(v, dy, x, weight, v_weight, v_bias, eps) -> ddy, ddx, ddweight
 
 example: mine.py in this folder
   import numpy as np
@@ -61,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     yours = parser.add_argument_group("your functions")
     yours.add_argument("--backward", metavar="module:function")
     yours.add_argument("--update", metavar="module:function")
+    yours.add_argument("--jvp", metavar="module:function", help="forward mode")
+    yours.add_argument("--double-backward", metavar="module:function", help="the backward of the backward")
     help_ = "of y (4); dx may be three times as far off"
     yours.add_argument("--tolerance", type=float, default=4.0, metavar="ULP", help=help_)
     yours.add_argument("--max-ratio", type=float, default=1e6, metavar="R", help="largest |mean|/std (1e6)")
@@ -82,8 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if np.finfo(LONG).nmant < 63:
             raise RefusedError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
-        if arguments.target is None and (arguments.backward or arguments.update):
-            raise RefusedError("expected a target, module:forward, before --backward and --update; got none")
+        given = [f"--{role.replace('_', '-')}" for role in FURTHER if getattr(arguments, role)]
+        if arguments.target is None and given:
+            raise RefusedError(f"expected a target, module:forward, before {' and '.join(given)}; got none")
         return _print_table(arguments) if arguments.target is None else check_target(arguments)
     except BrokenPipeError:
         raise
@@ -126,7 +132,7 @@ def check_target(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option):
             raise RefusedError(f"--{option.replace('_', '-')} belongs to the table, which is printed without a target")
     sys.path.insert(0, "")
-    names = {"forward": arguments.target, "backward": arguments.backward, "update": arguments.update}
+    names = {"forward": arguments.target} | {role: getattr(arguments, role) for role in FURTHER}
     functions: Any = {role: None if name is None else load(name) for role, name in names.items()}
     xp = None if arguments.xp == "numpy" else _imported(arguments.xp)
     if arguments.xp == "jax.numpy" and arguments.dtype == "float64":

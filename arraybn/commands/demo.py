@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import checkpoint
 from .._install import requirement
-from . import _demo_figure, _demo_ranks
+from . import _demo_exact, _demo_figure, _demo_lost, _demo_ranks
 from ._demo_training import Digits, Run, build_network, load_digits, namespace, train_all, true_statistics
 
 HELP = "train on handwritten digits with and without batch norm: a table, a picture, a saved network"
@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " local batch norm, beside one process with all of them; draws ranks.png"
     )
     add("--data-parallel", nargs="?", type=images, const=2, metavar="IMAGES", help=text)
+    one = parser.add_mutually_exclusive_group().add_argument
+    text = (
+        "under mpirun --with-ft ulfm: kill a rank in step 50, go on with the others, and compare with a training that"
+        " had only them from that step on; draws nothing"
+    )
+    one("--lose-a-rank", action="store_true", help=text)
+    text = "with --data-parallel: train with exact sums, and print a checksum, the same for 1, 2, 3, … ranks"
+    one("--exact", action="store_true", help=text)
 
 
 def _integer(text: str, low: int, high: int) -> int:
@@ -57,15 +65,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, print tables, save and draw; return 1 if a requirement is missing or a result cannot be kept."""
     comm = None
     try:
-        if arguments.data_parallel is not None:
+        if arguments.exact:
+            comm = _demo_exact.ranks(arguments)
+        elif arguments.data_parallel is not None:
             comm = _demo_ranks.world()
         problem = _missing(arguments, comm)
     except (RuntimeError, ImportError) as error:  # no ranks
         problem = str(error)
-    problem = problem or (_train(arguments) if comm is None else _demo_ranks.train(arguments, comm))
+    problem = problem or _trained(arguments, comm)
     if problem and (comm is None or comm.rank == 0):
         print(f"demo: {problem}", file=sys.stderr)
     return 1 if problem else 0
+
+
+def _trained(arguments: argparse.Namespace, comm: Any) -> str:
+    """Train as the options say; return the problem or ''."""
+    if arguments.exact:
+        return _demo_exact.train(arguments, comm)
+    if arguments.lose_a_rank:
+        return _demo_lost.train(arguments, comm)
+    return _train(arguments) if comm is None else _demo_ranks.train(arguments, comm)
 
 
 # ---- The requirements ----
@@ -73,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _missing(arguments: argparse.Namespace, comm: Any) -> str:
     """Return the first requirement that is missing on any rank, or ''; create the folder."""
-    problem = _missing_libraries(not arguments.no_plot)
+    problem = _demo_lost.problem(comm) if arguments.lose_a_rank else ""
+    problem = problem or _missing_libraries(not (arguments.no_plot or arguments.lose_a_rank))
     if arguments.device == "cuda":
         problem = problem or _gpu_problem()
     if comm is None or comm.rank == 0:

@@ -22,7 +22,7 @@ from .. import exact, reference
 from .._arrays.copies import widened
 from .._arrays.namespaces import FLOATS, Array, array_namespace, dtype_name, is_cupy_array, namespace_name
 from .._install import requirement
-from ..reference import Moments, Pool, Sweeps, Totals
+from ..reference import Mask, Moments, Pool, Sweeps, Totals
 from . import results
 
 Module: TypeAlias = Any  # a module, or any object, with the first four sweeps
@@ -31,8 +31,9 @@ REQUIRED = SWEEPS[:4]  # of a user's module; second derivatives take affine3 of 
 MODULES = {  # imported when first used
     "reference": "arraybn.reference",
     "cpu": "arraybn.kernels.cpu",
-    "cuda": "arraybn.kernels.cuda",
-    "cuda_fused": "arraybn.kernels.cuda.fused",
+    "cuda_split": "arraybn.kernels.cuda",
+    "cuda_fused": "arraybn.kernels.cuda.fused",  # the name of before "cuda" chose these kernels
+    "cuda": "arraybn.kernels.cuda.fused",
 }
 
 
@@ -48,14 +49,15 @@ class Backend:
     """
 
     name: str
-    moments: Callable[[Array], tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
+    masks: bool  # True where the sweeps take `where`; the reference serves masks otherwise
+    moments: Callable[..., tuple[Array, Array]]  # the five sweeps, as in ``reference.py``
     dots: Callable[..., tuple[Array, Array]]
     affine: Callable[..., Array]
     affine2: Callable[..., Array]
     affine3: Callable[..., Array]
-    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out) -> batch, rstd, y
+    forward: Callable[..., tuple[Moments, Array, Array]]  # (x, weight, bias, eps, pool, out, *, mask) -> batch, rstd, y
     forward_of_part: Callable[..., tuple[Array, Array]]  # (x, batch, weight, bias, eps, out) -> rstd, y
-    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out) -> dx, dweight, dbias
+    backward: Callable[..., tuple[Array, Array, Array]]  # (dy, x, batch, rstd, weight, pool, out, *, where) -> dx, …
     evaluate: Callable[..., tuple[Array, Array, Array | None, Array]]
     evaluation_backward: Callable[..., tuple[Array, Array, Array]]
     jvp: Callable[..., Array]  # these four as in ``reference.py``, without their first argument
@@ -64,6 +66,7 @@ class Backend:
     evaluation_double_backward: Callable[..., tuple[Array, Array, Array]]
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
+    trainer: Callable[..., Any]  # (x, (N, C, S), an array of the layer, eps) -> `cuda.training.Trainer`, or None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
     exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
@@ -77,15 +80,21 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats` and `widened`, as in `Backend`.
+    - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
+    - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
+      otherwise;
+    - `masked_forward(x, weight, bias, eps, out, mask) -> batch, rstd, y` and `masked_backward(dy, x, batch, rstd,
+      weight, out, where) -> dx, dweight, dbias`, like `forward` and `backward`.
     """
-    sweeps: Any = SimpleNamespace(**{name: _offered(module, name) or getattr(reference, name) for name in SWEEPS})
+    masks = bool(getattr(module, "MASKS", False))
+    sweeps: Any = SimpleNamespace(**{name: _sweep(module, name, masks) for name in SWEEPS})
     return Backend(
         name,
+        masks,
         **vars(sweeps),
-        forward=_forward(sweeps, _offered(module, "forward")),
+        forward=_forward(sweeps, _offered(module, "forward"), _offered(module, "masked_forward")),
         forward_of_part=functools.partial(reference.forward_of_part, sweeps),
-        backward=_backward(sweeps, _offered(module, "backward")),
+        backward=_backward(sweeps, _offered(module, "backward"), _offered(module, "masked_backward")),
         evaluate=_offered(module, "evaluate") or functools.partial(reference.evaluate, sweeps),
         evaluation_backward=functools.partial(reference.evaluation_backward, sweeps),
         jvp=functools.partial(reference.jvp, sweeps),
@@ -94,8 +103,19 @@ def as_backend(module: Module, name: str) -> Backend:
         evaluation_double_backward=functools.partial(reference.evaluation_double_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
+        trainer=_offered(module, "trainer") or _no_trainer,
         preallocate_result=_no_result if module is reference else _preallocate_result,
     )
+
+
+def _sweep(module: Module, name: str, masks: bool) -> Callable[..., Any]:
+    """Return a sweep of the module, or of the reference; `where` is always among the arguments."""
+    sweep: Callable[..., Any] = _offered(module, name) or getattr(reference, name)
+
+    def without_masks(*given: Any, where: None = None) -> Any:
+        return sweep(*given)
+
+    return sweep if masks or module is reference else without_masks
 
 
 @functools.cache
@@ -122,34 +142,53 @@ def _offered(module: Module, name: str) -> Any:
     return None if module is reference else getattr(module, name, None)
 
 
-def _forward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Moments, Array, Array]]:
+def _forward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Moments, Array, Array]]:
     """Return the forward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.forward, sweeps)
     if fused is None:
         return composed
 
     def forward(
-        x: Array, weight: Array | None, bias: Array | None, eps: float, pool: Pool | None, out: Array | None
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        pool: Pool | None,
+        out: Array | None,
+        *,
+        mask: Mask | None = None,
     ) -> tuple[Moments, Array, Array]:
-        if pool is not None:
-            return composed(x, weight, bias, eps, pool, out)
+        if pool is not None or (mask is not None and masked is None):
+            return composed(x, weight, bias, eps, pool, out, mask=mask)
+        if mask is not None:
+            return masked(x, weight, bias, eps, out, mask)  # type: ignore[no-any-return]
         mean, m2, rstd, y = fused(x, weight, bias, eps, out)
         return Moments(x.shape[0] * x.shape[2], mean, m2), rstd, y
 
     return forward
 
 
-def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, Array]]:
+def _backward(sweeps: Sweeps, fused: Any, masked: Any) -> Callable[..., tuple[Array, Array, Array]]:
     """Return the backward that is fused where no other rank is waited for."""
     composed = functools.partial(reference.backward, sweeps)
     if fused is None:
         return composed
 
     def backward(
-        dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, pool: Totals | None, out: Array | None
+        dy: Array,
+        x: Array,
+        batch: Moments,
+        rstd: Array,
+        weight: Array | None,
+        pool: Totals | None,
+        out: Array | None,
+        *,
+        where: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        if pool is not None:
-            return composed(dy, x, batch, rstd, weight, pool, out)
+        if pool is not None or (where is not None and masked is None):
+            return composed(dy, x, batch, rstd, weight, pool, out, where=where)
+        if where is not None:
+            return masked(dy, x, batch, rstd, weight, out, where)  # type: ignore[no-any-return]
         return fused(dy, x, batch.mean, rstd, weight, out)  # type: ignore[no-any-return]
 
     return backward
@@ -157,6 +196,10 @@ def _backward(sweeps: Sweeps, fused: Any) -> Callable[..., tuple[Array, Array, A
 
 def _widened(*vectors: Array | None) -> list[Array | None]:
     return [vector if vector is None else widened(vector) for vector in vectors]
+
+
+def _no_trainer(*given: object) -> None:
+    return None
 
 
 def _no_result(x: Array) -> None:
@@ -173,8 +216,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """Return the backend that serves the array `x`: the one asked for, otherwise the fastest that takes x.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
-    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_fused",
-    which has to be asked for. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_split",
+    two launches each way, which has to be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
@@ -200,6 +243,11 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     name = getattr(kernels, "__name__", type(kernels).__name__)
     own = {path: short for short, path in MODULES.items()}.get(name)
     return as_backend(kernels, name) if own is None else backend(own)
+
+
+def for_masks(found: Backend) -> Backend:
+    """Return the backend for a batch with a mask: `found` where its sweeps take masks, otherwise the reference."""
+    return found if found.masks else backend("reference")
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class SyncError(RuntimeError):
     """An error on some rank, raised on every rank with the same message; no rank has changed its state.
@@ -48,3 +51,39 @@ class SyncTimeoutError(SyncError, TimeoutError):
     """
 
     __module__ = "arraybn.sync"
+
+
+class RankLostError(SyncError):
+    """The process of a rank has died, and the other ranks can go on without that rank: over `survivors`.
+
+    Every rank that is left raises this error. The call has changed nothing; within `arraybn.sync.step`, the state is
+    that before the step. The communicator of the call cannot be used any more. This needs an MPI that tolerates faults:
+    Open MPI, started as ``mpirun --with-ft ulfm``.
+
+    Attributes
+    ----------
+    lost : tuple of int
+        The ranks that have died, numbered as in the communicator of the call or of the step.
+    survivors : mpi4py communicator
+        The ranks that are left, in their order, with new numbers from 0.
+
+    See Also
+    --------
+    arraybn.sync.step, arraybn.sync.continue_with
+
+    Examples
+    --------
+    >>> import arraybn
+    >>> from arraybn.testing import ThreadComm
+    >>> def work(comm):
+    ...     error = arraybn.RankLostError("rank 3 has died", lost=[3], survivors=comm)
+    ...     return error.lost, error.survivors.size, isinstance(error, arraybn.SyncError)
+    >>> ThreadComm.run(3, work)[0]
+    ((3,), 3, True)
+    """
+
+    __module__ = "arraybn.sync"
+
+    def __init__(self, message: str, lost: Iterable[int], survivors: Any) -> None:
+        super().__init__(message)
+        self.lost, self.survivors = tuple(lost), survivors

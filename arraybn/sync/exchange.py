@@ -13,15 +13,16 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from .._arrays.namespaces import Array
 from .._checks import as_number
 from . import frames, roll
-from .errors import SyncError, SyncTimeoutError
+from .errors import RankLostError, SyncError, SyncTimeoutError
 from .process import forked_child
 
 Comm: TypeAlias = Any  # mpi4py.MPI.Intracomm or a wrapper of one, or a rank of arraybn.testing.ThreadComm
@@ -47,6 +48,11 @@ class Reducer(Protocol):
 
     rank: int
     size: int
+    hint: str  # a sentence that says how to get `recovery`; '' where it is there, or cannot be
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The further operations under fault tolerance; None where the other ranks cannot go on when a rank dies."""
 
     def open(self, deadline: float | None) -> None:
         """Wait until the ranks are connected; called before each exchange."""
@@ -74,7 +80,34 @@ class Reducer(Protocol):
         """Raise an interrupt that was held back; called after each exchange, and never waits."""
 
 
+class Recovery(Protocol):
+    """The further operations of a `Reducer` under fault tolerance."""
+
+    def agree(self, deadline: float | None) -> None:
+        """Return on all ranks where every rank has come here without a failure, or raise on all ranks."""
+
+    def revoke(self) -> None:
+        """Let every call of every rank over these ranks raise, except `recover`."""
+
+    def recover(self, limit: float | None) -> tuple[Sequence[int], Comm]:
+        """Return the ranks that have died, and a communicator of those that are left; a call of all that are left."""
+
+
+E = TypeVar("E", bound=SyncError)
 More: TypeAlias = Callable[[Reducer, float | None], Array]  # sends more in the same call, and returns the result
+
+
+class OpenStep:
+    """A step under way (`arraybn.sync.step`): the calls of all ranks that are undone together if a rank dies."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange  # over all ranks of the step
+        self.used = {exchange}  # and over parts of them
+        self.ends = False  # True in the call at its end, which alone the ranks agree on
+        self.lost = False
+
+
+STEP: ContextVar[OpenStep | None] = ContextVar("STEP", default=None)
 
 
 class Exchange:
@@ -88,7 +121,7 @@ class Exchange:
         self._unreported_failure = ""  # of this rank alone; its next frame reports it to all ranks
         self._lock = threading.Lock()  # one thread at a time
         self._frame = frames.frame([0] * len(frames.FIELDS), 0, 0)  # the first frame of every call
-        self._numbers = frames.body(self._frame)
+        self._numbers = tuple(frames.body(self._frame))  # its two rows
         self._used = 0  # channels of the frame that may be other than 0
         self._process = os.getpid()
         self._layers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
@@ -130,18 +163,21 @@ class Exchange:
         `error` is what this rank sends in the place of its numbers; `more` is sent after them, in the same call.
         """
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
-        self._acquire(call)
+        if not self._lock.acquire(False):
+            self._wait_for_other_thread(call)
         try:
             self.check()
             self.reducer.open(deadline)
-            return self._carry_out(call, rows, n, error, more, deadline)
+            found = self._carry_out(call, rows, n, error, more, deadline)
+            if self.reducer.recovery is not None:
+                self._agree(self.reducer.recovery, deadline)
+            return found
         except SyncError:
             raise
         except TimeoutError as failure:
             raise self._give_up(call, failure, deadline) from failure
         except ConnectionError as failure:
-            self._broken = f"rank {self.reducer.rank}: {call} failed: {failure}"
-            raise SyncError(self._broken) from failure
+            raise self.unreachable(call, failure, call.timeout) from failure
         except BaseException as failure:  # Ctrl-C while waiting
             self._broken = f"rank {self.reducer.rank}: {type(failure).__name__} ended {call}"
             raise
@@ -151,9 +187,9 @@ class Exchange:
             finally:
                 self._lock.release()
 
-    def _acquire(self, call: Call) -> None:
+    def _wait_for_other_thread(self, call: Call) -> None:
         limit = call.timeout
-        if not self._lock.acquire(False) and not self._lock.acquire(timeout=-1 if limit is None else limit):
+        if not self._lock.acquire(timeout=-1 if limit is None else limit):
             raise SyncTimeoutError(
                 f"rank {self.reducer.rank}: another thread did not leave its call within {limit:g} s, in {call}"
             )
@@ -166,7 +202,7 @@ class Exchange:
         error: BaseException | None,
         more: More | None,
         deadline: float | None,
-    ) -> tuple[Array, int]:
+    ) -> tuple[frames.Rows, int]:
         channels = len(rows[0])
         fields = call.fields(self.calls + 1, channels, self._checksum)
         flags = frames.ERROR if error else 0
@@ -181,26 +217,27 @@ class Exchange:
             self._used = frames.FIRST_FRAME_CHANNELS  # the numbers may be those of another rank
             self._raise_on_all_ranks(call, flags, channels, error, deadline)
         self._checksum = zlib.crc32(self._frame, self._checksum)
-        result = self._numbers[:, :channels].copy()
+        first, second = self._numbers
+        result = first[:channels].copy(), second[:channels].copy()
         if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
             frame = frames.frame(fields, 0, n, [row[-beyond:] for row in rows], beyond)
             self.reducer.allreduce(frame, deadline)
             self._checksum = zlib.crc32(frame, self._checksum)
-            result = np.concatenate([result, frames.body(frame)], axis=1)
+            first, second = (np.concatenate(both) for both in zip(result, frames.body(frame), strict=True))
+            result = first, second
         if more is not None:
             self._checksum = zlib.crc32(more(self.reducer, deadline), self._checksum)
         return result, total
 
     def _fill_frame(self, rows: frames.Rows, channels: int) -> None:
         """Write the first channels into the frame of this exchange, and 0 where an earlier call left numbers."""
-        first, second = rows
+        (first, second), (a, b) = self._numbers, rows
         if channels > frames.FIRST_FRAME_CHANNELS:
             channels = frames.FIRST_FRAME_CHANNELS
-            first, second = first[:channels], second[:channels]
-        numbers = self._numbers
-        numbers[0, :channels], numbers[1, :channels] = first, second
+            a, b = a[:channels], b[:channels]
+        first[:channels], second[:channels] = a, b
         if channels < self._used:
-            numbers[:, channels:] = 0
+            first[channels:] = second[channels:] = 0
         self._used = channels
 
     def _raise_on_all_ranks(
@@ -237,7 +274,52 @@ class Exchange:
         else:
             did = f"gave up {call}, because the time limit of another rank was over"
         text = f"{rank} of {self.reducer.size} {did}. Likely causes: {_CAUSES}"
-        return SyncTimeoutError(f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text)
+        text = f"{text}\n{roll.sentence(answers, self.reducer.size)}" if answers else text
+        return self._with_hint(SyncTimeoutError(text))
+
+    def _with_hint(self, error: E) -> E:
+        if self.reducer.hint:
+            error.add_note(self.reducer.hint)
+        return error
+
+    # ---- A lost rank ----
+
+    def _agree(self, recovery: Recovery, deadline: float | None) -> None:
+        """Raise on all ranks that are left if this call has failed on one; within a step, only at the step's end."""
+        step = STEP.get()
+        if step is not None:
+            step.used.add(self)
+        if step is None or step.ends:
+            recovery.agree(deadline)
+
+    def unreachable(self, doing: object, failure: BaseException, limit: float | None) -> SyncError:
+        """Return the error where a rank cannot be reached: a RankLostError where the other ranks can go on.
+
+        No further call can be made over these ranks, nor over others that the step has used.
+        """
+        self._broken = f"rank {self.reducer.rank}: {doing} failed: {failure}"
+        step = STEP.get() or OpenStep(self)
+        whole = step.exchange.reducer
+        if (recovery := whole.recovery) is None:
+            return self._with_hint(SyncError(self._broken))
+        step.lost = True
+        step.used.add(self)
+        for exchange in step.used:
+            if exchange.reducer.recovery is not None:
+                exchange.reducer.recovery.revoke()
+        lost, survivors = recovery.recover(limit)
+        if not lost:
+            return SyncError(self._broken)
+        who = frames.ranks_text(lost)
+        for exchange in step.used:
+            exchange._broken = f"{who} died; go on over the communicator RankLostError.survivors"
+        undone = "the call has changed nothing" if STEP.get() is None else "the step is undone"
+        return RankLostError(
+            f"{who} of {whole.size} died, as rank {whole.rank} noticed in {doing}; {undone}. The other {survivors.size}"
+            " can go on over the communicator RankLostError.survivors",
+            lost,
+            survivors,
+        )
 
 
 _CAUSES = (
@@ -326,7 +408,7 @@ class Call:
         """Promise that all ranks raise the error that follows, so that none has to be told."""
         self._same_error_everywhere = True
 
-    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[Array, int]:
+    def combine(self, rows: frames.Rows, n: int = 0) -> tuple[frames.Rows, int]:
         """Return two rows (C,) and n of all ranks together: moments pooled (E2) in a forward, else sums."""
         return self.exchange.carry_out(self, rows, n)
 
@@ -359,7 +441,7 @@ class Call:
             return numbers
 
         rows, _ = self.exchange.carry_out(self, ((weight,), (weight,)), more=more)
-        return float(rows[0, 0])
+        return float(rows[0][0])
 
 
 def begin(

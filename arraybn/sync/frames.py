@@ -22,8 +22,8 @@ FIRST_FRAME_CHANNELS = 256  # channels of a call that fit its first frame
 TEXT = 1024  # bytes of the text that a rank sends after an error or a disagreement
 VALUE, LISTED, RUNS = 60, 3, 8  # in a message: characters of a value, values of a name, runs of ranks
 # The header holds the index of the operation.
-OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward")
-FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD = OPERATIONS
+OPERATIONS = ("forward", "backward", "average_gradients", "broadcast_state", "jvp", "double backward", "end")
+FORWARD, BACKWARD, AVERAGE, BROADCAST, JVP, DOUBLE_BACKWARD, END = OPERATIONS
 
 # The fields on which all ranks have to agree, in the order of the header; `bits` is a checksum of all results so far.
 FIELDS = ("format", "call", "operation", "layer", "channels", "settings", "num_batches_tracked", "of call", "bits")

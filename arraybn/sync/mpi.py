@@ -15,13 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._arrays.namespaces import Array, class_name
-from . import frames, roll
+from . import frames, roll, ulfm
 from .errors import SyncError
 from .exchange import Comm, Exchange
 from .process import check_alone, check_not_forked, check_rank
@@ -61,6 +61,12 @@ def check(name: str, comm: object) -> None:
         raise ValueError(f"{name}: expected an intracommunicator; got {kind}. Only None means the world")
 
 
+def is_failure(error: BaseException) -> bool:
+    """Return True for an exception that MPI has raised."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and isinstance(error, mpi.Exception)
+
+
 # ---- The exchange of a communicator, kept as an attribute of the communicator ----------------------------------------
 
 
@@ -89,8 +95,8 @@ def _duplicated(comm: Comm) -> Any:
     check_not_forked()
     with _creating:
         if (found := comm.Get_attr(_key())) is None:
-            duplicate, request = comm.Idup()
-            found = Exchange(Reducer(duplicate, request, comm.rank, comm.size))
+            _op()  # compile before the time limit of the first call begins
+            found = Exchange(Reducer(comm))
             comm.Set_attr(_key(), found)
     return found
 
@@ -173,6 +179,7 @@ _interrupts: list[BaseException] = []  # of the main thread, the only one that r
 
 # In `signal`, each call looks for a name of the handler, which costs more than an allreduce.
 _signal: Any = importlib.import_module("_signal" if importlib.util.find_spec("_signal") else "signal")
+_SIGINT = int(signal.SIGINT)
 
 
 def _note(number: int, stack: object) -> None:
@@ -186,9 +193,9 @@ def _hold_interrupts() -> bool:
     """
     if threading.get_ident() != threading.main_thread().ident:
         return False
-    if _signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _note):
+    if _signal.getsignal(_SIGINT) not in (signal.default_int_handler, _note):
         return False
-    _signal.signal(signal.SIGINT, _note)
+    _signal.signal(_SIGINT, _note)
     return True
 
 
@@ -230,7 +237,7 @@ def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> b
     Where there are more ranks than cores, a bare loop would keep the awaited rank from running.
     """
     started, slept = time.monotonic(), False
-    while not request.Test():
+    while not (request.Test() or request.Test() or request.Test()):
         now = time.monotonic()
         if deadline is not None and now > deadline:
             raise TimeoutError
@@ -249,24 +256,61 @@ def _wait(request: Any, deadline: float | None, listen: Callable[[], bool]) -> b
 _ROLL_CALL = 1  # the tag of its messages
 
 
+_HINT = (
+    f"Under Open MPI, started as {ulfm.COMMAND}, the other ranks can go on when a rank dies (docs/how-to/lost-rank.md)"
+)
+
+
+@_once
+def _fault_tolerant() -> bool:
+    """Return True where the other ranks can go on when a rank dies; prepare the end of this process for that."""
+    if found := ulfm.is_on(_mpi()):
+        ulfm.end_without_finalize(_mpi())
+    return found
+
+
+@_once
+def _looks_twice() -> bool:
+    """Return True where the first look for a message may only fetch the message, as with MPICH."""
+    return "Open MPI" not in _mpi().Get_library_version()
+
+
 class Reducer:
     """The operations of the protocol over MPI, which are polled until a deadline."""
 
-    def __init__(self, comm: Comm, duplicating: Any, rank: int, size: int) -> None:
-        self._comm, self._duplicating = comm, duplicating
-        self.rank, self.size = rank, size
+    def __init__(self, users: Comm) -> None:
+        self._comm: Comm
+        self._duplicating: Any
+        self.rank, self.size = users.rank, users.size
+        self.recovery = self if _fault_tolerant() else None
+        self.hint = _HINT if self.recovery is None else ""
         self._holding = False  # True while Ctrl-C is held back
         self._frame: Any = None  # the last one, and what an Iallreduce of it is called with
         self._message: Any = None
         self._any_rank = _mpi().ANY_SOURCE
+        self._agreed = False  # True where this rank has taken part in an agreement that failed
+        self._users = users
+        try:
+            self._comm, self._duplicating = users.Idup()
+        except _mpi().Exception as error:
+            if self.recovery is None:
+                raise
+            self._comm, self._duplicating = None, error
 
     def open(self, deadline: float | None) -> None:
         """Hold Ctrl-C back; the first time, wait until all ranks have duplicated the communicator."""
         self._holding = _hold_interrupts()
         if self._duplicating is not None:
-            self._run(lambda: self._duplicating, deadline)
-            self._duplicating = None
+            self._run(self._duplicate, deadline)
             self._comm.Set_errhandler(_mpi().ERRORS_RETURN)
+            if self.recovery is not None:
+                self.agree(deadline)  # or a rank could wait on a duplicate that another rank does not have
+            self._duplicating = None
+
+    def _duplicate(self) -> Any:
+        if isinstance(self._duplicating, Exception):
+            raise self._duplicating
+        return self._duplicating
 
     def allreduce(self, frame: Array, deadline: float | None) -> None:
         """Replace the frame by that of all ranks together."""
@@ -299,14 +343,16 @@ class Reducer:
         try:
             kept.append(request := start())
             slept = not request.Test() and _wait(request, deadline, self._hears_roll_call)
-            # Ranks that gave up had sent their part, so nothing else tells of them. MPICH's first look only fetches.
-            if self._hears_roll_call() or self._hears_roll_call():
-                raise RollCallError(late=not slept)
+            if self._duplicating is None:  # there is a channel
+                # Ranks that gave up had sent their part, so nothing else tells of them.
+                look, any_rank = self._comm.Iprobe, self._any_rank
+                if look(any_rank, _ROLL_CALL) or (_looks_twice() and look(any_rank, _ROLL_CALL)):
+                    raise RollCallError(late=not slept)
         except BaseException as error:
             failed = isinstance(error, _mpi().Exception)
             if failed and len(kept) == 1:
                 del _under_way[id(kept)]  # MPI has refused to start the request
-            else:
+            elif not (failed and self.recovery):
                 _give_up(kept)
             if failed:
                 raise ConnectionError(str(error)) from error
@@ -314,8 +360,11 @@ class Reducer:
         del _under_way[id(kept)]
 
     def _hears_roll_call(self) -> bool:
-        """Return True if another rank has called the roll; False as long as there is no channel."""
-        return self._duplicating is None and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
+        """Return True if another rank has called the roll; False as long as there is no channel.
+
+        An agreement is not disturbed: its result is the same on all ranks, and must not become an error on one.
+        """
+        return self._duplicating is None and not self._agreed and self._comm.Iprobe(self._any_rank, _ROLL_CALL)
 
     def call_roll(self, answer: bytes, seconds: float) -> dict[int, bytes]:
         """Tell all ranks that this rank gives up; return the answers that come within `seconds`, with its own."""
@@ -349,14 +398,46 @@ class Reducer:
     def close(self) -> None:
         """Let Ctrl-C raise again, and raise an interrupt that was held back."""
         if self._holding:
-            _signal.signal(signal.SIGINT, signal.default_int_handler)
+            _signal.signal(_SIGINT, signal.default_int_handler)
             self._holding = False
-        _raise_interrupt()
+        if _interrupts:
+            _raise_interrupt()
 
     def free(self) -> None:
         """Free the duplicate, because the user frees the communicator."""
-        if self._duplicating is None and not _given_up:
+        if self._duplicating is None and not _given_up and not self._comm_is_revoked():
             self._comm.Free()
+
+    # ---- A lost rank ----
+
+    def agree(self, deadline: float | None) -> None:
+        """Return on all ranks where every rank has come here without a failure, or raise on all ranks."""
+        flag, comm = np.ones(1, np.intc), self._agreeing()
+        self._agreed = True
+        self._run(lambda: comm.Iagree(flag), deadline, flag)
+        if not flag[0]:
+            raise ConnectionError("the call failed on another rank")
+        self._agreed = False
+
+    def revoke(self) -> None:
+        """Let every call of every rank over these ranks raise, those on the user's communicator too."""
+        for comm in (self._users, self._agreeing()):
+            with contextlib.suppress(_mpi().Exception):  # the user may have freed the communicator
+                comm.Revoke()
+
+    def recover(self, limit: float | None) -> tuple[Sequence[int], Comm]:
+        """Return the ranks that have died, and a communicator of those that are left; a call of all that are left."""
+        mpi, comm = _mpi(), self._agreeing()
+        with ulfm.watched(limit, f"rank {self.rank}: to find out which ranks are left"):
+            left = ulfm.shrunk(mpi, comm, self._agreed)
+        return ulfm.missing(mpi, comm, left), left
+
+    def _agreeing(self) -> Comm:
+        """Return the communicator of agreements: the user's until all ranks have the duplicate."""
+        return self._comm if self._duplicating is None else self._users
+
+    def _comm_is_revoked(self) -> bool:
+        return self.recovery is not None and bool(self._comm.Is_revoked())
 
 
 _under_way: dict[int, Any] = {}  # requests and their buffers, by id
@@ -380,6 +461,9 @@ def _end_job(pid: int) -> None:
 
     if os.getpid() == pid and not MPI.Is_finalized():
         sys.stdout.flush()
-        print("arraybn: a synchronized call was given up; ending all ranks", file=sys.stderr, flush=True)
+        who = "this rank" if _fault_tolerant() else "all ranks"
+        print(f"arraybn: a synchronized call was given up; ending {who}", file=sys.stderr, flush=True)
+        if _fault_tolerant():
+            ulfm.end(failed=True)  # the other ranks notice, and go on
         time.sleep(0.2)  # for the launcher to pass the printed line on before it ends all ranks
         MPI.COMM_WORLD.Abort(1)

@@ -38,16 +38,18 @@ class RankPool(Pool):
         (mean, m2), n = self.call.combine((mean, m2), part.n)
         return Moments(n, mean, m2)
 
-    def sums(self, *parts: Array) -> Array:
+    def sums(self, *parts: Array) -> Sequence[Array]:
         """Return the sum of each vector over all parts, on the host; a frame has two rows for all vectors."""
         self._staging = staging_for(parts[0], max(3, len(parts)))
         vectors = self._staging.host(*parts)
         if len(parts) == 2:
-            return self.call.combine(vectors)[0]
-        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * len(parts[0])))
-        rows.reshape(-1, len(parts[0]))[: len(parts)] = vectors
-        rows, _ = self.call.combine(rows)
-        return rows.reshape(-1, len(parts[0]))[: len(parts)]
+            both: Sequence[Array] = self.call.combine(vectors)[0]
+            return both
+        channels = parts[0].shape[0]
+        rows: Array = np.zeros((2, (len(parts) + 1) // 2 * channels))
+        rows.reshape(-1, channels)[: len(parts)] = vectors
+        together: Array = np.stack(self.call.combine(rows)[0])
+        return list(together.reshape(-1, channels)[: len(parts)])
 
     def split(self, mean: Array) -> tuple[Array, Array | None]:
         """Return the host's mean in the dtype of the part's statistics, and the rest; None where nothing is lost."""

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from .._arrays.namespaces import Namespace, as_dtype, as_namespace
-from .._checks import as_integer, as_number
+from .._checks import as_flag, as_integer, as_number
+from .derivatives import DERIVATIVES
 from .diagnosis import HALF, OF_SUMS, ONE_PASS, cause_of
 from .forms import ANY, Form, as_lines, check_call
 from .oracle import LONG, MANTISSA_BITS, check_longdouble
-from .properties import MOMENTUM, PROPERTIES, Measured, Property, Subject, running
+from .properties import MOMENTUM, PROPERTIES, WITH_MASK, Measured, Property, Subject, running, tangents
 from .scenarios import Batch, numpy_dtype, random_batches
 
 FEW = (1, 2, 3, 5, 8)  # samples, positions or digits of a smaller batch
@@ -66,8 +67,12 @@ class Failure:
             f"     of shape {values.shape}, with eps = {batch.eps:g},",
             f"     weight = {text(batch.weight)}, bias = {text(batch.bias)}",
         ]
-        if self.property.startswith("d"):
-            lines.append(f"     dy = {text(batch.dy.ravel())}, flattened")
+        named = {"dy": batch.dy} if self.property.startswith("d") else {}
+        if self.property.startswith(("y_dot", "jvp", "dd", "double")):
+            named |= tangents(batch)
+        lines += [f"     {name} = {text(array.ravel())}, flattened" for name, array in named.items()]
+        if batch.where is not None:
+            lines.append(f"     where = {text(batch.where.astype(int), separator=', ')}".replace("\n", "\n" + " " * 13))
         if self.property.startswith("running"):
             mean, var = map(text, running(batch))
             lines.append(f"     running_mean = {mean}, running_var = {var}, momentum = {MOMENTUM}")
@@ -164,10 +169,13 @@ def check_batch_norm(
     backward: Callable[..., Any] | None = None,
     update: Callable[..., Any] | None = None,
     *,
+    jvp: Callable[..., Any] | None = None,
+    double_backward: Callable[..., Any] | None = None,
     tolerance: float = 4.0,
     max_ratio: float = 1e6,
     dtype: str = "float32",
     accuracy: str = "full",
+    where: bool = False,
     xp: Namespace | None = None,
     examples: int = 25,
     report: Callable[[str, Failure | None], object] | None = None,
@@ -186,9 +194,15 @@ def check_batch_norm(
     update : callable, optional
         ``update(running_mean, running_var, x, momentum)`` returns the new running_mean and running_var, in PyTorch's
         convention: momentum is the weight of the new batch, whose variance enters unbiased.
+    jvp : callable, optional
+        ``jvp(x_dot, x, weight, weight_dot, bias_dot, eps)`` returns y_dot in the dtype of x (E8).
+    double_backward : callable, optional
+        ``double_backward(v, dy, x, weight, v_weight, v_bias, eps)`` returns ddy and ddx in the dtype of x, and
+        ddweight (E9). v, v_weight and v_bias are the gradients of a loss by dx, dweight and dbias.
     tolerance : float
         The largest allowed error of y, in ulp of `dtype` at the largest term of its formula; three times as much for
-        dx, the sum of three terms. A limit of 4 requires float64 or compensated sums.
+        dx, the sum of three terms, for y_dot, ddy and ddweight, and six times for ddx. A limit of 4 requires float64 or
+        compensated sums.
     max_ratio : float
         The largest |mean|/std that is checked, from 1 to 10⁶. Use 1 for functions that only work near zero mean.
     dtype : str
@@ -196,6 +210,10 @@ def check_batch_norm(
     accuracy : str
         "full": each result is within `tolerance`, up to `max_ratio`. "sums": larger errors are accepted if they are
         within the bounds of sums in the dtype of x, which grow with n and with |mean|/std. Other errors are not.
+    where : bool
+        True for functions that take a mask as their last argument: ``forward(x, weight, bias, eps, where)``, with where
+        (N, S) of bool, True at the positions that belong to the batch. Masked batches are then checked too, with y at
+        all positions, dy that is not 0 at masked ones, and NaN in the padding.
     xp : module, optional
         The namespace of the arrays that the functions take; NumPy if None.
     examples : int
@@ -242,12 +260,17 @@ def check_batch_norm(
     """
     check_options(tolerance, max_ratio, dtype, accuracy, examples, xp)
     functions: dict[str, Any] = {"forward": forward, "backward": backward, "update": update}
+    functions |= {"jvp": jvp, "double_backward": double_backward}
+    masks = as_flag("where", where)
     for role, function in functions.items():
         if function is not None or role == "forward":
-            check_call(role, function)
-    subject = Subject(forward, backward, update, numpy_dtype(dtype), xp, tolerance, max_ratio)
+            check_call(role, function, masks)
+    options = numpy_dtype(dtype), xp, tolerance, max_ratio
+    subject = Subject(forward, backward, update, *options, jvp, double_backward, masks)
     subject.find_forms()
-    properties = [prop for prop in PROPERTIES if functions[prop.needs] is not None]
+    there = {"", *(role for role, function in functions.items() if function is not None)}
+    known = (*PROPERTIES, *DERIVATIVES, *(WITH_MASK if masks else ()))
+    properties = [prop for prop in known if {prop.needs, prop.also} <= there]
     failures = []
     for prop in properties:
         if failure := _failure(prop, subject, examples):
@@ -358,7 +381,10 @@ def _batches(prop: Property, subject: Subject, examples: int) -> Iterator[Batch]
     lines = subject.form(prop.needs).name == "(N, C)" and prop.shrinks  # so that a small batch looks like the user's
 
     def kept(batch: Batch) -> Batch:
-        return batch._replace(x=as_lines(batch.x)[..., None], dy=as_lines(batch.dy)[..., None]) if lines else batch
+        if not lines:
+            return batch
+        where = None if batch.where is None else batch.where.reshape(-1, 1)
+        return batch._replace(x=as_lines(batch.x)[..., None], dy=as_lines(batch.dy)[..., None], where=where)
 
     kinds = [kind for kind in prop.kinds if kind != "far" or subject.max_ratio >= 30]
     yield from map(kept, prop.batches(subject))
@@ -370,9 +396,13 @@ def _smallest(batch: Batch, fails: Callable[[Batch], bool]) -> Batch:
     """Return a part of the batch that still fails, with fewer samples, positions, channels and digits."""
     varied = _varies(batch)  # the part must vary too: a constant batch may fail for another reason
     for smaller in (_fewer_samples, _fewer_positions, _fewer_channels, _fewer_digits):
-        parts = (part for part in smaller(batch) if part.x[:, 0].size > 1 and _varies(part) >= varied)
+        parts = (part for part in smaller(batch) if _number(part) > 1 and _varies(part) >= varied)
         batch = next((part for part in parts if fails(part)), batch)
     return batch
+
+
+def _number(batch: Batch) -> int:
+    return int(batch.x[:, 0].size if batch.where is None else np.count_nonzero(batch.where))
 
 
 def _varies(batch: Batch) -> bool:
@@ -380,17 +410,24 @@ def _varies(batch: Batch) -> bool:
 
 
 def _fewer_samples(batch: Batch) -> list[Batch]:
-    return [batch._replace(x=batch.x[:n], dy=batch.dy[:n]) for n in FEW if n < len(batch.x)]
+    return [_part(batch, slice(n), slice(None)) for n in FEW if n < len(batch.x)]
 
 
 def _fewer_positions(batch: Batch) -> list[Batch]:
-    return [batch._replace(x=batch.x[..., :s], dy=batch.dy[..., :s]) for s in FEW if s < batch.x.shape[2]]
+    return [_part(batch, slice(None), slice(s)) for s in FEW if s < batch.x.shape[2]]
+
+
+def _part(batch: Batch, samples: slice, positions: slice) -> Batch:
+    where = None if batch.where is None else batch.where[samples, positions]
+    x, dy = batch.x[samples, :, positions], batch.dy[samples, :, positions]
+    return batch._replace(x=x, dy=dy, where=where)
 
 
 def _fewer_channels(batch: Batch) -> list[Batch]:
     c = batch.x.shape[1]
     some = [slice(i, i + count) for count in (1, 2) for i in range(c + 1 - count)]
-    return [Batch(batch.x[:, at], batch.dy[:, at], batch.weight[at], batch.bias[at], batch.eps) for at in some]
+    arrays = [(batch.x[:, at], batch.dy[:, at], batch.weight[at], batch.bias[at]) for at in some]
+    return [Batch(*of_some, batch.eps, batch.where) for of_some in arrays]
 
 
 def _fewer_digits(batch: Batch) -> list[Batch]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import scenarios, suspects
 from .oracle import MANTISSA_BITS, exact_batch_norm
-from .properties import GROWING, MOMENTUM, Property, Subject, running
+from .properties import GROWING, MOMENTUM, Property, Subject, running, tangents
 from .scenarios import Batch
 
 ONE_PASS = (
@@ -53,6 +53,8 @@ def _known_fault(prop: Property, subject: Subject) -> str:
     w, b = (array.astype("f8")[None, :, None] for array in (weight, bias))
     if prop.needs == "forward":
         return suspects.match(subject.y(batch), suspects.forwards(x, w, b, eps))
+    if prop.needs in ("jvp", "double_backward"):
+        return _known_fault_of_derivative(prop.name.partition(" ")[0], subject, batch)
     if prop.needs == "backward":
         results: tuple[Any, ...] = subject.gradients(batch)
         tables = {"dx": suspects.input_gradients(dy, x, w, eps), **suspects.parameter_gradients(dy, x, w, eps)}
@@ -61,6 +63,26 @@ def _known_fault(prop: Property, subject: Subject) -> str:
         results, tables = subject.running_statistics(batch), suspects.updates((mean, var), x, MOMENTUM, eps)
     name = prop.name.partition(" ")[0]
     return suspects.match(dict(zip(tables, results, strict=True))[name], tables[name])
+
+
+def _known_fault_of_derivative(name: str, subject: Subject, batch: Batch) -> str:
+    """Compare the result of that name with those of the faulty derivatives."""
+    x, dy, t = batch.x.astype("f8"), batch.dy.astype("f8"), tangents(batch)
+    u, v = t["x_dot"].astype("f8"), t["v"].astype("f8")
+    w, weight_dot, bias_dot, v_weight, v_bias = (
+        vector.astype("f8")[None, :, None]
+        for vector in (batch.weight, t["weight_dot"], t["bias_dot"], t["v_weight"], t["v_bias"])
+    )
+    if name == "y_dot":
+        faulty = suspects.tangents(u, x, w, weight_dot, bias_dot, batch.eps, "y_dot x_dot weight_dot bias_dot")
+        return suspects.match(subject.tangent(batch), faulty)
+    results = dict(zip(("ddy", "ddx", "ddweight"), subject.second_gradients(batch), strict=True))
+    tables = {
+        "ddy": suspects.tangents(v, x, w, v_weight, v_bias, batch.eps, "ddy v v_weight v_bias"),
+        "ddx": suspects.second_input_gradients(v, dy, x, w, v_weight, batch.eps),
+        "ddweight": suspects.second_weight_gradients(v, dy, x, w, batch.eps),
+    }
+    return suspects.match(results[name], tables[name])
 
 
 def _growth(prop: Property, subject: Subject) -> str:

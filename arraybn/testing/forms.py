@@ -14,7 +14,10 @@ CALLS = {  # the arguments and results of each function
     "forward": ("x, weight, bias, eps", "y"),
     "backward": ("dy, x, weight, bias, eps", "dx, dweight, dbias"),
     "update": ("running_mean, running_var, x, momentum", "running_mean, running_var"),
+    "jvp": ("x_dot, x, weight, weight_dot, bias_dot, eps", "y_dot"),
+    "double_backward": ("v, dy, x, weight, v_weight, v_bias, eps", "ddy, ddx, ddweight"),
 }
+LIKE_X = ("y", "dx", "y_dot", "ddy", "ddx")  # the results (N, C, S); all other results are (C,)
 REMEDY = "Write a function that makes the layer, sets its weight and bias, and calls it"
 
 
@@ -41,9 +44,10 @@ ANY = Form("(N, C, S)", lambda array: array)
 FORMS = (ANY, Form("(N, C)", as_lines), Form("(N, C, H, W)", lambda array: array[..., None]))
 
 
-def check_call(role: str, function: Any) -> None:
-    """Raise a TypeError if the function cannot be called with the arguments of its role."""
+def check_call(role: str, function: Any, masks: bool = False) -> None:
+    """Raise a TypeError if the function cannot be called with the arguments of its role, a mask among them or not."""
     arguments, results = CALLS[role]
+    arguments += ", where" if masks else ""
     expected = f"{role}: expected a function of ({arguments}) that returns {results}; got"
     if inspect.isclass(function):
         raise TypeError(f"{expected} the class {function.__name__}. {REMEDY}")

@@ -52,7 +52,9 @@ class Exact:
     exact_m2: list[Fraction] = field(repr=False)
 
 
-def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, channel_axis: int = 1) -> Exact:
+def exact_batch_norm(
+    x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, where: Any = None, channel_axis: int = 1
+) -> Exact:
     """Return the results of E1, E3, E5 and E6 by definition.
 
     Parameters
@@ -62,6 +64,9 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     weight, bias : array (C,)
     eps : float
         ε, the exact value of the float.
+    where : array (N, *S) of bool, optional
+        True at the positions that belong to the batch. Where `where` is False, x may be NaN; if dy is 0 there too, the
+        position counts for nothing in dweight.
     channel_axis : int
         The axis of the channels in x and dy.
 
@@ -85,7 +90,8 @@ def exact_batch_norm(x: Any, weight: Any, bias: Any, dy: Any, *, eps: float, cha
     check_longdouble()
     x, dy = (np.moveaxis(np.asarray(array), channel_axis, 1) for array in (x, dy))
     shape, channels = x.shape, range(x.shape[1])
-    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps) for c in channels]
+    kept = np.ones(x[:, 0].size, bool) if where is None else np.broadcast_to(where, x[:, 0].shape).ravel()
+    rows = [_channel(x[:, c].ravel(), weight[c], bias[c], dy[:, c].ravel(), eps, kept) for c in channels]
     results: dict[str, Any] = {name: [row[name] for row in rows] for name in (*_ARRAYS, *_VECTORS, *_RATIONALS)}
     for name in _ARRAYS:
         values = np.stack(results[name]).reshape(len(rows), shape[0], *shape[2:])
@@ -247,19 +253,21 @@ def check_longdouble() -> None:
         raise RuntimeError("the oracle needs a numpy.longdouble of 64 bits of mantissa; this platform's has fewer")
 
 
-def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float) -> dict[str, Any]:
-    """Return the results of one channel, x and dy (n,)."""
-    n = x.size
-    if n == 0 or not np.isfinite(x.astype(LONG)).all():
-        nothing, value = np.full(n, np.nan, LONG), LONG(0 if n == 0 else np.nan)
+def _channel(x: Array, weight: Any, bias: Any, dy: Array, eps: float, kept: Array) -> dict[str, Any]:
+    """Return the results of one channel, x, dy and the mask `kept` of one length."""
+    n = int(np.count_nonzero(kept))
+    if x.size == 0 or not np.isfinite(x[kept].astype(LONG)).all():
+        nothing, value = np.full(x.size, np.nan, LONG), LONG(0 if x.size == 0 else np.nan)
         empty: dict[str, Any] = dict.fromkeys(_ARRAYS, nothing)
         return empty | dict.fromkeys(_VECTORS, value) | dict.fromkeys(_RATIONALS, Fraction(0))
-    mean, m2 = exact_moments(x)
+    mean, m2 = exact_moments(x[kept]) if n else (Fraction(0), Fraction(0))
+    n = max(n, 1)
     var = m2 / n + Fraction(eps)
     rstd = 1 / np.sqrt(as_long(var)) if var else LONG(0)
     xhat, g, gamma, beta = centred(x, mean) * rstd, dy.astype(LONG), LONG(weight), LONG(bias)
-    dweight, dbias = np.sum(g * xhat), np.sum(g)
-    terms = [gamma * rstd * g, gamma * rstd * dbias / n, gamma * rstd * xhat * dweight / n]
+    dweight, dbias = np.sum((g * xhat)[kept | (g != 0)]), np.sum(g)
+    means = [gamma * rstd * dbias / n, gamma * rstd * xhat * dweight / n]
+    terms = [gamma * rstd * g, *(np.where(kept, mean, 0) for mean in means)]
     return {
         "xhat": xhat,
         "y": gamma * xhat + beta,

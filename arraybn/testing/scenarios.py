@@ -24,6 +24,8 @@ class Batch(NamedTuple):
         In float32.
     eps : float
         ε, smaller than the variance of x but large enough to matter.
+    where : array (N, S) of bool, or None
+        True at the positions that belong to the batch; None where all do.
     """
 
     x: Array
@@ -31,6 +33,7 @@ class Batch(NamedTuple):
     weight: Array
     bias: Array
     eps: float = 1e-5
+    where: Array | None = None
 
 
 SHAPES = {
@@ -72,6 +75,20 @@ def normal(shape: tuple[int, ...], ratio: float, std: float, *, seed: Any) -> Ba
     dy = rng.standard_normal(shape) + 0.5
     weight, bias = (rng.uniform(-2, 2, shape[1]).astype("f4") for _ in range(2))
     return Batch(x, dy, weight, bias, eps=1e-5 * std**2)
+
+
+def with_mask(batch: Batch, share: float = 0.6, seed: int = 0) -> Batch:
+    """Return the batch with a random mask, in which about that share of the positions is True, and at least two are.
+
+    Examples
+    --------
+    >>> int(with_mask(make("small")).where.sum())
+    10
+    """
+    rng, positions = np.random.default_rng(seed), batch.x[:, 0].shape
+    where = rng.random(positions) < share
+    where.ravel()[rng.permutation(where.size)[:2]] = True
+    return batch._replace(where=where)
 
 
 def outliers(seed: int = 0) -> Array:

@@ -105,6 +105,96 @@ def parameter_gradients(dy: Array, x: Array, w: Array, eps: float) -> dict[str, 
     }
 
 
+class _Parts:
+    """Means and projections of (N, C, S), each (1, C, 1) or like x."""
+
+    def __init__(self, x: Array, eps: float) -> None:
+        self.n, self.r = x.shape[0] * x.shape[2], 1 / np.sqrt(x.var((0, 2), keepdims=True) + eps)
+        self.xhat = _over((0, 2), x, eps)
+
+    def mean(self, t: Array) -> Array:
+        result: Array = t.mean((0, 2), keepdims=True)
+        return result
+
+    def along(self, t: Array) -> Array:
+        """Return ⟨t·xhat⟩."""
+        return self.mean(t * self.xhat)
+
+    def p(self, t: Array) -> Array:
+        result: Array = t - self.mean(t) - self.xhat * self.along(t)
+        return result
+
+
+def tangents(t: Array, x: Array, w: Array, slope: Array, constant: Array, eps: float, names: str) -> Faulty:
+    """Return faulty y_dot (E8) or ddy (E9) by cause; t and x (N, C, S), the vectors (1, C, 1).
+
+    `names` are those of y_dot, t, slope and constant.
+    """
+    result, of_x, of_weight, of_bias = names.split()
+    of = _Parts(x, eps)
+    n, r, xhat, mean, along = of.n, of.r, of.xhat, of.mean(t), of.xhat * of.along(t)
+    rest, right = slope * xhat + constant, w * r * (t - mean - along)
+    label = "(E8)" if result == "y_dot" else "(E9)"
+    return {
+        f"the statistics are treated as constants: P({of_x}) is {of_x} less two terms {label}": w * r * t + rest,
+        f"the term ⟨{of_x}⟩ of P is missing {label}": w * r * (t - along) + rest,
+        f"the term xhat·⟨{of_x}·xhat⟩ of P is missing {label}": w * r * (t - mean) + rest,
+        f"the sign of xhat·⟨{of_x}·xhat⟩ is wrong {label}": w * r * (t - mean + along) + rest,
+        f"the sums of P are not divided by n {label}": w * r * (t - n * mean - n * along) + rest,
+        f"n − 1 stands for n in P {label}": w * r * (t - (mean + along) * n / (n - 1)) + rest,
+        f"weight is left out of {result} {label}": r * (t - mean - along) + rest,
+        f"weight enters {result} twice {label}": w * right + rest,
+        f"rstd is left out of {result} {label}": w * (t - mean - along) + rest,
+        f"the term {of_weight}·xhat is left out {label}": right + constant,
+        f"{of_bias} is left out {label}": right + slope * xhat,
+        f"{result} has the wrong sign {label}": -right - rest,
+        f"{result} lacks the terms of {of_weight} and {of_bias} {label}": right,
+    }
+
+
+def second_input_gradients(v: Array, g: Array, x: Array, w: Array, v_weight: Array, eps: float) -> Faulty:
+    """Return faulty ddx (E9) by cause; v, g = dy and x (N, C, S), w and v_weight (1, C, 1)."""
+    of, scale = _Parts(x, eps), -w / (x.var((0, 2), keepdims=True) + eps)
+    g1, v1, by_weight = of.along(g), of.along(v), v_weight * of.r * of.p(g)
+    of_q, of_v, of_g = scale * of.xhat * of.mean(v * of.p(g)), scale * of.p(v) * g1, scale * of.p(g) * v1
+    second, exchanged = of_q + of_v + of_g, scale * g1 * (v - v1 - of.xhat * v1)
+    return {
+        "the term xhat·Q of (E9) is missing: rstd depends on x": of_v + of_g + by_weight,
+        "the term P(v)·⟨dy·xhat⟩ of (E9) is missing": of_q + of_g + by_weight,
+        "the term P(dy)·⟨v·xhat⟩ of (E9) is missing": of_q + of_v + by_weight,
+        "the statistics are treated as constants: only v_weight·rstd·P(dy) is there (E9)": by_weight,
+        "the statistics are treated as constants: ddx is v_weight·rstd·dy (E9)": v_weight * of.r * g,
+        "the term v_weight·rstd·P(dy) of (E9) is missing": second,
+        "the sign of xhat·Q in (E9) is wrong": second - 2 * of_q + by_weight,
+        "the sign of the terms with weight in (E9) is wrong": by_weight - second,
+        "⟨v·xhat⟩ stands for ⟨v⟩ in P(v) (E9)": of_q + exchanged + of_g + by_weight,
+        "v stands for P(v), and dy for P(dy), in (E9)": of_q + scale * (v * g1 + g * v1) + by_weight,
+        "Q is ⟨v·dy⟩ alone (E9)": scale * of.xhat * of.mean(v * g) + of_v + of_g + by_weight,
+        "n − 1 stands for n in the means of (E9)": second * of.n / (of.n - 1) + by_weight,
+        "weight enters ddx twice (E9)": w * second + by_weight,
+        "weight is left out of ddx (E9)": second / w + by_weight,
+        "rstd stands for its square in (E9)": second / of.r + by_weight,
+        "ddx has the wrong sign (E9)": -second - by_weight,
+    }
+
+
+def second_weight_gradients(v: Array, g: Array, x: Array, w: Array, eps: float) -> Faulty:
+    """Return faulty ddweight (C,) by cause (E9); v, g = dy and x (N, C, S), w (1, C, 1)."""
+    of = _Parts(x, eps)
+    inner, means, along = of.n * of.mean(v * g), of.n * of.mean(v) * of.mean(g), of.n * of.along(v) * of.along(g)
+    ddweight = of.r * (inner - means - along)
+    faulty = {
+        "ddweight is a mean; it is a sum, n·rstd·Q (E9)": ddweight / of.n,
+        "the statistics are treated as constants: ddweight is rstd·Σv·dy (E9)": of.r * inner,
+        "the product ⟨v⟩⟨dy⟩ is not taken away in Q (E9)": of.r * (inner - along),
+        "the product ⟨v·xhat⟩⟨dy·xhat⟩ is not taken away in Q (E9)": of.r * (inner - means),
+        "ddweight has a factor weight too many (E9)": ddweight * w,
+        "rstd is left out of ddweight (E9)": ddweight / of.r,
+        "ddweight has the wrong sign (E9)": -ddweight,
+    }
+    return {cause: result.ravel() for cause, result in faulty.items()}
+
+
 def updates(running: tuple[Array, Array], x: Array, momentum: float, eps: float) -> dict[str, Faulty]:
     """Return faulty running_mean and running_var (C,) by cause."""
     n = x.shape[0] * x.shape[2]

@@ -157,6 +157,8 @@ class _Table:
 class _ThreadReducer:
     """The operations of `arraybn.sync.exchange.Reducer` over a table."""
 
+    recovery, hint = None, ""
+
     def __init__(self, rank: int, table: _Table) -> None:
         self.rank, self.size, self._table = rank, table.size, table
 

@@ -25,11 +25,15 @@ class FakeGpu(shim.Shim):
     def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
         return array.device
 
+    def at(self, device: int) -> contextlib.AbstractContextManager[Any]:
+        return self._cupy.cuda.Device(device)
+
     def current(self) -> tuple[int, int]:
         return self._cupy.cuda.get_device_id(), self._cupy.cuda.get_current_stream().ptr
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self._cupy.ndarray._of(super().empty(shape, dtype), self._cupy.cuda.get_device_id())
+        self._cupy._fake.counted["allocation"] += 1
+        return self._cupy.ndarray._of(super().empty(shape, dtype), self._cupy._fake._thread.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         self._cupy._fake.log.append("memset")
@@ -38,7 +42,7 @@ class FakeGpu(shim.Shim):
         return array
 
     def pointer(self, array: Any) -> int:
-        assert array.device.id == self._cupy.cuda.get_device_id(), "an array of another device than the current one"
+        assert array._device_id == self._cupy._fake._thread.device, "an array of another device than the current one"
         return int(array.data.ptr)
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:

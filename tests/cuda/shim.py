@@ -36,20 +36,29 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def all_kernels() -> list[Kernel]:
-    """Return every kernel of the sweeps, for every dtype and width."""
-    sweeps = itertools.product(kernel_modules.SWEEPS, ("planes", "lines"), _ITEMSIZE)
+    """Return every kernel of the sweeps over planes, for every dtype and width."""
     kernels = [
-        Kernel(f"{sweep}_{layout}", dtype, width)
-        for sweep, layout, dtype in sweeps
+        Kernel(f"{sweep}_planes", dtype, width)
+        for sweep, dtype in itertools.product(kernel_modules.SWEEPS, _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
     return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
 
 
+def row_kernels(way: str) -> tuple[Kernel, ...]:
+    """Return every kernel over whole rows, for every dtype and width; `way` is "rows" or "ring"."""
+    return tuple(
+        Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
+        for sweep, dtype in itertools.product(cuda.INPUTS, _ITEMSIZE)
+        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+    )
+
+
 def fused_kernels(direction: str) -> tuple[Kernel, ...]:
     """Return every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
-    names = itertools.product(("resident", "pipeline"), ("planes", "lines"), FLOATS)
+    ways = (("resident", "planes"), ("resident", "lines"), ("pipeline", "planes"))
+    names = ((*way, dtype) for way in ways for dtype in FLOATS)
     return tuple(
         Kernel(f"{direction}_{way}_{layout}", dtype, width, fused.FILES, True)
         for way, layout, dtype in names
@@ -61,12 +70,13 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDE // itemsize, 1)
+    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
 
 
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
-    kernels = [tuple(all_kernels()), fused_kernels("forward"), fused_kernels("backward")]
+    kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
+    kernels += [fused_kernels("forward"), fused_kernels("backward")]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 
@@ -151,6 +161,9 @@ class Shim(launch.Launcher):
         self._made: list[tuple[weakref.ref[Any], int, int]] = []
 
     def on(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def at(self, device: int) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def current(self) -> tuple[int, int]:

@@ -14,7 +14,9 @@ import threading
 import time
 from typing import Any
 
-if os.environ.get("ARRAYBN_TEST_KERNELS") == "reference":
+KERNELS = os.environ.get("ARRAYBN_TEST_KERNELS")
+ODD = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0) % 2 == 1
+if KERNELS == "reference" or (KERNELS == "mixed" and ODD):
     sys.modules["numba"] = None  # type: ignore[assignment]  # importing it takes longer than the checks
 
 import faults
@@ -114,6 +116,12 @@ def bits() -> None:
             found = WORLD.allgather((saved.moments.mean.tobytes(), saved.moments.m2.tobytes(), saved.moments.n))
             assert len(set(found)) == 1
             assert saved.moments.n == len(x)
+
+
+def twins() -> None:
+    """Check that MPI calls the compiled reduction on the ranks with Numba, and the one in Python on all others."""
+    arraybn.batch_norm(np.ones((2, 3)), comm=WORLD)
+    assert len(mpi._kept) == (KERNELS != "mixed" or RANK % 2 == 0)
 
 
 def derivatives() -> None:
@@ -422,7 +430,8 @@ def noticed() -> None:
             print("different bits were noticed", flush=True)
 
 
-CHECKS = (exact, control, bits, derivatives, counts, wrong, users, copies, patience, interrupts, begun, noticed, broken)
+CHECKS = (exact, control, bits, twins, derivatives, counts, wrong, users)
+CHECKS += (copies, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":

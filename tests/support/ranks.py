@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,11 +58,20 @@ def variables(**more: str) -> dict[str, str]:
 class Job:
     """An mpirun in a session of its own, so that the whole job can be ended."""
 
-    def __init__(self, mpi: Mpi, ranks: int, script: str, *arguments: str, module: bool = True, **env: str) -> None:
-        command = [mpi.mpirun, "-n", str(ranks), mpi.python, *(["-m", "mpi4py"] if module else [])]
+    def __init__(
+        self,
+        mpi: Mpi,
+        ranks: int,
+        script: str,
+        *arguments: str,
+        module: bool = True,
+        options: Sequence[str] = (),
+        **env: str,
+    ) -> None:
+        command = [mpi.mpirun, *options, "-n", str(ranks), mpi.python, *(["-m", "mpi4py"] if module else [])]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115, `ended` closes it
         self._process = subprocess.Popen(
-            [*command, str(SCRIPTS / script), *arguments],
+            [*command, script if script == "-m" else str(SCRIPTS / script), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,

@@ -17,16 +17,17 @@ from ...kernels.threads import get_num_threads
 from ...layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ...testing.scenarios import Batch
 from ..device import Array, HostDevice
+from ..process import UnsupportedError
 from ..truth import Problem
 from . import Call, Calls, Results
 
 
-def function_calls(device: HostDevice, problem: Problem, name: str, kernels: Any = None) -> Calls:
+def function_calls(device: HostDevice, problem: Problem, name: str, kernels: Any = None, exact: bool = False) -> Calls:
     """Return the calls of the functions with the kernels of that name; "new" makes new arrays, others use `out`."""
     case, x, dy, target, weight, bias, mean, var, eps = problem
     out = None if name == "new" else target
     kernels = kernels or device.kernels.get(name)
-    options: Any = {"out": out, "eps": eps, "channel_axis": case.channel_axis, "kernels": kernels}
+    options: Any = {"out": out, "eps": eps, "channel_axis": case.channel_axis, "kernels": kernels, "exact": exact}
     _, saved = batch_norm(x, weight, bias, **options)
 
     def poison() -> None:
@@ -52,6 +53,13 @@ def host_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
 def reference_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the calls of the generic sweeps, which are the maths as it is read."""
     return function_calls(device, problem, "new", "reference")
+
+
+def exact_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the functions in exact mode."""
+    if problem.case.dtype == "float64":
+        raise UnsupportedError("its sums take no float64")
+    return function_calls(device, problem, "out", exact=True)
 
 
 def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:

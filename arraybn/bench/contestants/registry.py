@@ -30,6 +30,7 @@ def _peer(name: str, title: str, package: str, held: int, build: Any, **options:
     return Library(name, title, (package,), package, held, (Contestant(name, title, name, build, **options),))
 
 
+EXACT = "exact"  # takes part where it is asked for
 PEERS = (
     _peer("reference", "arraybn reference", "numpy", 2, ours.reference_calls),
     _peer("numpy", "NumPy formulas", "numpy", 3, formulas.host_calls),
@@ -37,6 +38,7 @@ PEERS = (
     _peer(OPERATORS, "PyTorch operators", "torch", 3, pytorch.operator_calls, operations=LARGE_OPERATIONS),
     _peer("jax", "JAX", "jax", 4, jax.host_calls),
     _peer("tensorflow", "TensorFlow", "tensorflow", 3, tensorflow.host_calls),
+    _peer(EXACT, "arraybn exact, out=", "numpy", 2, ours.exact_calls, operations=LARGE_OPERATIONS),
 )
 
 
@@ -81,7 +83,7 @@ _NAMESPACES = (  # label, module, extra (x64 of JAX, device of array-api-strict)
     ("array-api-strict", "array_api_strict", None, "array-api-strict", _DOUBLE),
     ("array-api-strict without float64", "array_api_strict", "no_float64", "array-api-strict", _SINGLE),
 )
-_KERNELS = {"cpu": ("NumPy", "numba"), "cuda": ("CuPy", "cupy"), "cuda_fused": ("CuPy", "cupy")}  # arrays, needs
+_KERNELS = {"cpu": ("NumPy", "numba"), "cuda": ("CuPy", "cupy"), "cuda_split": ("CuPy", "cupy")}  # arrays, needs
 
 
 def measured() -> list[Measured]:

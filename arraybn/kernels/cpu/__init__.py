@@ -16,7 +16,9 @@ from numba import config
 
 from ... import reference
 from ..._arrays.namespaces import Array
+from ...reference import Mask, Moments
 from .. import results, threads
+from . import masked
 from .entries import compiled, serve
 from .half import HALF as HALF
 from .tiles import BLOCK, LONG, PIECE, Cut
@@ -94,8 +96,13 @@ class _Job:
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
 
 
-def moments(x: Array) -> tuple[Array, Array]:
+MASKS = True
+
+
+def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
+    if where is not None:
+        return masked.moments(_cut(x.shape, x.itemsize), x, where)
     job = _Job(x)
     mean, m2 = job.vectors(2)
     if job.cut.n:
@@ -103,8 +110,10 @@ def moments(x: Array) -> tuple[Array, Array]:
     return mean, m2
 
 
-def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+    if where is not None or skip_zeros:
+        return masked.dots(_cut(x.shape, x.itemsize), u, x, mean, where, skip_zeros)
     job = _Job(x, u)
     s, q = job.vectors(2)
     if job.cut.n:
@@ -121,8 +130,19 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
     return job.result
 
 
-def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+def affine2(
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    out: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    if where is not None:
+        return masked.affine2(_cut(x.shape, x.itemsize), u, x, mean, (a, b, c), out, where)
     job = _Job(x, u)
     job.write_to(x, out)
     if job.cut.n:
@@ -131,9 +151,20 @@ def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: 
 
 
 def affine3(
-    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+    v: Array,
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    d: Array,
+    out: Array | None = None,
+    where: Array | None = None,
 ) -> Array:
     """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    if where is not None:
+        return masked.affine3(_cut(x.shape, x.itemsize), v, u, x, mean, (a, b, c, d), out, where)
     job = _Job(x, u, v)
     job.write_to(x, out)
     if job.cut.n:
@@ -187,6 +218,20 @@ def evaluate(
 def widened(*vectors: Array | None) -> list[Array | None]:
     """Return float64 copies of vectors (C,); None for None."""
     return [None if vector is None else vector.astype(_F8) for vector in vectors]
+
+
+def masked_forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
+) -> tuple[Moments, Array, Array]:
+    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
+    return masked.forward(_cut(x.shape, x.itemsize), x, weight, bias, eps, out, mask)
+
+
+def masked_backward(
+    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
+    return masked.backward(_cut(x.shape, x.itemsize), dy, x, batch, rstd, weight, out=out, where=where)
 
 
 def update_running_stats(

@@ -26,11 +26,15 @@ DEVICE double rstd_of(double var, double eps) {
     return total == 0 ? 0 : 1 / sqrt(total);
 }
 
+// 1 where there is no weight
+DEVICE double weight_of(const Parameters& p, int64 channel) {
+    return p.weight ? value_of(p.weight, p.parameter_kind, channel) : 1;
+}
+
 // (E3) a and c of y = weight * xhat + bias = a * (x - mean) + c
 DEVICE void normalize(const Parameters& p, int64 channel, double& a, double& c) {
-    const double rstd = p.rstd[channel];
-    a = p.weight ? p.weight[channel] * rstd : rstd;
-    c = p.bias ? p.bias[channel] : 0;
+    a = weight_of(p, channel) * p.rstd[channel];
+    c = p.bias ? value_of(p.bias, p.parameter_kind, channel) : 0;
 }
 
 // (E5) dweight and dbias from the sums of dy and of dy * (x - mean)
@@ -42,7 +46,7 @@ DEVICE void parameter_gradients(double sum_dy, double sum_dy_x, double rstd, dou
 // (E6) a, b and c of dx = weight * rstd * (dy - dbias/n - xhat * dweight/n) = a * dy + b * (x - mean) + c
 DEVICE void input_gradient(const Parameters& p, int64 channel, double& a, double& b, double& c) {
     const double rstd = p.rstd[channel], n = (double)p.n;
-    a = p.weight ? p.weight[channel] * rstd : rstd;
+    a = weight_of(p, channel) * rstd;
     b = -a * rstd * (p.dweight[channel] / n);
     c = -a * (p.dbias[channel] / n);
 }
@@ -50,6 +54,26 @@ DEVICE void input_gradient(const Parameters& p, int64 channel, double& a, double
 // (E4)
 DEVICE double update_running(double running, double value, double momentum) {
     return (1 - momentum) * running + momentum * value;
+}
+
+DEVICE void set_running(const Parameters& p, const void* running, void* out, int64 channel, double value) {
+    const double average = update_running(value_of(running, p.state_kind, channel), value, p.momentum);
+    if (p.state_kind == 0) {
+        ((double*)out)[channel] = average;
+    } else {
+        ((float*)out)[channel] = (float)average;
+    }
+}
+
+// Adds a gradient, rounded first, to the one that is there.
+DEVICE void add_gradient(const Parameters& p, const void* before, void* out, int64 channel, double gradient) {
+    if (!out) return;
+    if (p.state_kind == 0) {
+        ((double*)out)[channel] = before ? ((const double*)before)[channel] + gradient : gradient;
+    } else {
+        const float rounded = (float)gradient;
+        ((float*)out)[channel] = before ? ((const float*)before)[channel] + rounded : rounded;
+    }
 }
 
 // ---- What a map does to a value -------------------------------------------------------------------------------------
@@ -185,6 +209,12 @@ struct MomentSums {
         q += (double)few_q;
         few_s = few_q = 0;
     }
+    // A value near this thread's n values, which serves the block as a shift: the first value may be an outlier.
+    DEVICE double nearby(const Parameters& p, double n) const {
+        if (p.shift) return (double)shift;
+        const double mean = (double)shift + s / n;
+        return is_finite(mean) ? mean : (double)shift;
+    }
     // The sums of this thread's n values about the shift of the block.
     DEVICE void about(double block_shift, double n) { recentre(n, n > 0 ? (double)shift - block_shift : 0, s, q); }
 
@@ -200,11 +230,16 @@ struct MomentSums {
         q += part.second + n * delta * delta;
     }
     DEVICE static Pair pooled(double n, double origin, double s, double q) { return moments_of(n, origin, s, q); }
-    // (E3)
+    // (E3, E4)
     DEVICE static void finish(const Parameters& p, int64 channel, Pair moments) {
         p.mean[channel] = moments.first;
         p.m2[channel] = moments.second;
         if (p.rstd) p.rstd[channel] = rstd_of(moments.second / (double)p.n, p.eps);
+        if (p.kept_weight) p.kept_weight[channel] = weight_of(p, channel);
+        if (p.new_first) {
+            set_running(p, p.first, p.new_first, channel, moments.first);
+            set_running(p, p.second, p.new_second, channel, moments.second / (double)(p.n - 1));
+        }
     }
 };
 
@@ -229,6 +264,7 @@ struct DotSums {
         q += (double)few_q;
         few_s = few_q = 0;
     }
+    DEVICE static double nearby(const Parameters&, double) { return 0; }
     DEVICE void about(double, double) {}
 
     DEVICE static Pair part(double, double, double s, double q) {
@@ -245,5 +281,7 @@ struct DotSums {
         if (p.rstd) parameter_gradients(sums.first, sums.second, p.rstd[channel], sums.second, sums.first);
         p.dweight[channel] = sums.second;
         p.dbias[channel] = sums.first;
+        add_gradient(p, p.first, p.new_first, channel, sums.second);
+        add_gradient(p, p.second, p.new_second, channel, sums.first);
     }
 };

@@ -1,31 +1,35 @@
 """Forward and backward for CuPy arrays in one launch each; the launch reads every value from main memory once.
 
-The sweeps are those of ``cuda/__init__.py``. `plan` chooses one of three ways for a forward or a backward:
+The sweeps are those of ``cuda/__init__.py``. `plan` chooses one of these ways for a forward or a backward, by the
+shape, the dtype, the alignment and the GPU alone:
 
 - **resident**: a block keeps one channel (channels-first), or a few neighbouring channels (channels-last), in its
   shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
-  blocks for at least half of the multiprocessors or a block keeps few bytes;
-- **pipeline**: blocks draw tasks. The map of a part follows the sums of that part closely enough to find the values in
-  the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not begun, so the blocks need
-  not all run at once. `plan` takes this way where the values between the sums and the map fit into the fraction
-  `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look at the values;
-- **split**: the two launches of ``cuda/__init__.py``, for all other cases: few channels in channels-last order of large
-  images.
+  blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
+  a multiprocessor, or whole rows are faster;
+- **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
+  bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
+- **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
+  enough to find the values in the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not
+  begun, so the blocks need not all run at once. `plan` takes this way where the values between the sums and the map fit
+  into the fraction `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look;
+- **split**: the two launches of ``cuda/__init__.py`` (three for float64), for what is left.
 
 Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep
 happens to find in the cache):
 
-==========  =====================  =====================  ============================================
-way         forward                backward               and from the L2 cache
-==========  =====================  =====================  ============================================
-resident    b read, b written      2b read, b written     nothing
-pipeline    b read, b written      2b read, b written     b in a forward, 2b in a backward
-split       2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
-==========  =====================  =====================  ============================================
+============  =====================  =====================  ============================================
+way           forward                backward               and from the L2 cache
+============  =====================  =====================  ============================================
+resident      b read, b written      2b read, b written     nothing
+pipeline      b read, b written      2b read, b written     b in a forward, 2b in a backward
+ring, rows    2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
+split         2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
+============  =====================  =====================  ============================================
 
-Means found by two ways agree to rounding, not to the bit. The way depends on the shape, the dtype, the alignment and
-the GPU alone, so results have the same bits each time on GPUs of one kind. The sizes below are estimates that were made
-before anything was measured; docs/gpu.md has what an H200 measured.
+Means found by two ways agree to rounding, not to the bit; results have the same bits each time on GPUs of one kind. The
+constants below have the figure of an H200 that chose them where there is one; docs/gpu.md has the whole table, and
+``python -m arraybn bench --device cuda --tune`` tries others.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from . import (
     DTYPES,
     MIN_BLOCK_BYTES,
     NO_VECTORS,
+    ROOM,
     THREADS,
     UNDER_WAY,
     VECTORS,
@@ -47,17 +52,21 @@ from . import (
     affine2,
     affine3,
     backward_by,
-    cut,
     dots,
     evaluate,
     forward_by,
+    has_rows,
     moments,
     numbers_of,
+    plan_sweep,
     power_of_two,
     update_running_stats,
     widened,
+    width_of,
+    with_kinds,
 )
 from .launch import SWEEPS, Device, Grid, Kernel
+from .training import Launch, Trainer
 
 __all__ = [
     "affine",
@@ -68,19 +77,20 @@ __all__ = [
     "evaluate",
     "forward",
     "moments",
+    "trainer",
     "update_running_stats",
     "widened",
 ]
 
 FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
-ROWS_DRAWN = (128, 64, 32)  # the same for a task of the pipeline
 SINGLE_BLOCK_BYTES = 2**16  # bytes that one block reads in the time that a second launch takes to start
-ITEMS = 16  # items of each thread of a resident block
-ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
+ITEMS = 16  # items of each thread of a resident block; H200: 8 or 32 change a time by up to 8 %, either way
 TASK = 3 * 2**14  # bytes that a task of the pipeline reads, about
-BLOCKS = 3  # blocks on each multiprocessor that draw tasks
-SIDE = 8  # bytes of a row that a thread takes at once: the sums of more channels would fill its registers
+BLOCKS = 3  # blocks on each multiprocessor that draw tasks; H200: 4 change a time by 1 to 2 %
+# Bytes of a row that a thread of a resident block takes at once, by the bytes of a value. H200, 8 against 16: float32
+# (32,1024,14,14) 36.6 and 28.2 µs, backward of (32,2048,7,7) 27.4 and 21.6; float16 is slower with 16.
+SIDES = {2: 8, 4: 16, 8: 8}
 ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, by the number of inputs
 L2_FRACTION = 0.6  # fraction of the L2 cache in which values are found again
 
@@ -141,15 +151,18 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
     samples, channels, plane = shape
     if channels == 1:
         samples, plane = 1, samples * plane
-    found = cut(shape, dtype.itemsize, address)
-    lines, width = found.layout == "lines", found.width
+    lines, width = has_rows(shape), width_of(shape, dtype.itemsize, address)
     if lines and width > 1:
-        width = SIDE // dtype.itemsize
+        width = SIDES[dtype.itemsize] // dtype.itemsize
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
     item = width * dtype.itemsize * inputs
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
     if (kept := _resident(data, device)) is not None:
         return kept
+    if lines:
+        sweep = "forward" if inputs == 1 else "backward"
+        kernel, found = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        return Plan(kernel, found.grid, found.numbers)
     return None if dtype.itemsize == 8 else _pipeline(data, device)
 
 
@@ -161,6 +174,8 @@ def _resident(data: _Data, device: Device) -> Plan | None:
         crowded = 2 * (kept + ROOM) > device.shared_in_all or groups < device.multiprocessors
         if data.lines and crowded and row > ROWS_KEPT[-1]:
             continue  # narrower groups let more blocks in
+        if data.lines and kept > SINGLE_BLOCK_BYTES and 2 * (kept + ROOM) > device.shared_in_all:
+            continue  # whole rows are faster: 25.0 against 28.2 µs at (32,1024,14,14) float32 on an H200
         if kept + ROOM > device.shared or (2 * groups < device.multiprocessors and kept > SINGLE_BLOCK_BYTES):
             continue
         grid = Grid(groups, data.threads(data.items, columns, ITEMS), shared=kept)
@@ -170,28 +185,40 @@ def _resident(data: _Data, device: Device) -> Plan | None:
 
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
-    """Plan tasks, each of one part of a group of channels, which all resident blocks draw in turn."""
-    for row in ROWS_DRAWN if data.lines else ROWS_DRAWN[:1]:
-        columns = data.columns(row)
-        groups = data.groups(columns)
-        most = BLOCKS * device.multiprocessors
-        task = min(max(groups * data.items * columns * data.item // most, MIN_BLOCK_BYTES), TASK)
-        parts = max(data.items * columns * data.item // task, 1)
-        part = -(-data.items // parts)
-        parts = -(-data.items // part)
-        ahead = min(
-            parts + 3 * most // 4, groups * parts
-        )  # sums lead by one group plus ¾ of the blocks, so that no block waits
-        threads = data.threads(part, columns, UNDER_WAY)
-        ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
-        if ahead * part * columns * data.item > L2_FRACTION * device.cache or ring + ROOM > device.shared:
-            continue
-        slots = columns * data.width if data.lines else 1
-        partials = 16 * groups * parts * slots if parts > 1 else 0
-        grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
-        numbers = data.numbers(groups, parts, part, columns, ahead)
-        return Plan(data.kernel("pipeline"), grid, numbers)
-    return None
+    """Plan tasks, each of one part of a channel, which all resident blocks draw in turn."""
+    most, groups = BLOCKS * device.multiprocessors, data.channels
+    task = min(max(groups * data.items * data.item // most, MIN_BLOCK_BYTES), TASK)
+    parts = max(data.items * data.item // task, 1)
+    part = -(-data.items // parts)
+    parts = -(-data.items // part)
+    ahead = min(parts + 3 * most // 4, groups * parts)  # one channel plus 3/4 of the blocks, so that no block waits
+    threads = data.threads(part, 1, UNDER_WAY)
+    ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
+    if ahead * part * data.item > L2_FRACTION * device.cache or ring + ROOM > device.shared:
+        return None
+    partials = 16 * groups * parts if parts > 1 else 0
+    grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
+    return Plan(data.kernel("pipeline"), grid, data.numbers(groups, parts, part, 1, ahead))
+
+
+def launches(
+    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, kinds: tuple[int, int]
+) -> tuple[Launch, ...]:
+    """Return the launches of a forward (one input) or a backward, for parameters and state of those kinds."""
+    found = plan(shape, dtype, address, inputs, device)
+    if found is not None:
+        return (Launch(found.kernel, found.grid, with_kinds(found.numbers, *kinds)),)
+    sweeps = [("dots", False), ("affine2", False)] if inputs == 2 else [("moments", False), ("affine", False)]
+    if inputs == 1 and dtype.itemsize == 8:
+        sweeps.insert(1, ("moments", True))
+    made = []
+    for sweep, about_mean in sweeps:
+        kernel, (_, _, grid, numbers) = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        made.append(Launch(kernel, grid, with_kinds(numbers, *kinds), about_mean))
+    return tuple(made)
+
+
+trainer = functools.partial(Trainer, launches)
 
 
 class FusedArguments(LaunchArguments):

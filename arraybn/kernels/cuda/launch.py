@@ -25,13 +25,13 @@ SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
 
 # The fields of struct Parameters in values.cuh.
 POINTERS = (
-    "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "dweight", "dbias", "a", "b", "c", "d", "v",
-    "partials", "tickets",
+    "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "kept_weight", "dweight", "dbias",
+    "a", "b", "c", "d", "v", "first", "second", "new_first", "new_second", "partials", "tickets",
 )  # fmt: skip
 FLOATS = ("eps", "momentum")
 NUMBERS = (
     "n", "channels", "groups", "parts", "items", "part", "plane", "stride", "columns", "ahead",
-    "by_groups", "by_plane",
+    "parameter_kind", "state_kind", "by_groups", "by_plane",
 )  # fmt: skip
 _STRUCT = struct.Struct(f"={len(POINTERS)}Q{len(FLOATS)}d{len(NUMBERS) - 2}qQqQq")  # a divisor has two numbers
 
@@ -68,6 +68,7 @@ class Device(NamedTuple):
     cache: int  # L2
     shared: int  # shared memory of one block at most
     shared_in_all: int  # shared memory of all blocks of a multiprocessor together
+    capability: int = 9  # the first number of the compute capability: from 9 on there are bulk copies
 
 
 @functools.cache
@@ -82,9 +83,10 @@ def source(*kernels: Kernel) -> str:
 
 
 class _Room(NamedTuple):
-    """The workspace of a stream: its arrays, and their sizes in bytes."""
+    """The workspace of a stream: its arrays, their addresses, and their sizes in bytes."""
 
     arrays: tuple[Array, Array]
+    addresses: tuple[int, int]
     partials: int
     tickets: int
 
@@ -117,6 +119,10 @@ class Launcher:
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Return a context in which the device of `array` is the current device."""
+        raise NotImplementedError
+
+    def at(self, device: int) -> AbstractContextManager[Any]:
+        """Return a context in which the device of that number is the current device."""
         raise NotImplementedError
 
     def current(self) -> tuple[int, int]:
@@ -153,9 +159,19 @@ class Launcher:
 
     # The launch
 
-    def launch(self, kernel: Kernel, grid: Grid, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> None:
-        """Launch `kernel` on the current stream, with all pointers but the two of the workspace, and all numbers."""
-        device, stream = self.current()
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        pointers: tuple[int, ...],
+        numbers: tuple[float, ...],
+        where: tuple[int, int] | None = None,
+    ) -> None:
+        """Launch `kernel` with all pointers but the two of the workspace, and all numbers.
+
+        `where` is what `current` returns, where the caller has asked already.
+        """
+        device, stream = where or self.current()
         try:
             function = (self._functions.get((kernel, device)) or self._built(kernel, device))[0]
             room = self._room(device, stream, grid)
@@ -182,7 +198,7 @@ class Launcher:
         room = self._rooms.get(key)
         if room is None or room.partials < grid.partials or room.tickets < grid.tickets:
             room = self._grown(key, grid)
-        return self.pointer(room.arrays[0]), self.pointer(room.arrays[1])
+        return room.addresses
 
     def _grown(self, key: tuple[int, int, int], grid: Grid) -> _Room:
         if self.capturing(key[1]):
@@ -194,7 +210,9 @@ class Launcher:
             arrays = self.empty((partials // 8,), "f8"), self.zeros((tickets,), "u4")
             if old is not None:
                 self._outgrown.append(old)
-            room = self._rooms[key] = _Room(arrays, partials, tickets)
+            room = self._rooms[key] = _Room(
+                arrays, (self.pointer(arrays[0]), self.pointer(arrays[1])), partials, tickets
+            )
             return room
 
 
@@ -205,7 +223,7 @@ class _Contexts(threading.local):
         self.devices: set[int] = set()
 
 
-_ATTRIBUTES = (16, 38, 97, 81)  # the fields of Device, as cudaDeviceAttr numbers them
+_ATTRIBUTES = (16, 38, 97, 81, 75)  # the fields of Device, as cudaDeviceAttr numbers them
 
 
 class CuPy(Launcher):
@@ -221,7 +239,10 @@ class CuPy(Launcher):
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Return a context in which the device of `array` is the current device."""
-        device = array.data.device_id
+        return self.at(array.data.device_id)
+
+    def at(self, device: int) -> AbstractContextManager[Any]:
+        """Return a context in which the device of that number is the current device."""
         return nullcontext() if device == self._runtime.getDevice() else self._cupy.cuda.Device(device)
 
     def current(self) -> tuple[int, int]:
@@ -249,7 +270,7 @@ class CuPy(Launcher):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array on the current device."""
-        return self._cupy.empty(shape, dtype)
+        return self._cupy.ndarray(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array of zeros on the current device."""

@@ -43,6 +43,22 @@ CHECKS = [
         setup=MADE,
     ),
     Bad(
+        CALL.format("forward, jvp=forward"),
+        TypeError,
+        "jvp: expected a function of (x_dot, x, weight, weight_dot, bias_dot, eps) that returns y_dot;"
+        " got forward(x, weight, bias, eps)",
+        "jvp",
+        setup=MADE,
+    ),
+    Bad(
+        CALL.format("forward, double_backward=3"),
+        TypeError,
+        "double_backward: expected a function of (v, dy, x, weight, v_weight, v_bias, eps) that returns ddy, ddx,"
+        " ddweight; got an object of type int",
+        "double_backward",
+        setup=MADE,
+    ),
+    Bad(
         CALL.format("forward, update=lambda m, v, x: (m, v)"),
         TypeError,
         "update: expected a function of (running_mean, running_var, x, momentum) that returns running_mean,"

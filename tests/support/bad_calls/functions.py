@@ -27,6 +27,22 @@ def masked(name: str) -> str:
     )
 
 
+def no_mask(got: str) -> str:
+    return f"where: expected a boolean array, True where a value counts; got {got}"
+
+
+def no_bool(got: str) -> str:
+    return f"where: expected bool, True where a value counts; got {got}. Compare it, for example where != 0"
+
+
+def shape_of_mask(expected: str, got: str, hint: str = "x without its channels") -> str:
+    return f"where: expected shape {expected}, {hint}, or one that broadcasts to it; got {got}"
+
+
+def channels_of_mask(expected: str, got: str) -> str:
+    return shape_of_mask(expected, got, "without an axis of channels")
+
+
 OVERWRITTEN = (
     "saved: expected a forward whose x is still there; got one without, because {}. Pass another array as out, or None"
 )
@@ -365,6 +381,82 @@ FUNCTIONS = [
         "moments: expected n > correction = 4, or the variance is not defined; got n = 4",
         "moments",
     ),
+    # where
+    Bad("batch_norm(X, where=[1, 1, 0, 0])", TypeError, no_mask("list"), "where"),
+    Bad("batch_norm(X, where=True)", TypeError, no_mask("bool"), "where"),
+    Bad("moments(X, where='all')", TypeError, no_mask("str"), "where"),
+    Bad("batch_norm(X, where=np.ma.masked_array(L > 0, L > 1))", TypeError, no_mask("numpy.ma.MaskedArray"), "where"),
+    Bad("batch_norm(X, where=L)", TypeError, no_bool("int64"), "where", "where != 0"),
+    Bad("batch_norm(X, where=X[:, 0])", TypeError, no_bool("float32"), "where", "where != 0"),
+    Bad("moments(X, where=L.astype('u1'))", TypeError, no_bool("uint8"), "where", "where != 0"),
+    Bad("batch_norm(X, where=L[:3] > 0)", ValueError, shape_of_mask("(4,)", "(3,)"), "where"),
+    Bad(
+        "batch_norm(X, where=X > 1)",
+        ValueError,
+        channels_of_mask("(4,)", "(4, 3)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X, where=(L > 0)[:, None])",
+        ValueError,
+        channels_of_mask("(4,)", "(4, 1)"),
+        "where",
+    ),
+    Bad(
+        "moments(X, where=L > 0, channel_axis=0)",
+        ValueError,
+        shape_of_mask("(3,)", "(4,)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X[:, :, None], where=np.ones((4, 2), bool))",
+        ValueError,
+        shape_of_mask("(4, 1)", "(4, 2)"),
+        "where",
+    ),
+    Bad(
+        "batch_norm(X, where=L > 0, exact=True)",
+        ValueError,
+        "where: expected None, because exact=True does not take a mask yet; got a mask",
+        "where",
+    ),
+    Bad("batch_norm(X, mean=W, var=W, where=L)", TypeError, no_bool("int64"), "where", "where != 0"),
+    Bad(
+        "batch_norm(X, where=strict.ones(4, dtype=strict.bool))",
+        TypeError,
+        other_home("where", "numpy", "array_api_strict"),
+        "where",
+        MOVE,
+        needs="array_api_strict",
+    ),
+    Bad(
+        "batch_norm(a, where=b)",
+        ValueError,
+        r"where: expected on .*CPU.* as x is; got one on .*device1.*\. Move one of them \(a layer with"
+        r" layer\.to\(device=…\), an array with to_device\)",
+        "where",
+        MOVE,
+        "a = strict.ones((4, 3)); b = strict.ones(4, dtype=strict.bool, device=strict.Device('device1'))",
+        "array_api_strict",
+        True,
+    ),
+    Bad(
+        "jax.jit(lambda where: batch_norm(jax.numpy.ones((4, 3)), where=where))(jax.numpy.ones(4, bool))",
+        TypeError,
+        "where: expected a mask with values, because they are counted; got a JAX tracer. Make the mask outside of"
+        " jax.jit, from numbers that are known there",
+        "where",
+        "Make the mask outside",
+        needs="jax",
+    ),
+    Bad(
+        "batch_norm(X, where=L > 0, moments=arraybn.Moments(1, W, W))",
+        ValueError,
+        "moments: expected those of the whole batch, n ≥ 2, the values per channel of x; got n = 1."
+        " Pool those of all parts: arraybn.pool(*(arraybn.moments(part) for part in parts))",
+        "moments",
+        "Pool those",
+    ),
 ]
 
 BACKWARD = [
@@ -517,6 +609,37 @@ BACKWARD = [
         "sums: expected the sum of what batch_norm_sums returned; got tuple",
         "sums",
         setup=PART,
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, v=DY[:2], tangent=True)",
+        ValueError,
+        "v: expected None, because tangent is True; got an array",
+        "v",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_sums(DY[:2], saved, tangent=1)",
+        TypeError,
+        "tangent: expected True or False; got 1",
+        "tangent",
+        "",
+        PART,
+    ),
+    Bad(
+        "sums + batch_norm_sums(DY[:2], saved, tangent=True)",
+        ValueError,
+        "tangent: expected the same in all sums; got True and False",
+        "tangent",
+        setup=PART,
+    ),
+    Bad(
+        "batch_norm_jvp(X, saved, sums=batch_norm_sums(X, saved))",
+        ValueError,
+        "sums: expected those of batch_norm_sums(x_dot, saved, tangent=True), because the forward had where=;"
+        " got sums without tangent=True",
+        "sums",
+        "tangent=True",
+        "saved = batch_norm(X, moments=moments(X, where=L > 0), where=L > 0)[1]",
     ),
     Bad(
         "batch_norm_sums(DY[:2], saved, v_weight=W)",

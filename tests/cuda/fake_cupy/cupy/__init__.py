@@ -157,6 +157,10 @@ def get_array_module(*args: Any) -> Any:
     return sys.modules[__name__] if any(isinstance(arg, ndarray) for arg in args) else _np
 
 
+def from_dlpack(array: Any, *, device: Any = None, copy: Any = None) -> ndarray:
+    return ndarray._of(_np.from_dlpack(array), _fake.current_device())
+
+
 def may_share_memory(a: ndarray, b: ndarray, max_work: Any = None) -> bool:
     return bool(_np.may_share_memory(a._array, b._array))
 

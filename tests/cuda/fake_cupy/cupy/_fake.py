@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Log(list[str]):
             super().append(entry)
 
 
+counted: Counter[str] = Counter()  # allocations, views, and questions for a device, a stream or a pointer
 log = _Log()  # "launch add", "synchronize stream", "copy to the host", …, in order
 
 
@@ -64,6 +66,7 @@ class Device:
     """`cupy.cuda.Device`; the fake has two devices."""
 
     def __init__(self, device: Any = None) -> None:
+        counted["device"] += 1
         if device is None:
             device = _thread.device
         self.id = device.id if isinstance(device, Device) else operator.index(device)
@@ -110,6 +113,7 @@ class Device:
 
 
 def current_device() -> int:
+    counted["device"] += 1
     return _thread.device
 
 
@@ -167,10 +171,19 @@ class Stream:
         return not self._arriving and not self._leaving
 
 
+class ExternalStream(Stream):
+    """`cupy.cuda.ExternalStream`: a stream of another library."""
+
+    def __init__(self, ptr: int, device_id: int = -1) -> None:
+        super().__init__()
+        self.ptr = ptr
+
+
 _null = [None] * DEVICES
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
+    counted["stream"] += 1
     device_id = _thread.device if device_id < 0 else device_id
     if device_id not in _thread.streams:
         _thread.streams[device_id] = default_stream(device_id)
@@ -205,6 +218,7 @@ class MemoryPointer:
     """`cupy.cuda.MemoryPointer`: where an array begins, and on which device."""
 
     def __init__(self, ptr: int, device_id: int) -> None:
+        counted["pointer"] += 1
         self.ptr, self.device_id = ptr, device_id
 
     @property
@@ -252,6 +266,7 @@ def _inside(value: Any) -> Any:
 
 def _wrapped(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
+        counted["allocation"] += 1
         return ndarray._of(np.asarray(value), _thread.device)
     if isinstance(value, list | tuple):
         return type(value)(map(_wrapped, value))
@@ -269,6 +284,7 @@ class ndarray:  # noqa: N801
     ) -> None:
         if memptr is not None or strides is not None:
             raise NotImplementedError("the fake makes no arrays over given memory")
+        counted["allocation"] += 1
         array = np.empty(shape, dtype, order=order)
         array.view(np.uint8).fill(0xA5) if array.ndim else None  # what nobody has written
         self._array, self._device_id = array, _thread.device
@@ -280,6 +296,7 @@ class ndarray:  # noqa: N801
         return self
 
     def _view(self, array: Any) -> ndarray:
+        counted["view"] += 1
         return ndarray._of(array, self._device_id)
 
     # ---- What it is ----
@@ -358,6 +375,12 @@ class ndarray:  # noqa: N801
         self._array[...] = arr
         if stream is not None:
             stream._leaving.append((arr, arr.tobytes()))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()  # another library has no fake device
 
     def item(self) -> Any:
         return self.get().item()

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._fake import DEVICES, Device, Event, MemoryPointer, Stream, default_stream, get_current_stream
+from .._fake import DEVICES, Device, Event, ExternalStream, MemoryPointer, Stream, default_stream, get_current_stream
 from . import device as device
 from . import runtime as runtime
 
-__all__ = ["Device", "Event", "MemoryPointer", "Stream", "get_current_stream", "get_device_id", "is_available"]
+__all__ = [
+    "Device",
+    "Event",
+    "ExternalStream",
+    "MemoryPointer",
+    "Stream",
+    "get_current_stream",
+    "get_device_id",
+    "is_available",
+]
 
 Stream.null = default_stream(0)
 
