@@ -171,7 +171,8 @@ struct Chunks<T, WIDTH, INPUTS, true> {
 
 template <class Sums, class T, int WIDTH, class Source>
 DEVICE void add_chunk(const Source& source, const InRow<T, WIDTH>& place, int rows, Sums* sums, int& taken) {
-    enum { AT_ONCE = (WIDTH == 8 ? 4 / (Sums::INPUTS * Sums::INPUTS) : 8 / Sums::INPUTS) };  // loads under way, as registers suffice
+    // Loads under way, as many as registers suffice for.
+    enum { AT_ONCE = WIDTH == 8 ? 4 / (Sums::INPUTS * Sums::INPUTS) : 8 / Sums::INPUTS };
     for (int row = place.row; row < rows; row += AT_ONCE * place.rows) {
         Item<T, WIDTH> x[AT_ONCE], u[AT_ONCE];
 #pragma unroll
