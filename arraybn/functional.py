@@ -97,7 +97,7 @@ class SavedRows(Saved):
     def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
         self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
         self.has_weight, self._has_bias = affine
-        self._overwritten = self._pool = self._shown = None
+        self._overwritten = self._pool = self._mask = self._shown = None
         self._is_part = False
 
     _mean = property(lambda self: self.rows[0])

@@ -368,14 +368,14 @@ class _Repeat:
         if saved._moments is None or saved._moments.n < 2 or saved._layout.order is not None:
             return None
         tracks = layer.training is True and layer.track_running_stats is True and layer.momentum != 0
-        if not tracks or layer._buffers["running_mean"] is None:
+        if not tracks or layer.exact is not False or layer._buffers["running_mean"] is None:
             return None
         self = cls(layer, x, saved)
         return self if self.trainer is not None and self.trainer.input(x) != -1 else None
 
     @staticmethod
     def _settings(layer: _BatchNorm) -> tuple[Any, ...]:
-        statistics = layer.training, layer.track_running_stats, layer.momentum
+        statistics = layer.training, layer.track_running_stats, layer.momentum, layer.exact
         return *statistics, layer.eps, layer.channel_axis, layer.num_features
 
     def forward(self, layer: _BatchNorm, x: Array) -> Array | None:

@@ -111,9 +111,37 @@ def test_info_lists_the_dtypes_of_a_namespace(report: Result, module: str, dtype
 
 def test_info_starts_mpi(report: Result) -> None:
     need("mpi4py")
-    assert re.search(r"mpi4py +[\d.]+ +starts$", report.stdout, re.MULTILINE)
+    built_for = re.search(r"mpi4py +[\d.]+ +starts, built for (MPICH|Open MPI)$", report.stdout, re.MULTILINE)
+    assert built_for
     assert re.search(r"library +(MPICH|Open MPI|Intel)", report.stdout)
-    assert "mpi" in Path(line(report, "launcher").split()[-1]).name
+    assert line(report, "launcher").endswith(f", of {built_for[1]}")
+
+
+MPICH, OPEN_MPI = "MPICH Version: 5.0.2", "Open MPI v5.0.11, package: Open MPI"
+HYDRA, PRTE = ["HYDRA build details:", "Version: 5.0.2"], ["mpirun (Open MPI) 5.0.11"]
+
+
+@pytest.mark.parametrize(
+    ("library", "started_by", "says"),
+    [
+        (MPICH, HYDRA, "/bin/mpirun, of MPICH"),
+        (OPEN_MPI, PRTE, "/bin/mpirun, of Open MPI"),
+        ("Intel(R) MPI Library 2021.9", HYDRA, "/bin/mpirun, of MPICH"),
+        (OPEN_MPI, HYDRA, "/bin/mpirun, of MPICH; mpi4py was built for Open MPI, so each rank would be alone."),
+        (MPICH, PRTE, "/bin/mpirun, of Open MPI; mpi4py was built for MPICH, so each rank would be alone."),
+        (MPICH, ["slurm 23.02"], "/bin/mpirun"),
+        (MPICH, None, "/bin/mpirun"),
+    ],
+)
+def test_info_says_whether_mpirun_is_of_the_mpi_that_mpi4py_was_built_for(
+    library: str, started_by: list[str] | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arraybn.commands import info
+
+    monkeypatch.setattr(info, "launcher", lambda: "/bin/mpirun")
+    rows = info._mpi(([library, "started"], ""), None if started_by is None else (started_by, ""))
+    assert rows[-1].text.startswith(says)
+    assert ("alone" in rows[-1].text) == ("alone" in says)
 
 
 def test_info_takes_itself_for_no_rank_when_a_launcher_starts_it(tmp_path: Path) -> None:

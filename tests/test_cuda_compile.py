@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import shim
 from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
 
+from arraybn.kernels import cuda
 from arraybn.kernels.cuda import launch
 from arraybn.kernels.cuda.launch import Kernel
 
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
 REGISTERS = 65536 // (2 * 256)  # of a thread, so that two blocks of 256 threads fit into a multiprocessor
 
 
@@ -26,18 +29,34 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
     assert max(of["registers"] for of in found.values()) <= REGISTERS
 
 
-def test_a_t4_which_has_fewer_conversions_is_served_too(tmp_path: Path) -> None:
-    kernels = [kernel for kernel in shim.all_kernels() if kernel.name in ("moments_planes", "affine2_lines")]
-    found = resources(compiled(launch.source(*kernels), "sm_75", tmp_path))
-    assert set(found) == {kernel.entry for kernel in kernels}
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
+    """All of them where ARRAYBN_COMPILE=all; otherwise those that are nearest to a spill."""
+    way = "rows" if architecture == "sm_80" else "ring"
+    chosen = [*shim.row_kernels("rows"), *shim.row_kernels("ring")]
+    if os.environ.get("ARRAYBN_COMPILE") != "all":
+        near = ("dots", "forward", "backward", "affine3")
+        chosen = [kernel for kernel in shim.row_kernels(way) if kernel.name.split("_")[0] in near]
+        chosen = [kernel for kernel in chosen if kernel.width == max(cuda.WIDTHS[SIZES[kernel.dtype]])]
+    found = resources(compiled(launch.source(*chosen), architecture, tmp_path))
+    assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []
+    assert max(of["registers"] for of in found.values()) <= 65536 // (256 + 32)  # one block on a multiprocessor
+
+
+def test_a_t4_which_has_fewer_conversions_is_served_too(tmp_path: Path) -> None:
+    rows = [kernel for kernel in shim.row_kernels("rows") if kernel.name == "affine2_rows"]
+    for kernels in ([kernel for kernel in shim.all_kernels() if kernel.name == "moments_planes"], rows):
+        found = resources(compiled(launch.source(*kernels), "sm_75", tmp_path))
+        assert set(found) == {kernel.entry for kernel in kernels}
+        assert in_local_memory(found) == []
 
 
 def test_spills_are_found(tmp_path: Path) -> None:
-    source = launch.source(Kernel("dots_lines", "float16", 8))
-    crowded = source.replace("__launch_bounds__(MOST_THREADS, 2)", "__launch_bounds__(MOST_THREADS, 6)")  # 42 registers
+    source = launch.source(Kernel("dots_planes", "float16", 8))
+    crowded = source.replace("__launch_bounds__(MOST_THREADS, 2)", "__launch_bounds__(MOST_THREADS, 8)")  # 32 registers
     found = resources(compiled(crowded, "sm_90", tmp_path))
-    assert in_local_memory(found) == ["dots_lines_float16_8"]
+    assert in_local_memory(found) == ["dots_planes_float16_8"]
 
 
 def test_an_error_of_the_source_is_named_with_its_file_and_line(tmp_path: Path) -> None:
@@ -48,7 +67,7 @@ def test_an_error_of_the_source_is_named_with_its_file_and_line(tmp_path: Path) 
 
 
 def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
-    for file in launch.SWEEPS:
+    for file in cuda.ROWS:
         text = launch._text(file)
         assert text.isascii()
         assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)

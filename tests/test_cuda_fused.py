@@ -25,7 +25,7 @@ from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
 from arraybn.kernels.cuda import fused
 from arraybn.kernels.cuda import launch as launching
-from arraybn.kernels.cuda.launch import Grid, Kernel
+from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 ROOT = Path(__file__).parents[1]
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's
@@ -49,13 +49,12 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 def test_each_cut_goes_the_way_that_the_table_says(case: Case, dtype: str) -> None:
     both(case, dtype)
     names = [name for name, _ in case.gpu.launches]
-    layout = "lines" if case.shape[2] == 1 < case.shape[1] else "planes"
     sweeps = {"forward": ["moments", "moments", "affine"][dtype != "float64" :], "backward": ["dots", "affine2"]}
     expected = []
     for direction, of_direction in sweeps.items():
         split = case.way == "split" or (case.way == "pipeline" and dtype == "float64")
         expected += of_direction if split else [f"{direction}_{case.way}"]
-    assert [re.sub(f"_{layout}_{dtype}_.*", "", name) for name in names] == expected
+    assert [re.sub(f"(_planes|_lines)?_{dtype}_.*", "", name) for name in names] == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -139,7 +138,13 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
     x = data((4, 3, 64), "float32")
     weight, bias = coefficients(3)[:2]
     expected = fused.forward(x, weight, bias, 1e-5)[3]
-    attributes = {16: H200.multiprocessors, 38: H200.cache, 97: H200.shared, 81: H200.shared_in_all}  # cudaDeviceAttr
+    attributes = {
+        16: H200.multiprocessors,
+        38: H200.cache,
+        97: H200.shared,
+        81: H200.shared_in_all,
+        75: 9,
+    }  # cudaDeviceAttr
     built, launched = [], []
 
     def raw_kernel(code: str, name: str, options: tuple[str, ...]) -> Any:
@@ -181,15 +186,15 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
 # (or of 32 bytes of each row) decide whether a block keeps it: it has 227, of which the sums take 5.
 RESNET = {
     # channels, side, bytes of a value: channels-first forward, backward; channels-last forward, backward
-    (64, 112, 4): "pipeline pipeline split split",  # 1568 KiB; channels-last 32 bytes of all rows are 12 MiB, or 25
-    (256, 56, 4): "pipeline pipeline split split",  # 392 KiB
-    (512, 28, 4): "resident resident split split",  # 98 KiB and 196; channels-last 784
-    (1024, 14, 4): "resident resident split split",  # 24.5 and 49 KiB; channels-last 196 and 392
+    (64, 112, 4): "pipeline pipeline ring ring",  # 1568 KiB; channels-last 32 bytes of all rows are 12 MiB, or 25
+    (256, 56, 4): "pipeline pipeline ring ring",  # 392 KiB
+    (512, 28, 4): "resident resident ring ring",  # 98 KiB and 196; channels-last 784
+    (1024, 14, 4): "resident resident ring ring",  # 24.5 and 49 KiB; channels-last 196 and 392
     (2048, 7, 4): "resident resident resident resident",  # 6 and 12 KiB; channels-last 49 and 98
-    (64, 112, 2): "pipeline pipeline split split",  # 784 KiB
-    (256, 56, 2): "resident pipeline split split",  # 196 and 392 KiB
-    (512, 28, 2): "resident resident split split",  # 49 and 98 KiB; channels-last 784
-    (1024, 14, 2): "resident resident split split",  # channels-last 196 KiB, but only 64 blocks for 132
+    (64, 112, 2): "pipeline pipeline ring ring",  # 784 KiB
+    (256, 56, 2): "resident pipeline ring ring",  # 196 and 392 KiB
+    (512, 28, 2): "resident resident ring ring",  # 49 and 98 KiB; channels-last 784
+    (1024, 14, 2): "resident resident ring ring",  # channels-last 196 KiB, but only 64 blocks for 132
     (2048, 7, 2): "resident resident resident resident",  # channels-last 49 and 98 KiB, 128 blocks
 }
 
@@ -219,10 +224,28 @@ def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> 
                 assert H200.shared_in_all // (plan.grid.shared + fused.ROOM) >= fused.BLOCKS
 
 
+def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
+    """Assert that every row has a share, and that a share has the memory it needs; `itemsize` is that of all inputs."""
+    n, channels, groups, shares, items, height, stage, stride, columns, stages = plan.numbers[:10]
+    tile, is_ring = columns * plan.kernel.width, "ring" in plan.kernel.name
+    assert (n, channels, items, stride) == (shape[0], shape[1], shape[0], shape[1])
+    assert groups * tile >= channels > (groups - 1) * tile
+    assert columns & columns - 1 == 0 < columns <= 256
+    assert shares <= -(-items // height) < items + 1  # no share is empty
+    assert plan.grid.blocks == groups * shares <= max(has.multiprocessors, groups)
+    assert plan.grid.threads == 256 + 32 * is_ring
+    assert plan.grid.partials == 16 * groups * shares * tile
+    assert has.shared - fused.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
+    if is_ring:
+        assert 2 <= stages <= 16
+        assert stage % 16 == 0
+        assert plan.grid.shared >= stages * height * min(channels, tile) * itemsize
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str) -> None:
     rng = np.random.default_rng(3)
-    kind, found = data((1,), dtype).dtype, {"resident": 0, "pipeline": 0, "split": 0}
+    kind, found = data((1,), dtype).dtype, dict.fromkeys(("resident", "pipeline", "ring", "rows", "split"), 0)
     for _ in range(1500):
         shape = tuple(int(2 ** rng.uniform(0, high)) for high in (14, 13, 16))
         shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
@@ -234,6 +257,11 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             continue
         n, channels, groups, parts, items, part, plane, stride, columns, ahead = plan.numbers[:10]
         blocks, threads, partials, tickets, shared = plan.grid
+        way = plan.kernel.name.split("_")[1]
+        found[way] += 1
+        if way in ("ring", "rows"):
+            assert_rows_are_whole(plan, shape, kind.itemsize * inputs, has)
+            continue
         width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
         slots = columns * width if lines else 1
         assert (n, channels) == (shape[0] * shape[2], shape[1])
@@ -243,7 +271,6 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         assert threads in (32, 64, 128, 256)
         assert threads % slots == 0
         assert stride == (channels if lines else plane * width * (channels if channels > 1 else 1))
-        found[plan.kernel.name.split("_")[1]] += 1
         if "resident" in plan.kernel.name:
             assert (blocks, parts, tickets, partials) == (groups, 1, 0, 0)
             assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - fused.ROOM
@@ -278,6 +305,13 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     ),
     "a map of what has not arrived": ("wait_for_rounds<ROUNDS>();\n        }", "}", "a part in rounds"),
     "a ring that is too short": ("RING = (ROUNDS + 1) * ", "RING = (ROUNDS + 1) / 2 * ", "a part in rounds"),
+    "dy lies over x in the ring": ("stage * INPUTS + input)", "stage * INPUTS)", "rows in a ring"),
+    "a chunk is read before it is there": ("        wait_for_phase(full + stage, phase);\n", "", "rows in a ring"),
+    "a stage is filled before it is free": ("wait_for_phase(empty + stage, phase);", "", "rows in a ring"),
+    "a phase is not turned": ("            phase ^= 1;\n", "", "rows in a ring"),
+    "fewer bytes are expected": ("(INPUTS * pieces * copied)", "(INPUTS * pieces * copied - 16)", "tiles in a ring"),
+    "a map of rows does not wait": ("    if (ready) wait_until(ready, when);", "    (void)ready, (void)when;", "rows"),
+    "slices do not wait": ("            wait_until(counts + SUMMED, units);\n", "", "rows in five shares"),
     "dy lies over x": ("behind + (slot & mask)]", "slot & mask]", "planes"),
     "values are kept a place on": ("(&kept.x(place.slot),", "(&kept.x(place.slot + 1),", "planes of an odd size"),
     "no barrier before the map": ("    __syncthreads();\n    map_of_part", "    map_of_part", "planes"),
@@ -295,7 +329,7 @@ def test_a_planted_error_of_the_fused_kernels_is_found(planted: str) -> None:
         assert plan is not None
         library = shim.build((plan.kernel,), "-O0", changed=(old, new))
         found = 0
-        for seed, resident in ((1, 9), (2, 1)):  # copies that arrive at once, and as late as they may
+        for seed, resident in ((1, 9), (2, 1), (4, 2)):  # copies that arrive at once, and as late as they may
             order = {"has": case.gpu.has, "seed": seed, "resident": resident}
             with kernels.installed(**order):
                 check(case, "float32")  # right without it

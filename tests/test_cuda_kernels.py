@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import re
@@ -26,7 +27,7 @@ import arraybn
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
 from arraybn.kernels.cuda import launch
-from arraybn.kernels.cuda.launch import Grid, Kernel
+from arraybn.kernels.cuda.launch import Grid
 
 ROOT = Path(__file__).parents[1]
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's
@@ -126,17 +127,20 @@ def test_strides_beyond_2_31_are_followed(gpu: shim.Shim, name: str, width: int)
     where = np.arange(3)[:, None] * stride + np.arange(32 if name == "planes" else 16)
     x = data(shape, "float16")
     line[where] = x.reshape(3, -1)
-    cut = cuda.cut(shape, 2, 0 if width > 1 else 2)
+    cut = cuda.cut("moments", shape, 2, 0 if width > 1 else 2, shim.H200)
     assert cut.width == width
     place = launch.NUMBERS.index("stride")
-    numbers = (*cut.numbers[:place], stride, *cut.numbers[place + 1 :])
+    numbers, grid = (*cut.numbers[:place], stride, *cut.numbers[place + 1 :]), cut.grid
+    if name == "lines":  # one share, of three chunks of one row
+        numbers, grid = (*numbers[:3], 1, numbers[4], 1, *numbers[6:]), grid._replace(blocks=1)
     mean, m2, rstd, y = cuda.forward(x, None, None, 1e-5)
     got = np.zeros((3, shape[1]))
     vectors = dict(zip(("mean", "m2", "rstd"), (gpu.pointer(vector) for vector in got), strict=True))
     for sweep in ("moments", "affine"):
         pointers = tuple(vectors.get(vector, 0) for vector in launch.POINTERS[3:-2])
-        kernel, address = Kernel(f"{sweep}_{name}", "float16", width), gpu.pointer(line)
-        gpu.launch(kernel, cut.grid, (address, 0, address, *pointers), (1e-5, 0.0, *numbers))
+        address, dtype = gpu.pointer(line), x.dtype
+        kernel, _ = cuda.plan_sweep(sweep, shape, dtype.char, 2, 0 if width > 1 else 2, shim.H200)
+        gpu.launch(kernel, grid, (address, 0, address, *pointers), (1e-5, 0.0, *numbers))
     np.testing.assert_allclose(got, [mean, m2, rstd], rtol=1e-6)
     np.testing.assert_allclose(line[where].reshape(shape), y, rtol=2e-3, atol=2e-3)
     del line
@@ -150,14 +154,18 @@ def test_strides_beyond_2_31_are_followed(gpu: shim.Shim, name: str, width: int)
 def test_the_table_has_every_cut_of_the_sweeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, sizes = CUDA_CUTS[name]
     set_sizes(monkeypatch, cuda, sizes)
-    cut = cuda.cut(shape, 4, 0)
+    cut = cuda.cut("moments", shape, 4, 0, shim.H200)
     numbers = dict(zip(launch.NUMBERS, cut.numbers[:9], strict=False))
-    assert (cut.layout == "lines") == (shape[2] == 1 < shape[1])
+    assert (cut.layout in ("rows", "ring")) == (shape[2] == 1 < shape[1])
+    assert (numbers["groups"] > 1) == ((cut.layout == "planes" and shape[1] > 1) or "in tiles" in name)
+    assert (cut.width == 1) == bool(re.search("odd|short|one|two|planes in rounds", name))
+    if cut.layout != "planes":
+        assert (cut.layout == "rows") == bool(re.search("before Hopper|odd, in tiles", name))
+        assert (numbers["parts"] > 1) >= ("in parts" in name)
+        return
     assert (numbers["parts"] > 1) == (cut.grid.tickets > 0) == ("in parts" in name)
-    assert (numbers["groups"] > 1) == ((cut.layout == "planes" and shape[1] > 1) or "in groups" in name)
     under_way = cut.grid.threads * (4 if cut.width > 1 else 8) // numbers["columns"]
     assert (numbers["part"] > 2 * under_way) == ("rounds" in name or name == "a long plane in parts") or "parts" in name
-    assert (cut.width == 1) == bool(re.search("odd|short|one|two|planes in rounds", name))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -165,36 +173,38 @@ def test_any_shape_is_cut_into_parts_that_are_all_there_and_not_too_large(itemsi
     rng = np.random.default_rng(3)
     for _ in range(2000):
         shape = tuple(int(2 ** rng.uniform(0, limit)) for limit in (24, 13, 24))
-        shape = shape if rng.random() < 0.6 else (*shape[:2], 1)
         if np.prod(shape, dtype=float) > 2**44:  # 2⁴⁷ bytes, more than any GPU has
             continue
-        cut = cuda.cut.__wrapped__(shape, itemsize, int(rng.choice([0, itemsize, 8])))
+        if cuda.has_rows(shape):  # tests/test_cuda_fused.py has those
+            continue
+        cut = cuda.cut.__wrapped__("moments", shape, itemsize, int(rng.choice([0, itemsize, 8])), shim.H200)
         n, channels, groups, parts, items, part, plane, stride, columns = cut.numbers[:9]
         blocks, threads, partials, tickets, _ = cut.grid
         assert (n, channels) == (shape[0] * shape[2], shape[1])
         assert blocks == groups * parts < 2**31
         assert (parts - 1) * part < items <= parts * part  # no part is empty, none is missing
         assert threads in (32, 64, 128, 256)
-        slots = 1 if cut.layout == "planes" else columns * cut.width
-        assert (partials, tickets) == ((16 * blocks * slots, groups) if parts > 1 else (0, 0))
-        if cut.layout == "planes":
-            assert items * cut.width == n
-            assert stride == (plane * cut.width * channels if channels > 1 else n)
-            assert part * cut.width * itemsize <= max(2 * cuda.PART, 2 * cuda.MIN_BLOCK_BYTES)
-        else:
-            assert (items, stride) == (n, channels)
-            assert groups * slots >= channels > (groups - 1) * slots
-            assert threads % slots == 0
-            assert part <= 2 * cuda.MOST_ROWS
+        assert (partials, tickets) == ((16 * blocks, groups) if parts > 1 else (0, 0))
+        assert (items * cut.width, columns) == (n, 1)
+        assert stride == (plane * cut.width * channels if channels > 1 else n)
+        assert part * cut.width * itemsize <= max(2 * cuda.PART, 2 * cuda.MIN_BLOCK_BYTES)
         assert cut.numbers[9:] == (0, 0, 0, *cuda.divisor(groups), *cuda.divisor(plane))
 
 
 def test_large_data_has_enough_blocks_for_a_large_gpu() -> None:
     images = [(32, 64, 112 * 112), (32, 256, 56 * 56), (32, 512, 28 * 28), (32, 1024, 14 * 14), (32, 2048, 49)]
-    for samples, channels, plane in images:
-        for shape in ((samples, channels, plane), (samples * plane, channels, 1)):
-            for itemsize in (2, 4):
-                assert 350 <= cuda.cut(shape, itemsize, 0).grid.blocks <= 4096, shape
+    for shape in images:
+        for itemsize in (2, 4):
+            assert 350 <= cuda.cut("moments", shape, itemsize, 0, shim.H200).grid.blocks <= 4096, shape
+
+
+def test_large_rows_keep_every_multiprocessor_of_a_large_gpu_busy() -> None:
+    for rows, channels in [(401408, 64), (100352, 256), (25088, 512), (6272, 1024), (1568, 2048)]:
+        for itemsize, sweep in itertools.product((2, 4, 8), cuda.INPUTS):
+            cut = cuda.cut(sweep, (rows, channels, 1), itemsize, 0, shim.H200)
+            assert cut.layout == "ring"
+            assert cut.grid.blocks > 128
+            assert cut.grid.shared > (120 * 2**10 if rows * channels > 10**7 else 2**15)  # under way
 
 
 def test_a_divisor_divides() -> None:
@@ -226,7 +236,7 @@ def test_the_parameters_are_packed_as_the_source_has_them() -> None:
 def test_a_kernel_that_cannot_be_built_or_launched_is_named_and_leaves_a_layer_as_it_was(
     gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     x = data((6, 4, 7, 7), "float32")
     layer = arraybn.BatchNorm2d(4)
     y = layer(x)
@@ -266,7 +276,7 @@ def test_a_kernel_is_built_once_for_a_device(gpu: shim.Shim, monkeypatch: pytest
 
 
 def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     places = [(0, 1), (0, 7), (1, 7), (0, 2)]
     for place in places:
         monkeypatch.setattr(gpu, "current", lambda place=place: place)
@@ -280,7 +290,7 @@ def test_each_device_and_stream_has_a_workspace_of_its_own(gpu: shim.Shim, monke
 def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
     gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     cuda.moments(data((6, 4, 7), "float32"))
     (first,) = gpu._rooms.values()
     x = data((3, 1500, 16), "float32")
@@ -292,7 +302,7 @@ def test_a_workspace_grows_and_the_old_one_stays_for_captured_graphs(
 
 
 def test_n4_several_callers_on_one_gpu_get_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     batches = [data((4, 3, 20 + k), "float32", k) for k in range(8)]
     alone = [arraybn.batch_norm(x)[0] for x in batches]
     with ThreadPoolExecutor(8) as pool:
@@ -336,8 +346,11 @@ class StandIn:
         yield
         self.device = before
 
-    def empty(self, shape: Any, dtype: Any) -> Any:
+    def ndarray(self, shape: Any, dtype: Any) -> Any:
         return self.gpu.empty(shape, dtype).view(OnDevice)
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:  # noqa: N802
+        return dict(zip(launch._ATTRIBUTES, shim.H200, strict=True))[attribute]
 
     def zeros(self, shape: Any, dtype: Any) -> Any:
         return self.gpu.zeros(shape, dtype).view(OnDevice)
@@ -367,7 +380,7 @@ def stand_in(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> tuple[StandIn, 
 
 
 def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     x, dy = (data((4, 3, 20), "float32", seed) for seed in (0, 1))
     vectors = coefficients(3)
     mean, m2, rstd, y = cuda.forward(x, *vectors[:2], 1e-5)
@@ -409,7 +422,7 @@ def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkey
 
 def test_a_capture_needs_a_workspace_that_was_zeroed_before(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the graph zeroed the counters, calls after the capture would find random counters."""
-    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64})
+    set_sizes(monkeypatch, cuda, {"MIN_BLOCK_BYTES": 64, "PART": 64, "MAP_PART": 64})
     cupy, launcher = stand_in(gpu, monkeypatch)
     x = data((4, 3, 20), "float32").view(OnDevice)
     for stream in (1234, 0):  # the old default stream cannot be captured, and must not be asked
@@ -442,19 +455,27 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {
         "planes of an odd size",
         "maps",
     ),
-    "a row too far": ("row = thread / threads;", "row = thread / threads + 1;", "channels-last, odd", "sums"),
     "the last item is left out": ("int64 left = p.items -", "int64 left = p.items - 1 -", "planes", "sums"),
-    "an item too many": ("left : p.part);", "left : p.part + 1);", "channels-last, odd", "maps"),
+    "an item too many": ("left : p.part);", "left : p.part + 1);", "planes", "maps"),
     "the counter stays": ("if (ticket == parts - 1) *tickets = 0;", "", "planes in parts", "sums"),
-    "a warp is left out of a sum": ("row < rows; ++row", "row < rows - (rows > 1); ++row", "channels-last", "sums"),
-    "a part is left out": ("first = thread / slots;", "first = 1 + thread / slots;", "channels-last in parts", "sums"),
+    "a warp is left out of a sum": ("row < rows; ++row", "row < rows - (rows > 1); ++row", "planes", "sums"),
+    "a part is left out": ("first = thread / slots;", "first = 1 + thread / slots;", "planes in parts", "sums"),
     "a thread misses the barrier": (
         "    s = q = 0;\n",
         "    s = q = 0;\n    if (thread == 7) __syncthreads();\n",
         "planes",
         "sums",
     ),
-    "a store off by one value": ("store(out + offset[k])", "store(out + offset[k] + 1)", "planes", "maps"),
+    "a row too far": ("row = threadIdx.x / threads;", "row = threadIdx.x / threads + 1;", "channels-last, odd", "sums"),
+    "a share is left out": (
+        "share = thread / SLICE;",
+        "share = 1 + thread / SLICE;",
+        "channels-last in parts",
+        "sums",
+    ),
+    "the last bytes of the rows are left out": ("k < rest /", "k < 0 * rest /", "channels-last, odd", "maps"),
+    "counters of shares stay": ("p.tickets[threadIdx.x] = 0;", "(void)p;", "channels-last", "sums"),
+    "a store off by one value": ("store_near(out + offset[k])", "store_near(out + offset[k] + 1)", "planes", "maps"),
 }
 CHECKS = {
     "sums": (kernels.assert_sums, ("moments", "dots")),
@@ -467,8 +488,7 @@ def test_a_planted_error_of_the_sweeps_is_found(planted: str) -> None:
     old, new, name, sweeps = PLANTED[planted]
     check, names = CHECKS[sweeps]
     with kernels.case_of("cuda", name) as case:
-        cut = cuda.cut(case.shape, 4, 0)
-        changed = tuple(Kernel(f"{sweep}_{cut.layout}", "float32", cut.width) for sweep in names)
+        changed = tuple(cuda.plan_sweep(sweep, case.shape, "f", 4, 0, case.gpu.has)[0] for sweep in names)
         library = shim.build(changed, changed=(old, new))
         check(case, "float32")  # right without it
         with kernels.installed(library), pytest.raises((AssertionError, RuntimeError)):
@@ -482,10 +502,10 @@ SANITIZED = """
     import numpy as np
     from cuda import shim
     from arraybn.kernels import cuda
-    cuda.MIN_BLOCK_BYTES = cuda.PART = 512
+    cuda.MIN_BLOCK_BYTES = cuda.PART = cuda.MAP_PART = 512
     with shim.install(Path(sys.argv[1])):
         for dtype in (np.float32, np.float16):
-            for shape in [(9, 3, 64), (9, 3, 49), (203, 24, 1), (203, 5, 1), (7, 4, 196)]:
+            for shape in [(9, 3, 64), (9, 3, 49), (7, 4, 196)]:
                 size = int(np.prod(shape))
                 x, dy = (np.random.default_rng(k).standard_normal(size).astype(dtype).reshape(shape) for k in (0, 1))
                 assert x.nbytes > 1024  # less, NumPy keeps to itself when it is freed

@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -82,7 +83,8 @@ def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: st
     """A launch takes about 5 µs of the host's time."""
     x = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis)).astype(dtype))
     layer = arraybn.BatchNorm2d(3, xp=cupy, channel_axis=axis)
-    layer(x), layer.backward(x), layer.zero_grad()  # kernels are built, and room is made, once
+    for mode in (False, True):  # kernels are built, and room is made, once
+        layer.train(mode)(x), layer.backward(x), layer.zero_grad()
     _, forward = logged(cupy, layer, x)
     _, backward = logged(cupy, layer.backward, x)
     _, evaluation = logged(cupy, layer.eval(), x)
@@ -183,6 +185,8 @@ CHANGES: dict[str, Any] = {  # between two steps
     "eps": lambda layer, cupy: setattr(layer, "eps", 0.3),
     "momentum": lambda layer, cupy: setattr(layer, "momentum", 0.7),
     "momentum 0": lambda layer, cupy: setattr(layer, "momentum", 0.0),
+    "exact": lambda layer, cupy: setattr(layer, "exact", True),
+    "a mask": lambda layer, cupy: layer(cupy.asarray(X), where=cupy.asarray(X[:, 0] > 2)),
     "evaluation": lambda layer, cupy: layer.eval(),
     "no tracking": lambda layer, cupy: setattr(layer, "track_running_stats", False),
     "other statistics": lambda layer, cupy: setattr(layer, "running_var", cupy.full(3, 2.0)),
@@ -212,6 +216,28 @@ def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> N
     for short, checked in zip(*found, strict=True):
         assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
         np.testing.assert_allclose(short.get(), checked.get(), rtol=1e-6, atol=1e-6)
+
+
+def test_an_exact_layer_takes_no_short_step(cupy: Any) -> None:
+    x = cupy.asarray((X * 1e3).astype("f4"))
+    layer = arraybn.BatchNorm2d(3, xp=cupy, exact=True)
+    for _ in range(3):
+        y, dx = layer(x), layer.backward(cupy.asarray(DY))
+        want, saved = arraybn.batch_norm(x, layer.weight.data, layer.bias.data, exact=True)
+        np.testing.assert_array_equal(y.get(), want.get())
+        np.testing.assert_array_equal(dx.get(), arraybn.batch_norm_backward(cupy.asarray(DY), saved)[0].get())
+        assert layer._repeat is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_a_short_forward_has_a_backward_with_all_checks(cupy: Any, dtype: str) -> None:
+    layer, twin, dy = arraybn.BatchNorm2d(3, xp=cupy), arraybn.BatchNorm2d(3), DY.astype(dtype)
+    for _ in range(3):
+        layer(cupy.asarray(X)), twin(X)
+        np.testing.assert_allclose(layer.backward(cupy.asarray(dy)).get(), twin.backward(dy), rtol=1e-4, atol=1e-5)
+        assert layer(cupy.asarray(X)) is not None
+        layer._forget()
+    np.testing.assert_allclose(layer.weight.grad.get(), twin.weight.grad, rtol=1e-4)
 
 
 def test_a_wrong_state_is_the_error_of_a_call_with_all_checks(cupy: Any) -> None:
@@ -282,6 +308,39 @@ def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
     saved.moments.mean[...] = 100
     np.testing.assert_array_equal(arraybn.batch_norm_backward(y, saved)[0].get(), before[1])
     assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
+
+
+def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no constants")
+    from arraybn.bench import tune
+    from arraybn.kernels import cuda
+    from arraybn.kernels.cuda import fused
+
+    monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
+    present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
+    backward = fused.backward
+
+    def wrong_with_few_tasks(*arguments: Any) -> Any:
+        dx, *rest = backward(*arguments)
+        dx[0] *= 1.0 + (present["TASK"] > fused.TASK)
+        return dx, *rest
+
+    def timed(call: Any, calls: int, hold: float) -> tuple[float, bool]:
+        call()
+        return (0.5 if cuda.CHUNK == 2**14 or present["TASK"] > fused.TASK else 1.0), False
+
+    monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
+    device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)
+    best = tune.tune(device, sys.stdout, ((2, 8, 3, 4),), 1)
+    assert best == {**present, "CHUNK": 2**14}
+    assert {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()} == present
+    printed = capsys.readouterr().out
+    assert re.search(r"CHUNK +16384 +0.500 ×", printed)
+    assert re.search(r"TASK +32768 +wrong", printed)
+    assert re.search(r"TASK +49152 +best", printed)
 
 
 # ---- Which kernels ---------------------------------------------------------------------------------------------------

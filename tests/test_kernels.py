@@ -315,7 +315,7 @@ def test_a_layer_trains_and_evaluates_as_with_the_reference(
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     if case.on_gpu:
-        names = [re.split("_(planes|lines|float)", name)[0] for name, _ in case.gpu.launches]
+        names = [re.split("_(planes|lines|rows|ring|float)", name)[0] for name, _ in case.gpu.launches]
         assert names == STEP[case.kind] * 3 + EVALUATION
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..bench import cpu, gpu, growth, networks, sync
+from ..bench import cpu, gpu, growth, networks, sync, tune
 from ..bench.cases import DTYPES, HALVES, LAYOUTS, OPERATIONS, Case
 from ..bench.contestants.registry import PEERS
 from ..bench.output import RefusedError, check_files
@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "time per element along N, C and S, up to so many elements (1e8)"
     other.add_argument("--growth", help=help_, **options)
     other.add_argument("--ladder", action="store_true", help="how the speed was reached, one idea a step")
+    other.add_argument("--tune", action="store_true", help="the constants of the CUDA kernels, one changed at a time")
     _add_files(parser)
 
 
@@ -129,6 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Return 1 if arraybn is wrong, 2 if what was asked cannot be done, 130 after Ctrl-C."""
     try:
         check_files(arguments.plot, arguments.json)
+        if arguments.tune:
+            return tune.run(arguments.device)
         if arguments.device == "cuda":
             return gpu.GpuBench(arguments).carry_out()
         return sync.run(arguments) if arguments.subject else cpu.Bench(arguments).carry_out()

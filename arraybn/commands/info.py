@@ -83,7 +83,8 @@ for found in devices:
 versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
 driver, library = (f"{version // 1000}.{version % 1000 // 10}" for version in versions)
 folder = pathlib.Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
-kept = sum(b"_planes_" in file.read_bytes() or b"_lines_" in file.read_bytes() for file in folder.glob("*.cubin"))
+names = b"_planes_", b"_lines_", b"_rows_", b"_ring_"
+kept = sum(any(name in file.read_bytes() for name in names) for file in folder.glob("*.cubin"))
 state = f"{kept} kernels compiled, kept in {folder}" if kept else f"compiled when first used, kept in {folder}"
 print(json.dumps([f"driver {driver}, runtime {library}", state if devices else ""]))
 """
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             _cpu_kernels(answers.get("numba")),
             _cuda_kernels(answers.get("cupy.cuda")),
         ],
-        "MPI": _mpi(answers.get("mpi4py")),
+        "MPI": _mpi(answers.get("mpi4py"), answers.get("launcher")),
         "GPUs": _gpus({name: answers[name] for name in ("nvidia-smi", "cupy.cuda") if name in answers}),
         "Extras": [_extra(name) for name in EXTRAS],
     }
@@ -146,6 +147,8 @@ def _ask_all() -> dict[str, Answer]:
     codes = {name: (_NAMESPACE_PROBE, name) for name in NAMESPACES}
     probes = {**codes, "numba": (_NUMBA_PROBE,), "mpi4py": (_MPI_PROBE,), "cupy.cuda": (_CUPY_PROBE,)}
     commands = {name: [sys.executable, "-c", *probe] for name, probe in probes.items() if _is_installed(name)}
+    if program := launcher():
+        commands["launcher"] = [program, "--version"]
     if program := shutil.which("nvidia-smi"):
         commands["nvidia-smi"] = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     with ThreadPoolExecutor(len(commands)) as pool:
@@ -227,15 +230,33 @@ def _reason(answer: Answer) -> str:
     return "" if lines and not problem else f"cannot be used: {problem or 'no answer'}"
 
 
-def _mpi(answer: Answer | None) -> list[Row]:
-    rows = [Row("mpi4py", "missing", f"pip install {requirement('mpi')}")]
+# What an MPI calls itself, in the text of its library or of its launcher: the MPIs whose ranks find each other
+_FAMILIES = {"Open MPI": ("open mpi", "openrte", "prte"), "MPICH": ("mpich", "hydra", "intel", "mvapich", "cray")}
+
+
+def _family(lines: Sequence[str]) -> str | None:
+    """Return the kind of MPI of which the text is; None for an unknown one."""
+    text = " ".join(lines).lower()
+    return next((name for name, words in _FAMILIES.items() if any(word in text for word in words)), None)
+
+
+def _mpi(answer: Answer | None, started_by: Answer | None) -> list[Row]:
+    rows, built_for = [Row("mpi4py", "missing", f"pip install {requirement('mpi')}")], None
     if answer is not None:
         lines, problem = answer
         library = " ".join(lines[0].split()) if lines and lines[0] != "started" else "unknown"
+        built_for = _family([library])
         state = "starts" if "started" in lines else f"does not start: {problem or 'it ended early'}"
+        state += f", built for {built_for}" if built_for else ""
         rows = [Row("mpi4py", _version("mpi4py"), state), Row("library", "", _shortened(library))]
-    missing = f"missing: pip install {requirement('mpi')} or an MPI of the system"
-    return [*rows, Row("launcher", "", launcher() or missing)]
+    program = launcher()
+    if program is None:
+        return [*rows, Row("launcher", "", f"missing: pip install {requirement('mpi')} or an MPI of the system")]
+    its_own = None if started_by is None else _family(started_by[0])
+    text = f"{program}, of {its_own}" if its_own else program
+    if built_for and its_own and built_for != its_own:
+        text += f"; mpi4py was built for {built_for}, so each rank would be alone. Use the mpirun of {built_for}"
+    return [*rows, Row("launcher", "", text)]
 
 
 def _gpus(answers: Mapping[str, Answer]) -> list[Row]:

@@ -36,7 +36,7 @@ struct Warp {
 struct Block {
     Index index{};
     unsigned alive = 0;
-    Barrier barrier;
+    Barrier barrier, of_consumers;
     std::vector<Warp> warps;
     size_t used = 0;  // of the shared memory
     std::vector<unsigned char> shared;
@@ -52,6 +52,15 @@ struct Copy {
     unsigned round;
 };
 
+// A bulk copy, which arrives when somebody waits on its barrier.
+struct Bulk {
+    const Block* block;
+    void* to;
+    const void* from;
+    size_t bytes;
+    uint64_t* barrier;
+};
+
 struct Fiber {
     void* place = nullptr;  // its stack pointer, or its context
     char* stack = nullptr;
@@ -65,7 +74,7 @@ struct Fiber {
 };
 
 const size_t STACK = 1 << 16, SHARED = 1 << 16;
-const unsigned long PATIENCE = 1000000;  // rounds without an end to any wait
+const unsigned long PATIENCE = 2000;   // rounds without an end to any wait
 
 inline Fiber* now;
 inline Index grid, block_size;
@@ -73,6 +82,7 @@ inline void (*kernel)(const void*);
 inline const void* parameters;
 inline char failure[200];
 inline bool progress;
+inline std::vector<Bulk> bulks;  // that have not arrived
 inline bool at_once;  // copies arrive when they are asked for, otherwise when they are waited for
 
 // ---- Switching ------------------------------------------------------------------------------------------------------
@@ -177,6 +187,47 @@ inline void finish_copies(unsigned rounds) {
     now->copies.resize(left);
 }
 
+// ---- Barriers in shared memory, and bulk copies that arrive on them -------------------------------------------------
+
+struct Phase {  // the 8 bytes of a barrier
+    uint8_t parity, arrivals, left, known;
+    int32_t bytes;  // expected, less those that are there
+};
+const uint8_t KNOWN = 0x5a;
+
+inline Phase& phase_of(uint64_t* barrier) {
+    Phase& phase = *(Phase*)barrier;
+    if (phase.known != KNOWN) fail("a barrier that has not begun");
+    return phase;
+}
+inline void end_phase(Phase& phase) {
+    if (phase.left || phase.bytes) return;
+    phase.parity ^= 1;
+    phase.left = phase.arrivals;
+    progress = true;
+}
+inline void arrive_at(uint64_t* barrier, uint32_t bytes) {
+    Phase& phase = phase_of(barrier);
+    if (!phase.left) fail("one arrival too many");
+    --phase.left;
+    phase.bytes += (int32_t)bytes;
+    end_phase(phase);
+}
+inline void finish_bulks(uint64_t* barrier) {
+    size_t left = 0;
+    for (size_t i = 0; i < bulks.size(); ++i) {
+        const Bulk bulk = bulks[i];
+        if (bulk.barrier != barrier) {
+            bulks[left++] = bulk;
+            continue;
+        }
+        memcpy(bulk.to, bulk.from, bulk.bytes);
+        phase_of(barrier).bytes -= (int32_t)bulk.bytes;
+    }
+    bulks.resize(left);
+    end_phase(phase_of(barrier));
+}
+
 // ---- A launch -------------------------------------------------------------------------------------------------------
 
 struct Launch {
@@ -205,7 +256,7 @@ struct Launch {
         const unsigned threads = block_size.x;
         block.index = {(unsigned)index, 0, 0};
         block.alive = threads;
-        block.barrier = Barrier();
+        block.barrier = block.of_consumers = Barrier();
         block.warps.assign((threads + 31) / 32, Warp());
         for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
         memset(block.shared.data(), 0xff, block.used);
@@ -224,10 +275,17 @@ struct Launch {
         }
     }
 
-    // One turn of each thread of a block that has something to do.
+    // One turn of each thread of a block; where copies arrive at once, the last warp is ahead of the others.
     void turn(unsigned place) {
         const unsigned threads = block_size.x;
-        for (unsigned t = 0; t < threads && !*failure; ++t) {
+        for (int i = 0; at_once && threads > 32 && i < 16; ++i) turn(place, (threads - 1) / 32 * 32);
+        turn(place, 0);
+    }
+
+    // One turn of each thread from the `first` on that has something to do.
+    void turn(unsigned place, unsigned first) {
+        const unsigned threads = block_size.x;
+        for (unsigned t = first; t < threads && !*failure; ++t) {
             Fiber& fiber = fibers[(size_t)place * threads + t];
             if (fiber.done || (fiber.waits && fiber.waits->passed == fiber.until)) continue;
             fiber.waits = nullptr;
@@ -283,6 +341,7 @@ extern "C" const char* shim_launch(
     grid = {blocks, 1, 1};
     block_size = {threads, 1, 1};
     *failure = 0;
+    bulks.clear();
     at_once = seed % 2;
     Launch launch(threads, resident < blocks ? resident : blocks, dynamic);
     put_in_order(launch.order, blocks, seed);
@@ -357,6 +416,30 @@ template <int BYTES, bool LAST> void copy_later(void* to, const void* from) {
     if (BYTES == 2 || shim::at_once) memcpy(to, from, BYTES);
     else shim::now->copies.push_back({to, from, BYTES, shim::now->rounds});
 }
+inline void begin_barrier(unsigned long long* barrier, unsigned arrivals) {
+    *(shim::Phase*)barrier = {0, (uint8_t)arrivals, (uint8_t)arrivals, shim::KNOWN, 0};
+}
+inline void fence_barriers() {}
+inline void fence_async() {}
+inline void expect_bytes(unsigned long long* barrier, unsigned bytes) { shim::arrive_at((uint64_t*)barrier, bytes); }
+inline void arrive(unsigned long long* barrier) { shim::arrive_at((uint64_t*)barrier, 0); }
+inline void wait_for_phase(unsigned long long* barrier, unsigned parity) {
+    uint64_t* const place = (uint64_t*)barrier;
+    while (shim::phase_of(place).parity == parity) {
+        shim::finish_bulks(place);
+        if (shim::phase_of(place).parity == parity) shim::leave();
+    }
+}
+inline void copy_bulk(void* to, const void* from, int bytes, unsigned long long* barrier) {
+    const std::vector<unsigned char>& room = shim::now->block->dynamic;
+    const uintptr_t at = (uintptr_t)to - (uintptr_t)room.data();
+    if ((uintptr_t)from % 16 || at % 16 || bytes % 16 || bytes <= 0 || at + bytes > room.size()) {
+        shim::fail("a bulk copy that is misaligned or out of place");
+    }
+    shim::bulks.push_back({shim::now->block, to, from, (size_t)bytes, (uint64_t*)barrier});
+    if (shim::at_once) shim::finish_bulks((uint64_t*)barrier);
+}
+inline void wait_for_consumers() { shim::wait(shim::now->block->of_consumers, 256); }
 inline void end_round() { ++shim::now->rounds; }
 template <int ROUNDS> void wait_for_rounds() { shim::finish_copies(ROUNDS); }
 inline void store_release(unsigned* to, unsigned value) {
@@ -365,7 +448,7 @@ inline void store_release(unsigned* to, unsigned value) {
 }
 inline unsigned load_acquire(const unsigned* from) { return *from; }
 template <int BYTES> void load(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
-template <int BYTES> void load_last(const void* from, Words<BYTES>& to) { shim_copy(&to, from, from, BYTES); }
+template <int BYTES> void store_near(void* to, const Words<BYTES>& from) { shim_copy(to, &from, to, BYTES); }
 template <int BYTES> void store(void* to, const Words<BYTES>& from) { shim_copy(to, &from, to, BYTES); }
 template <class Pair> Pair load_shared(const Pair* from) {
     Pair to;

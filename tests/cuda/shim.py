@@ -36,15 +36,23 @@ _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def all_kernels() -> list[Kernel]:
-    """Return every kernel of the sweeps, for every dtype and width."""
-    sweeps = itertools.product(kernel_modules.SWEEPS, ("planes", "lines"), _ITEMSIZE)
+    """Return every kernel of the sweeps over planes, for every dtype and width."""
     kernels = [
-        Kernel(f"{sweep}_{layout}", dtype, width)
-        for sweep, layout, dtype in sweeps
+        Kernel(f"{sweep}_planes", dtype, width)
+        for sweep, dtype in itertools.product(kernel_modules.SWEEPS, _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
     return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
+
+
+def row_kernels(way: str) -> tuple[Kernel, ...]:
+    """Return every kernel over whole rows, for every dtype and width; `way` is "rows" or "ring"."""
+    return tuple(
+        Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
+        for sweep, dtype in itertools.product(cuda.INPUTS, _ITEMSIZE)
+        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+    )
 
 
 def fused_kernels(direction: str) -> tuple[Kernel, ...]:
@@ -67,7 +75,8 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
 
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
-    kernels = [tuple(all_kernels()), fused_kernels("forward"), fused_kernels("backward")]
+    kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
+    kernels += [fused_kernels("forward"), fused_kernels("backward")]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 

@@ -82,7 +82,7 @@ ON_GPU |= {dtype: replace(ON_GPU[dtype], smallest=smallest) for dtype, smallest 
 
 # ---- The cuts: (N, C, S), and sizes of the module that cut so, where its own sizes need larger data ------------------
 
-Cuts = dict[str, tuple[Shape, dict[str, int]]]
+Cuts = dict[str, tuple[Shape, dict[str, Any]]]
 WHOLE: Cuts = {
     "one value a channel": ((1, 3, 1), {}),
     "one channel": ((37, 1, 9), {}),
@@ -113,6 +113,8 @@ if not COMPILED:  # the same cuts of less data, because every step is one of Pyt
         "long planes, cut into pieces": ((2, 2, 72), {}),
         "long planes in tiles": ((1, 2, 330), {"MIN_TILE_BYTES": 256, "TILE": 256}),
     }
+FEW_STAGES: Any = {"CHUNK": 12288, "STAGES": {1: 3, 2: 2, 3: 2}}  # so that a stage is used again
+NO_RING: Any = {"STAGES": {1: 1, 2: 1, 3: 1}}
 CUDA_CUTS: Cuts = {
     "one value a channel": ((1, 3, 1), {}),
     "one channel": ((37, 1, 9), {}),
@@ -120,18 +122,21 @@ CUDA_CUTS: Cuts = {
     "two channels": ((45, 2, 1), {}),
     "channels-last": ((150, 16, 1), {}),
     "channels-last, odd": ((83, 5, 1), {}),
-    "channels-last in groups": ((21, 72, 1), {}),
-    "channels-last in rounds": ((300, 16, 1), {"THREADS": 64, "MIN_BLOCK_BYTES": 2**20}),
-    "channels-last in parts": ((203, 16, 1), {"MIN_BLOCK_BYTES": 1024, "BLOCKS": 2**30}),
-    "channels-last, odd, in parts": ((203, 5, 1), {"MIN_BLOCK_BYTES": 256, "BLOCKS": 2**30}),
+    "channels-last, few rows": ((3, 16, 1), {}),
+    "channels-last in tiles": ((9, 2304, 1), {}),
+    "channels-last, odd, in tiles": ((6, 517, 1), {}),
+    "channels-last in parts": ((303, 16, 1), {}),
+    "channels-last, odd, in parts": ((203, 5, 1), {"CHUNK": 256}),
+    "channels-last in parts, before Hopper": ((303, 16, 1), NO_RING),
+    "channels-last, odd, in parts, before Hopper": ((203, 5, 1), {"CHUNK": 256, **NO_RING}),
     "short planes": ((9, 6, 5), {}),
     "planes": ((9, 3, 64), {}),
     "planes of an odd size": ((9, 3, 49), {}),
     "planes that are no multiple of 16 bytes": ((5, 3, 36), {}),
     "planes in rounds": ((40, 2, 49), {"THREADS": 32}),
-    "planes in parts": ((7, 3, 64), {"MIN_BLOCK_BYTES": 256, "PART": 256}),
-    "odd planes in parts": ((7, 3, 49), {"MIN_BLOCK_BYTES": 128, "PART": 128}),
-    "a long plane in parts": ((1, 2, 2052), {"MIN_BLOCK_BYTES": 1024, "PART": 1024, "THREADS": 32}),
+    "planes in parts": ((7, 3, 64), {"MIN_BLOCK_BYTES": 256, "PART": 256, "MAP_PART": 256}),
+    "odd planes in parts": ((7, 3, 49), {"MIN_BLOCK_BYTES": 128, "PART": 128, "MAP_PART": 128}),
+    "a long plane in parts": ((1, 2, 2052), {"MIN_BLOCK_BYTES": 1024, "PART": 1024, "MAP_PART": 1024, "THREADS": 32}),
 }
 
 H200 = shim.H200
@@ -146,7 +151,7 @@ class FusedCut(NamedTuple):
     way: str
     shape: Shape
     has: Device
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
 
 
 FUSED_CUTS: dict[str, FusedCut] = {
@@ -179,7 +184,20 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "one part a channel": ("pipeline", (4, 19, 16), SMALL, {"MIN_BLOCK_BYTES": 2**20}),
         "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 1}),
         "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 64}),
-        "lines of large images": ("split", (700, 8, 1), NARROW, {"SINGLE_BLOCK_BYTES": 512}),
+        "rows in a ring": ("ring", (1500, 24, 1), SMALL, FEW_STAGES),
+        "odd rows in a ring": ("ring", (333, 5, 1), SMALL, {"CHUNK": 256}),
+        "few rows in a ring": ("ring", (3, 16, 1), SMALL, {}),
+        "two channels in a ring": ("ring", (1045, 2, 1), SMALL, {"CHUNK": 512}),
+        "tiles in a ring": ("ring", (24, 2304, 1), SMALL, {"CHUNK": 2**14, "STAGES": FEW_STAGES["STAGES"]}),
+        "rows": ("rows", (1500, 24, 1), SMALL, {**FEW_STAGES, **NO_RING}),
+        "rows in five shares": (
+            "rows",
+            (1500, 24, 1),
+            SMALL._replace(multiprocessors=5),
+            {"CHUNK": 512, **NO_RING},
+        ),
+        "odd rows": ("rows", (333, 5, 1), SMALL, {"CHUNK": 256, **NO_RING}),
+        "odd rows in tiles": ("rows", (21, 517, 1), SMALL, {}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()
 }
@@ -280,13 +298,13 @@ def shorten_runs(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "BLOCK", 4)
 
 
-def set_sizes(patch: pytest.MonkeyPatch, module: Any, sizes: dict[str, int]) -> None:
+def set_sizes(patch: pytest.MonkeyPatch, module: Any, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
-        patch.setattr(module, name, value)
+        patch.setattr(module if hasattr(module, name) else cuda, name, value)
     forget_cuts()
 
 
-def set_way(patch: pytest.MonkeyPatch, way: str, sizes: dict[str, int]) -> None:
+def set_way(patch: pytest.MonkeyPatch, way: str, sizes: dict[str, Any]) -> None:
     """Set sizes of the fused kernels, and let no block be resident where the way is another."""
     if way != "resident":
         patch.setattr(fused, "_resident", lambda *_: None)
@@ -296,7 +314,7 @@ def set_way(patch: pytest.MonkeyPatch, way: str, sizes: dict[str, int]) -> None:
 def forget_cuts() -> None:
     """Let every cut be made anew, because sizes have changed."""
     cuda.cut.cache_clear()
-    cuda._plan.cache_clear()
+    cuda.plan_sweep.cache_clear()
     fused.plan.cache_clear()
     with contextlib.suppress(ImportError):
         importlib.import_module("arraybn.kernels.cpu")._cut.cache_clear()

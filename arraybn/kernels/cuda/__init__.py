@@ -5,13 +5,15 @@ channel, and the map, which goes over the data backwards, to find in the cache w
 for the GPU, so a call can be captured in a CUDA graph, once a call like it on that stream has built the kernels and the
 workspace. float64 has one launch more, whose sums are about the mean of the first.
 
-Work is cut by shape, dtype and alignment of the data alone, and parts are pooled in a fixed order, so results have the
-same bits each time and on every GPU.
+Channels-first, work is cut into parts of a channel (sweeps.cu) by shape, dtype and alignment of the data alone.
+Channels-last, it is cut into chunks of whole rows (rows.cu), with a share for each multiprocessor. Parts are pooled in
+a fixed order. So results have the same bits each time on GPUs of one kind.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,17 +21,26 @@ import numpy as np
 from ... import reference
 from ..._arrays.namespaces import Array
 from . import launch
-from .launch import Grid, Kernel
+from .launch import Device, Grid, Kernel
 
-PART = 2**16  # bytes of one channel of x that a block reads, about
+PART = 2**16  # bytes of one channel of x that a block sums, about
+MAP_PART = 2**14  # bytes of one channel that a block maps; H200, (32,64,112,112) float32: 58.6 µs, with 2¹⁶ 64.0
 MIN_BLOCK_BYTES = 2**14  # bytes that a block reads at least
 BLOCKS = 528  # blocks that keep a large GPU busy: four on each of 132 multiprocessors
-ROW = 64  # bytes of a row that a block reads; narrow, so that there are enough blocks and few parts of each channel
-MOST_ROWS = 2**15  # rows in a part at most, which keeps rounding small
-THREADS = 256  # threads in a block at most
+# Bytes of whole rows of each input that a block takes at a time, and chunks that are on their way into shared memory,
+# by the number of inputs. A sketch on an H200, forward and backward, float32: (32,64,112,112) 83.5 and 126.7 µs; with
+# 16 KiB in 8 and 4 stages the same, in 12 and 6 stages 84.8 and 128.1; (32,1024,14,14) 25.0 and 39.1 µs, with 16 KiB in
+# 8 and 4 stages 25.3 and 39.5. Three inputs are not measured.
+CHUNK = 2**15
+STAGES = {1: 6, 2: 3, 3: 2}
+MOST_ROWS = 32  # rows of a chunk that a thread adds up at most: half precision is summed in float32 within a chunk
+ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
+MOST_THREADS = 256  # as in values.cuh
+THREADS = MOST_THREADS  # threads at most in a block that has a part of a channel
 WARP = 32
 UNDER_WAY = 4  # loads that a thread has in flight
 WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
+ROWS = (*launch.SWEEPS, "rows.cu")
 DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
@@ -38,56 +49,75 @@ DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by
 class Cut(NamedTuple):
     """The cut of (N, C, S) into the work of blocks."""
 
-    layout: str  # "planes" or "lines"
+    layout: str  # "planes"; "rows" or "ring" where a plane has one value
     width: int  # values in an item
     grid: Grid
     numbers: tuple[int, ...]  # in the order of `launch.NUMBERS`, divisors in two
 
 
-@functools.lru_cache(maxsize=1024)
-def cut(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
-    """Cut data of that shape; `address` has the last four bits of every address of data."""
+def width_of(shape: tuple[int, int, int], itemsize: int, address: int) -> int:
+    """Return how many values a thread takes at once; `address` has the last four bits of every address of data."""
     samples, channels, plane = shape
+    run = samples * plane if channels == 1 else plane if plane > 1 else channels  # values side by side
+    return next(w for w in WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
+
+
+def has_rows(shape: tuple[int, int, int]) -> bool:
+    """Return True where the channels of a sample lie side by side."""
+    return shape[2] == 1 < shape[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(sweep: str, shape: tuple[int, int, int], itemsize: int, address: int, device: Device) -> Cut:
+    """Cut data of that shape for a sweep."""
+    samples, channels, plane = shape
+    width = width_of(shape, itemsize, address)
+    if has_rows(shape):
+        return _cut_rows(sweep, samples, channels, width, itemsize, address, device)
     if channels == 1:
         samples, plane = 1, samples * plane
-    run = plane if plane > 1 else channels  # values side by side that one thread may take at once
-    width = next(w for w in WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
-    if plane > 1 or channels == 1:
-        return _cut_planes(samples, channels, plane, width, itemsize)
-    return _cut_lines(samples, channels, width, itemsize)
+    return _cut_planes(samples, channels, plane, width, itemsize, MAP_PART if sweep.startswith("affine") else PART)
 
 
-def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int) -> Cut:
-    """Cut each channel into parts of its own."""
+def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int, most: int) -> Cut:
+    """Cut each channel into parts of its own, of `most` bytes or about MIN_BLOCK_BYTES."""
     items, item = samples * plane // width, width * itemsize
-    target = min(max(channels * items * item // BLOCKS, MIN_BLOCK_BYTES), PART)
+    target = min(max(channels * items * item // BLOCKS, MIN_BLOCK_BYTES), most)
     parts = max(items * item // target, 1)
     part = -(-items // parts)
     parts = -(-items // part)
     threads = min(max(power_of_two(part // UNDER_WAY), WARP), THREADS)
-    grid = _grid(channels, parts, 1, threads)
+    grid = _grid(channels, parts, threads)
     shape = (items, part, plane // width, channels * plane, 1)
     return Cut("planes", width, grid, numbers_of(samples * plane, channels, channels, parts, shape))
 
 
-def _cut_lines(rows: int, channels: int, width: int, itemsize: int) -> Cut:
-    """Cut groups of neighbouring channels, each into parts of its own."""
-    columns = min(power_of_two(channels // width), ROW // (width * itemsize), WARP)
+def _cut_rows(sweep: str, rows: int, channels: int, width: int, itemsize: int, address: int, device: Device) -> Cut:
+    """Cut tiles of at most THREADS·width channels into shares, and those into chunks of whole rows."""
+    inputs, sums = INPUTS[sweep], not sweep.startswith("affine")
+    columns = min(power_of_two(-(-channels // width)), MOST_THREADS)
     groups = -(-channels // (columns * width))
-    row = columns * width * itemsize
-    height = min(max(groups * rows * row // BLOCKS, MIN_BLOCK_BYTES) // row, MOST_ROWS)
-    parts = max(rows // height, 1)
-    height = -(-rows // parts)
-    parts = -(-rows // height)
-    threads = min(max(power_of_two(columns * height // UNDER_WAY), columns * width, WARP), THREADS)
-    grid = _grid(groups, parts, columns * width, threads)
-    return Cut("lines", width, grid, numbers_of(rows, channels, groups, parts, (rows, height, 1, channels, columns)))
+    row = min(channels, columns * width) * itemsize  # bytes of a row in a tile
+    shares, down = max(device.multiprocessors // groups, 1), MOST_THREADS // columns
+    height = max(min(CHUNK // row, -(-rows // (4 * shares)), MOST_ROWS * down), down)
+    even = 16 // math.gcd(16, row)  # rows whose bytes are a multiple of 16, as bulk copies need them
+    height = -(-height // even) * even
+    shares = min(shares, -(-rows // height))
+    stages = min(STAGES[inputs], (device.shared - ROOM) // (inputs * height * row))
+    aligned = address % 16 == 0 and (groups == 1 or row % 16 == channels * itemsize % 16 == 0)
+    ring = device.capability >= 9 and aligned and stages > 1
+    shared = max(stages * inputs * height * row * ring, 24 * MOST_THREADS * width * sums)  # or the sums of all threads
+    units = groups * shares
+    grid = Grid(units, MOST_THREADS + WARP * ring, 16 * units * columns * width * sums, 6 * sums, shared)
+    shape = (rows, height, height * row, channels, columns)
+    numbers = numbers_of(rows, channels, groups, shares, shape, stages)
+    return Cut("ring" if ring else "rows", width, grid, numbers)
 
 
-def _grid(groups: int, parts: int, slots: int, threads: int) -> Grid:
-    """Return one block for each part of each group of `slots` channels, with two sums for each channel."""
+def _grid(channels: int, parts: int, threads: int) -> Grid:
+    """Return one block for each part of each channel, with two sums for each part."""
     several = parts > 1
-    return Grid(groups * parts, threads, several * 16 * groups * parts * slots, several * groups)
+    return Grid(channels * parts, threads, several * 16 * channels * parts, several * channels)
 
 
 def numbers_of(
@@ -123,10 +153,13 @@ def divisor(number: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int) -> tuple[Kernel, Cut]:
+def plan_sweep(
+    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device
+) -> tuple[Kernel, Cut]:
     """Return the kernel of a sweep over data of that shape, and the cut of the data."""
-    found = cut(shape, itemsize, address)
-    return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width), found
+    found = cut(sweep, shape, itemsize, address, device)
+    files = ROWS if has_rows(shape) else launch.SWEEPS
+    return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width, files, has_rows(shape)), found
 
 
 def _usable(array: Array, address: int) -> bool:
@@ -187,7 +220,8 @@ class LaunchArguments:
             return
         y = self.y if sweep.startswith("affine") else 0
         address = (self.x | self.u | vectors.get("v", 0) | y) % 16
-        kernel, found = _plan(sweep, self.shape, self.dtype.char, self.dtype.itemsize, address)
+        given = self.shape, self.dtype.char, self.dtype.itemsize, address, self.gpu.device()
+        kernel, found = plan_sweep(sweep, *given)
         pointers = (self.x, self.u, y, *map(vectors.get, VECTORS, NO_VECTORS))
         self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
 
@@ -210,6 +244,7 @@ class LaunchArguments:
         self.run("affine2", **given)
 
 
+INPUTS = {"moments": 1, "dots": 2, "affine": 1, "affine2": 2, "affine3": 3, "forward": 1, "backward": 2}
 VECTORS = launch.POINTERS[3:-2]
 NO_VECTORS = (0,) * len(VECTORS)
 

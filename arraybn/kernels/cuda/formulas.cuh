@@ -209,6 +209,12 @@ struct MomentSums {
         q += (double)few_q;
         few_s = few_q = 0;
     }
+    // A value near this thread's n values, which serves the block as a shift: the first value may be an outlier.
+    DEVICE double nearby(const Parameters& p, double n) const {
+        if (p.shift) return (double)shift;
+        const double mean = (double)shift + s / n;
+        return is_finite(mean) ? mean : (double)shift;
+    }
     // The sums of this thread's n values about the shift of the block.
     DEVICE void about(double block_shift, double n) { recentre(n, n > 0 ? (double)shift - block_shift : 0, s, q); }
 
@@ -258,6 +264,7 @@ struct DotSums {
         q += (double)few_q;
         few_s = few_q = 0;
     }
+    DEVICE static double nearby(const Parameters&, double) { return 0; }
     DEVICE void about(double, double) {}
 
     DEVICE static Pair part(double, double, double s, double q) {

@@ -43,6 +43,26 @@ struct InPlanes {
     }
 };
 
+// Lines: a row is one value of each channel, an item is one of each of WIDTH channels. A group is the channels of
+// p.columns threads side by side. A thread stays with its channels and goes down the rows.
+template <int WIDTH>
+struct Column {
+    int threads, row, rows;  // side by side; the first row, and from a row to the thread's next
+    int64 channel;           // the first of WIDTH
+    int64 offset, step;      // of that channel in the thread's first row; to its next row
+    bool inside;
+
+    DEVICE Column(const Parameters& p, const Task& task) : threads((int)p.columns) {
+        const int thread = threadIdx.x;
+        row = thread / threads;
+        rows = blockDim.x / threads;
+        channel = (task.group * threads + thread % threads) * WIDTH;
+        inside = channel < p.channels;
+        offset = (task.first + row) * p.stride + channel;
+        step = rows * p.stride;
+    }
+};
+
 template <int WIDTH>
 struct InLines {
     enum { CHANNELS = WIDTH };
@@ -241,14 +261,6 @@ DEVICE Step step_of(const Parameters& p, uint32 ticket) {
 // The flag of a group, which says that its formulas are applied.
 DEVICE uint32* ready(const Parameters& p, const Step& step) { return p.tickets + p.groups + step.group; }
 
-// Draws a ticket for the block; false where there are no more.
-DEVICE bool draw(const Parameters& p, uint32* ticket) {
-    __syncthreads();  // all have read the last one
-    if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + 2 * p.groups, 1u);
-    __syncthreads();
-    return *ticket < 2 * (uint32)(p.groups * p.parts);
-}
-
 // What the threads of this block wrote is seen by whoever waits for the flag.
 DEVICE void publish(uint32* flag) {
     __syncthreads();
@@ -269,7 +281,7 @@ DEVICE void pipeline(const Parameters& p) {
     SHARED(Pair, room, MOST_THREADS);
     DYNAMIC_SHARED(memory);
     const Kept<Item> kept = {(Item*)memory, RING * (int)blockDim.x, RING * (int)blockDim.x - 1};
-    while (draw(p, ticket)) {
+    while (draw(p.tickets + 2 * p.groups, 2 * (uint32)(p.groups * p.parts), ticket)) {
         const Step step = step_of(p, *ticket);
         const Task task = task_of(p, step.group, step.part);
         const Place start(p, task);

@@ -1,31 +1,35 @@
 """Forward and backward for CuPy arrays in one launch each; the launch reads every value from main memory once.
 
-The sweeps are those of ``cuda/__init__.py``. `plan` chooses one of three ways for a forward or a backward:
+The sweeps are those of ``cuda/__init__.py``. `plan` chooses one of these ways for a forward or a backward, by the
+shape, the dtype, the alignment and the GPU alone:
 
 - **resident**: a block keeps one channel (channels-first), or a few neighbouring channels (channels-last), in its
   shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
-  blocks for at least half of the multiprocessors or a block keeps few bytes;
-- **pipeline**: blocks draw tasks. The map of a part follows the sums of that part closely enough to find the values in
-  the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not begun, so the blocks need
-  not all run at once. `plan` takes this way where the values between the sums and the map fit into the fraction
-  `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look at the values;
-- **split**: the two launches of ``cuda/__init__.py``, for all other cases: few channels in channels-last order of large
-  images.
+  blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
+  a multiprocessor, or whole rows are faster;
+- **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
+  bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
+- **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
+  enough to find the values in the L2 cache. Tasks are drawn in an order in which no block waits for a task that has not
+  begun, so the blocks need not all run at once. `plan` takes this way where the values between the sums and the map fit
+  into the fraction `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look;
+- **split**: the two launches of ``cuda/__init__.py`` (three for float64), for what is left.
 
 Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep
 happens to find in the cache):
 
-==========  =====================  =====================  ============================================
-way         forward                backward               and from the L2 cache
-==========  =====================  =====================  ============================================
-resident    b read, b written      2b read, b written     nothing
-pipeline    b read, b written      2b read, b written     b in a forward, 2b in a backward
-split       2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
-==========  =====================  =====================  ============================================
+============  =====================  =====================  ============================================
+way           forward                backward               and from the L2 cache
+============  =====================  =====================  ============================================
+resident      b read, b written      2b read, b written     nothing
+pipeline      b read, b written      2b read, b written     b in a forward, 2b in a backward
+ring, rows    2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
+split         2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
+============  =====================  =====================  ============================================
 
-Means found by two ways agree to rounding, not to the bit. The way depends on the shape, the dtype, the alignment and
-the GPU alone, so results have the same bits each time on GPUs of one kind. The sizes below are estimates that were made
-before anything was measured; docs/gpu.md has what an H200 measured.
+Means found by two ways agree to rounding, not to the bit; results have the same bits each time on GPUs of one kind. The
+constants below have the figure of an H200 that chose them where there is one; docs/gpu.md has the whole table, and
+``python -m arraybn bench --device cuda --tune`` tries others.
 """
 
 from __future__ import annotations
@@ -38,25 +42,27 @@ from . import (
     DTYPES,
     MIN_BLOCK_BYTES,
     NO_VECTORS,
+    ROOM,
     THREADS,
     UNDER_WAY,
     VECTORS,
     WARP,
     LaunchArguments,
-    _plan,
     affine,
     affine2,
     affine3,
     backward_by,
-    cut,
     dots,
     evaluate,
     forward_by,
+    has_rows,
     moments,
     numbers_of,
+    plan_sweep,
     power_of_two,
     update_running_stats,
     widened,
+    width_of,
     with_kinds,
 )
 from .launch import SWEEPS, Device, Grid, Kernel
@@ -79,10 +85,9 @@ __all__ = [
 FILES = (*SWEEPS, "fused.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
 SINGLE_BLOCK_BYTES = 2**16  # bytes that one block reads in the time that a second launch takes to start
-ITEMS = 16  # items of each thread of a resident block
-ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
+ITEMS = 16  # items of each thread of a resident block; H200: 8 or 32 change a time by up to 8 %, either way
 TASK = 3 * 2**14  # bytes that a task of the pipeline reads, about
-BLOCKS = 3  # blocks on each multiprocessor that draw tasks
+BLOCKS = 3  # blocks on each multiprocessor that draw tasks; H200: 4 change a time by 1 to 2 %
 # Bytes of a row that a thread of a resident block takes at once, by the bytes of a value. H200, 8 against 16: float32
 # (32,1024,14,14) 36.6 and 28.2 µs, backward of (32,2048,7,7) 27.4 and 21.6; float16 is slower with 16.
 SIDES = {2: 8, 4: 16, 8: 8}
@@ -146,8 +151,7 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
     samples, channels, plane = shape
     if channels == 1:
         samples, plane = 1, samples * plane
-    found = cut(shape, dtype.itemsize, address)
-    lines, width = found.layout == "lines", found.width
+    lines, width = has_rows(shape), width_of(shape, dtype.itemsize, address)
     if lines and width > 1:
         width = SIDES[dtype.itemsize] // dtype.itemsize
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
@@ -155,7 +159,11 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
     if (kept := _resident(data, device)) is not None:
         return kept
-    return None if dtype.itemsize == 8 or lines else _pipeline(data, device)
+    if lines:
+        sweep = "forward" if inputs == 1 else "backward"
+        kernel, found = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        return Plan(kernel, found.grid, found.numbers)
+    return None if dtype.itemsize == 8 else _pipeline(data, device)
 
 
 def _resident(data: _Data, device: Device) -> Plan | None:
@@ -205,7 +213,7 @@ def launches(
         sweeps.insert(1, ("moments", True))
     made = []
     for sweep, about_mean in sweeps:
-        kernel, (_, _, grid, numbers) = _plan(sweep, shape, dtype.char, dtype.itemsize, address)
+        kernel, (_, _, grid, numbers) = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
         made.append(Launch(kernel, grid, with_kinds(numbers, *kinds), about_mean))
     return tuple(made)
 

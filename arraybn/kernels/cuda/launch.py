@@ -68,6 +68,7 @@ class Device(NamedTuple):
     cache: int  # L2
     shared: int  # shared memory of one block at most
     shared_in_all: int  # shared memory of all blocks of a multiprocessor together
+    capability: int = 9  # the first number of the compute capability: from 9 on there are bulk copies
 
 
 @functools.cache
@@ -222,7 +223,7 @@ class _Contexts(threading.local):
         self.devices: set[int] = set()
 
 
-_ATTRIBUTES = (16, 38, 97, 81)  # the fields of Device, as cudaDeviceAttr numbers them
+_ATTRIBUTES = (16, 38, 97, 81, 75)  # the fields of Device, as cudaDeviceAttr numbers them
 
 
 class CuPy(Launcher):

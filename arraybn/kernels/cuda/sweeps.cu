@@ -1,4 +1,4 @@
-// The five sweeps, for data whose planes are long (channels-first) and for planes of one value (channels-last).
+// The five sweeps, for data whose planes are long (channels-first); rows.cu has those for planes of one value.
 //
 // A block has one part of one group of channels. Sums: the last block of a group to arrive pools the parts in their
 // order, so the result does not depend on which block was last, and applies the formulas. Maps: the blocks take the
@@ -164,9 +164,9 @@ DEVICE void map_of_planes(const Parameters& p, const Task& task) {
         for (int k = 0; k < UNROLL; ++k) {
             if (i + k * threads < task.count) {
                 offset[k] = walk.offset;
-                of_x[k].load_last(x + walk.offset);
-                if (Map::INPUTS >= 2) of_u[k].load_last(u + walk.offset);
-                if (Map::INPUTS == 3) of_v[k].load_last(v + walk.offset);
+                of_x[k].load(x + walk.offset);
+                if (Map::INPUTS >= 2) of_u[k].load(u + walk.offset);
+                if (Map::INPUTS == 3) of_v[k].load(v + walk.offset);
                 walk.next();
             }
         }
@@ -180,129 +180,7 @@ DEVICE void map_of_planes(const Parameters& p, const Task& task) {
                     result[j] = mapped(map, of_x[k][j], of_w, Map::INPUTS == 3 ? of_v[k][j] : 0);
                 }
                 of_x[k].set(result);
-                of_x[k].store(out + offset[k]);
-            }
-        }
-    }
-}
-
-// ---- Lines: a row is one value of each channel, an item is one of each of WIDTH channels ----------------------------
-// A group is the channels of `columns` threads side by side. A thread stays with its channels and goes down the rows.
-
-// The place of a thread.
-template <int WIDTH>
-struct Column {
-    int threads, row, rows;  // side by side; the first row, and from a row to the thread's next
-    int64 channel;           // the first of WIDTH
-    int64 offset, step;      // of that channel in the thread's first row; to its next row
-    bool inside;
-
-    DEVICE Column(const Parameters& p, const Task& task) : threads((int)p.columns) {
-        const int thread = threadIdx.x;
-        row = thread / threads;
-        rows = blockDim.x / threads;
-        channel = (task.group * threads + thread % threads) * WIDTH;
-        inside = channel < p.channels;
-        offset = (task.first + row) * p.stride + channel;
-        step = rows * p.stride;
-    }
-};
-
-template <class T, int WIDTH, class Sums>
-DEVICE bool sums_of_lines(const Parameters& p, const Task& task) {
-    typedef Item<T, WIDTH> Item;
-    enum { UNROLL = Item::UNROLL };
-    SHARED(Pair, room, MOST_THREADS);
-    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
-    const Column<WIDTH> column(p, task);
-    Sums sums[WIDTH];
-    double shift[WIDTH] = {};
-    int taken = 0;
-    if (column.inside) {
-        Item first, own;
-        first.load(x + task.first * p.stride + column.channel);
-        own = first;
-        if (column.row < task.count) own.load(x + column.offset);
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-            shift[j] = Sums::shift_of(p, column.channel + j, (double)first[j]);
-            sums[j].start(p, column.channel + j, (double)own[j]);
-        }
-        int64 offset = column.offset;
-        for (int i = column.row; i < task.count; i += UNROLL * column.rows) {
-            Item of_x[UNROLL], of_u[UNROLL];
-#pragma unroll
-            for (int k = 0; k < UNROLL; ++k) {
-                if (i + k * column.rows < task.count) {
-                    of_x[k].load(x + offset);
-                    if (Sums::INPUTS == 2) of_u[k].load(u + offset);
-                    offset += column.step;
-                }
-            }
-#pragma unroll
-            for (int k = 0; k < UNROLL; ++k) {
-                if (i + k * column.rows < task.count) {
-#pragma unroll
-                    for (int j = 0; j < WIDTH; ++j) sums[j].add(of_x[k][j], Sums::INPUTS == 2 ? of_u[k][j] : 0);
-                    ++taken;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < WIDTH; ++j) sums[j].add_few();
-        }
-    }
-    // The threads of row j end the j-th channel of their column.
-    double s = 0, q = 0, mine = 0;
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) {
-        sums[j].about(shift[j], taken);
-        sum_over_block(sums[j].s, sums[j].q, column.threads, room);
-        if (column.row == j) {
-            s = sums[j].s;
-            q = sums[j].q;
-            mine = shift[j];
-        }
-    }
-    const Pair part = Sums::part((double)task.count, mine, s, q);
-    return finish<Sums>(p, task, column.threads * WIDTH, 1, column.channel + column.row % WIDTH, part, room);
-}
-
-template <class T, int WIDTH, class Map>
-DEVICE void map_of_lines(const Parameters& p, const Task& task) {
-    typedef Item<T, WIDTH> Item;
-    enum { UNROLL = Map::INPUTS == 3 ? Item::UNROLL / 2 : Item::UNROLL };
-    const typename T::Stored *x = (const typename T::Stored*)p.x, *u = (const typename T::Stored*)p.u;
-    const typename T::Stored* v = (const typename T::Stored*)p.v;
-    typename T::Stored* out = (typename T::Stored*)p.out;
-    const Column<WIDTH> column(p, task);
-    if (!column.inside) return;
-    Map map[WIDTH];
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) map[j] = Map(p, column.channel + j);
-    int64 offset = column.offset;
-    for (int i = column.row; i < task.count; i += UNROLL * column.rows) {
-        Item of_x[UNROLL], of_u[UNROLL], of_v[UNROLL];
-        const int64 start = offset;
-#pragma unroll
-        for (int k = 0; k < UNROLL; ++k) {
-            if (i + k * column.rows < task.count) {
-                of_x[k].load_last(x + offset);
-                if (Map::INPUTS >= 2) of_u[k].load_last(u + offset);
-                if (Map::INPUTS == 3) of_v[k].load_last(v + offset);
-                offset += column.step;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < UNROLL; ++k) {
-            if (i + k * column.rows < task.count) {
-                typename T::Value result[WIDTH];
-#pragma unroll
-                for (int j = 0; j < WIDTH; ++j) {
-                    const typename T::Value of_w = Map::INPUTS >= 2 ? of_u[k][j] : 0;
-                    result[j] = mapped(map[j], of_x[k][j], of_w, Map::INPUTS == 3 ? of_v[k][j] : 0);
-                }
-                of_x[k].set(result);
-                of_x[k].store(out + start + k * column.step);
+                of_x[k].store_near(out + offset[k]);
             }
         }
     }
@@ -314,15 +192,10 @@ DEVICE void map_of_lines(const Parameters& p, const Task& task) {
     template <class T, int WIDTH> DEVICE void name(const Parameters& p) { body<T, WIDTH, what<T>>(p, task(p)); }
 
 KERNEL(moments_planes, sums_of_planes, MomentSums, sums_task)
-KERNEL(moments_lines, sums_of_lines, MomentSums, sums_task)
 KERNEL(dots_planes, sums_of_planes, DotSums, sums_task)
-KERNEL(dots_lines, sums_of_lines, DotSums, sums_task)
 KERNEL(affine_planes, map_of_planes, Affine, map_task)
-KERNEL(affine_lines, map_of_lines, Affine, map_task)
 KERNEL(affine2_planes, map_of_planes, Affine2, map_task)
-KERNEL(affine2_lines, map_of_lines, Affine2, map_task)
 KERNEL(affine3_planes, map_of_planes, Affine3, map_task)
-KERNEL(affine3_lines, map_of_lines, Affine3, map_task)
 
 // (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
 template <class T, int WIDTH>

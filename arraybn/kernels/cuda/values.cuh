@@ -100,16 +100,6 @@ DEVICE void load(const void* from, Words<8>& to) {
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
 }
 
-// For the last time: its place in the cache is free.
-DEVICE void load_last(const void* from, Words<16>& to) {
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
-                 : "l"(from));
-}
-DEVICE void load_last(const void* from, Words<8>& to) {
-    asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(to.word[0]), "=r"(to.word[1]) : "l"(from));
-}
-
 // Past the cache of the data that is still to be read.
 DEVICE void store(void* to, const Words<16>& from) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]),
@@ -120,6 +110,16 @@ DEVICE void store(void* to, const Words<8>& from) {
     asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]) : "memory");
 }
 
+// Where the cache has room, for whoever reads it next.
+DEVICE void store_near(void* to, const Words<16>& from) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]),
+                 "r"(from.word[2]), "r"(from.word[3])
+                 : "memory");
+}
+DEVICE void store_near(void* to, const Words<8>& from) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(from.word[0]), "r"(from.word[1]) : "memory");
+}
+
 // What another block wrote: from the cache that all share, never from that of this multiprocessor.
 DEVICE Pair load_shared(const Pair* from) {
     Pair to;
@@ -128,7 +128,7 @@ DEVICE Pair load_shared(const Pair* from) {
 }
 
 // Copies into shared memory that arrive later, in rounds; 2 bytes are copied at once, and all on GPUs before the A100.
-// LAST: for the last time, as load_last.
+// LAST: for the last time, so that the place in the cache is free.
 template <int BYTES, bool LAST>
 DEVICE void copy_later(void* to, const void* from) {
 #if __CUDA_ARCH__ < 800
@@ -181,6 +181,57 @@ DEVICE uint32 load_acquire(const uint32* from) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
     return value;
 }
+
+// Bulk copies into shared memory, of a multiple of 16 bytes, and the barriers on which they arrive: Hopper and later.
+// A barrier is in phase 0, then 1, then 0 and so on; a phase ends when `arrivals` have arrived and all expected bytes
+// are there.
+#if __CUDA_ARCH__ >= 900
+DEVICE uint32 shared_address(const void* place) {
+    uint64 address;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(place));
+    return (uint32)address;
+}
+DEVICE void begin_barrier(uint64* barrier, uint32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Orders what this thread did to shared memory before bulk copies that are asked for later.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void expect_bytes(uint64* barrier, uint32 bytes) {  // and arrives
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void arrive(uint64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the phase of that parity has ended.
+DEVICE void wait_for_phase(uint64* barrier, uint32 parity) {
+    uint32 ended;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(ended)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    } while (!ended);
+}
+DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+#else  // never called: `cuda.rows` chooses no ring there
+DEVICE void begin_barrier(uint64*, uint32) {}
+DEVICE void fence_barriers() {}
+DEVICE void fence_async() {}
+DEVICE void expect_bytes(uint64*, uint32) {}
+DEVICE void arrive(uint64*) {}
+DEVICE void wait_for_phase(uint64*, uint32) {}
+DEVICE void copy_bulk(void*, const void*, int, uint64*) {}
+#endif
+// A barrier of the first MOST_THREADS threads of a block.
+DEVICE void wait_for_consumers() { asm volatile("bar.sync 1, %0;" ::"n"((int)MOST_THREADS) : "memory"); }
 
 DEVICE float half_to_float(uint16 half) {
     float value;
@@ -331,8 +382,8 @@ struct Item {
     Words<WIDTH * (int)sizeof(Stored)> words;
 
     DEVICE void load(const Stored* from) { ::load(from, words); }
-    DEVICE void load_last(const Stored* from) { ::load_last(from, words); }
     DEVICE void store(Stored* to) const { ::store(to, words); }
+    DEVICE void store_near(Stored* to) const { ::store_near(to, words); }
     DEVICE typename T::Value operator[](int i) const { return T::nth(words.word, i); }
     DEVICE void set(const typename T::Value* value) { T::template pack<WIDTH>(value, words.word); }
 };
@@ -344,8 +395,8 @@ struct Item<T, 1> {
     Stored stored;
 
     DEVICE void load(const Stored* from) { stored = *from; }
-    DEVICE void load_last(const Stored* from) { stored = *from; }
     DEVICE void store(Stored* to) const { *to = stored; }
+    DEVICE void store_near(Stored* to) const { *to = stored; }
     DEVICE typename T::Value operator[](int) const { return T::value(stored); }
     DEVICE void set(const typename T::Value* value) { stored = T::rounded(*value); }
 };
@@ -391,4 +442,28 @@ DEVICE bool last_to_arrive(uint32* tickets, int64 parts, uint32* room) {
     }
     __syncthreads();
     return *room == parts - 1;
+}
+
+// Draws a ticket below `limit` for the block; false where there are no more. All threads of the block must be here.
+DEVICE bool draw(uint32* drawn, uint32 limit, uint32* ticket) {
+    __syncthreads();  // all have read the last one
+    if (threadIdx.x == 0) *ticket = atomicAdd(drawn, 1u);
+    __syncthreads();
+    return *ticket < limit;
+}
+
+// Counts this block, when all its threads are here, for those who wait; they then see what the block wrote.
+DEVICE void count_up(uint32* counter) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(counter, 1u);
+    }
+}
+// Lets each warp wait until the count is reached.
+DEVICE void wait_until(const uint32* counter, uint32 count) {
+    if (threadIdx.x % WARP == 0) {
+        while (load_acquire(counter) < count) __nanosleep(64);
+    }
+    __syncwarp();
 }

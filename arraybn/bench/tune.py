@@ -1,0 +1,144 @@
+"""``python -m arraybn bench --device cuda --tune``: the constants of the CUDA kernels, one changed at a time.
+
+Each line is one value of a constant: the time with that value, as a multiple of the time with the present value, over
+all cases that the constant changes (geometric mean). A value with a wrong result is shown as wrong, and is no choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from ..kernels import cuda
+from ..kernels.cuda import fused
+from .device import CudaDevice, NoDeviceError
+from .output import RefusedError
+
+CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the constant, and values to try
+    "CHUNK": (cuda, (2**13, 2**14, 2**15, 3 * 2**14)),
+    "STAGES": (cuda, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
+    "PART": (cuda, (2**14, 2**15, 2**16, 2**17)),
+    "MAP_PART": (cuda, (2**13, 2**14, 2**15, 2**16)),
+    "THREADS": (cuda, (128, 256)),
+    "SIDES": (fused, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),
+    "SINGLE_BLOCK_BYTES": (fused, (2**15, 2**16, 2**17)),
+    "ITEMS": (fused, (8, 16, 32)),
+    "TASK": (fused, (2**15, 3 * 2**14, 2**16)),
+    "BLOCKS": (fused, (2, 3, 4)),
+    "L2_FRACTION": (fused, (0.4, 0.6, 0.8)),
+}
+SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+_FEW = 3  # sets of arrays that calls rotate over, at least
+_TOLERANCE = {"float16": 2e-2, "float32": 1e-4}
+
+
+class _Data(NamedTuple):
+    """The arrays of a case: x, dy, and room for the results, (N, C, S) each, in sets that calls rotate over."""
+
+    name: str
+    sets: list[tuple[Any, Any, Any, Any]]
+
+
+def tune(device: Any, out: TextIO, shapes: tuple[tuple[int, ...], ...] = SHAPES, repeats: int = 7) -> dict[str, Any]:
+    """Print the time of every value of every constant; return the best value of each."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for shape, layout, dtype in itertools.product(shapes, ("first", "last"), _TOLERANCE):
+        made = _data(device, shape, layout, dtype)
+        expected, present = _measured(device, made, repeats, None)
+        for name, (module, values) in CHOICES.items():
+            for place, value in enumerate(values):
+                if value == getattr(module, name):
+                    continue
+                with _changed(module, name, value):
+                    _, found = _measured(device, made, repeats, expected)
+                seconds.setdefault((name, place), []).extend(map(_ratio, found, present))
+        print(f"{made.name}: {', '.join(f'{1e6 * time:.1f}' for time in present)} µs", file=out, flush=True)
+    return {name: _best(name, module, values, seconds, out) for name, (module, values) in CHOICES.items()}
+
+
+def _best(name: str, module: Any, values: tuple[Any, ...], seconds: dict[Any, list[float]], out: TextIO) -> Any:
+    """Print a line for each value, and return the best one."""
+    best = getattr(module, name), 1.0
+    for place, value in enumerate(values):
+        ratios = seconds.get((name, place), [1.0])
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        state = "present" if value == getattr(module, name) else "wrong" if math.isinf(mean) else f"{mean:.3f} ×"
+        print(f"{name:<20} {value!s:<24} {state}", file=out, flush=True)
+        best = (value, mean) if mean < best[1] else best
+    print(f"{name:<20} {best[0]!s:<24} best", file=out, flush=True)
+    return best[0]
+
+
+def _ratio(time: float, present: float) -> float:
+    return time / present
+
+
+@contextmanager
+def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a constant another value; every cut is made anew before and after."""
+    before = getattr(module, name)
+    try:
+        setattr(module, name, value)
+        _forget()
+        yield
+    finally:
+        setattr(module, name, before)
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (cuda.cut, cuda.plan_sweep, fused.plan):
+        cached.cache_clear()
+
+
+def _data(device: Any, shape: tuple[int, ...], layout: str, dtype: str) -> _Data:
+    samples, channels, plane = shape[0], shape[1], math.prod(shape[2:])
+    ncs = (samples, channels, plane) if layout == "first" else (samples * plane, channels, 1)
+    rng, xp = np.random.default_rng(0), device.xp
+    x, dy = (device.array(rng.standard_normal(ncs, dtype=np.float32).astype(dtype)) for _ in range(2))
+    number = max(_FEW, math.ceil(device.together / x.nbytes))
+    sets = [(x.copy(), dy.copy(), xp.empty_like(x), xp.empty_like(x)) for _ in range(number)]
+    return _Data(f"{shape} {dtype} {layout}", sets)
+
+
+def _measured(device: Any, data: _Data, repeats: int, expected: Any) -> tuple[Any, list[float]]:
+    """Return the results, and seconds forward, backward and in evaluation; inf where a result is not as expected."""
+    x, dy, y, dx = data.sets[0]
+    mean, _, rstd, _ = fused.forward(x, None, None, 1e-5, y)
+    fused.backward(dy, x, mean, rstd, None, dx)
+    results = [array.get().astype("f4") for array in (y, dx)]
+    tolerance = _TOLERANCE[x.dtype.name]
+    for result, other in zip(results, expected or results, strict=True):
+        if not np.allclose(result, other, rtol=tolerance, atol=tolerance):
+            return results, [math.inf] * 3
+    operations: tuple[Callable[..., object], ...] = (
+        lambda x, dy, y, dx: fused.forward(x, None, None, 1e-5, y),
+        lambda x, dy, y, dx: fused.backward(dy, x, mean, rstd, None, dx),
+        lambda x, dy, y, dx: fused.affine(x, mean, rstd, mean, y),
+    )
+    return results, [_timed(device, operation, data, repeats) for operation in operations]
+
+
+def _timed(device: Any, operation: Callable[..., object], data: _Data, repeats: int) -> float:
+    turns = itertools.cycle(data.sets)
+    samples = [device.timed(lambda: operation(*next(turns)), 8, 2e-3)[0] for _ in range(repeats)]
+    return float(statistics.median(samples))
+
+
+def run(device: str) -> int:
+    """Tune on this machine's first GPU; a `RefusedError` says why not."""
+    if device != "cuda":
+        raise RefusedError("--tune: expected --device cuda, of whose kernels these are the constants")
+    try:
+        gpu = CudaDevice()
+    except NoDeviceError as error:
+        raise RefusedError(f"--tune: {error}") from error
+    tune(gpu, sys.stdout)
+    return 0
