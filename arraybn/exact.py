@@ -22,7 +22,7 @@ import numpy as np
 from . import reference
 from ._arrays.copies import as_numpy, converted
 from ._arrays.namespaces import Array, array_namespace, device, wide_dtype
-from .reference import Moments
+from .reference import Mask, Moments
 
 BITS = 32  # of a limb
 VALUE_LIMBS, VALUE_UNIT = 9, -160  # of Σx: how many, and the exponent of the unit; 2⁻¹⁴⁹ is the last subnormal
@@ -202,9 +202,25 @@ class Totals(Protocol):
         """Keep the host's rstd for second derivatives."""
 
 
-def batch_moments(sweeps: ExactSweeps, x: Array) -> Moments:
+def batch_moments(sweeps: ExactSweeps, x: Array, mask: Mask | None = None) -> Moments:
     """(E1, E10) The moments of x (N, C, S), correctly rounded."""
-    return moments_of(sweeps, sweeps.squares(x), x.shape[0] * x.shape[2], x)
+    return moments_of(sweeps, *_squares_and_n(sweeps, x, mask), x)
+
+
+def _squares_and_n(sweeps: ExactSweeps, x: Array, mask: Mask | None) -> tuple[Array, int]:
+    """(E10) The record of Σx and Σx², and n; a masked x counts as 0, which adds nothing to a sum of integers."""
+    if mask is None:
+        return sweeps.squares(x), x.shape[0] * x.shape[2]
+    xp = array_namespace(x)
+    return sweeps.squares(xp.where(mask.where, x, xp.zeros_like(x))), mask.n
+
+
+def products_of(sweeps: ExactSweeps, dy: Array, x: Array, mean: Array, where: Array | None = None) -> Array:
+    """(E10) The record of Σdy and Σdy·x; with a mask, x counts for nothing where dy is 0, as in the usual mode."""
+    if where is not None:
+        xp = array_namespace(x)
+        x = xp.where(dy == 0, xp.zeros_like(x), x)
+    return sweeps.products(dy, x, mean)
 
 
 def moments_of(sweeps: ExactSweeps, record: Array, n: int, like: Array) -> Moments:
@@ -230,11 +246,13 @@ def forward(
     eps: float,
     pool: Totals | None = None,
     out: Array | None = None,
+    *,
+    mask: Mask | None = None,
 ) -> tuple[Moments, Array, Array]:
     """(E1–E3, E10) The moments of the batch, rstd (C,), and y (N, C, S)."""
-    if (at_once := _own(sweeps, "forward", pool)) and (done := at_once(x, weight, bias, eps, out)):
+    if mask is None and (at_once := _own(sweeps, "forward", pool)) and (done := at_once(x, weight, bias, eps, out)):
         return done  # type: ignore[no-any-return]
-    record, n = sweeps.squares(x), x.shape[0] * x.shape[2]
+    record, n = _squares_and_n(sweeps, x, mask)
     if pool is not None:
         record, n = pool.record(record, n)
     batch = moments_of(sweeps, record, n, x)
@@ -253,18 +271,28 @@ def backward(
     weight: Array | None,
     pool: Totals | None = None,
     out: Array | None = None,
+    *,
+    where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """(E5, E6, E10) dx (N, C, S), and dweight and dbias (C,) of this part of the batch."""
-    if (at_once := _own(sweeps, "backward", pool)) and (done := at_once(dy, x, batch.mean, rstd, weight, out)):
+    if (
+        where is None
+        and (at_once := _own(sweeps, "backward", pool))
+        and (done := at_once(dy, x, batch.mean, rstd, weight, out))
+    ):
         return done  # type: ignore[no-any-return]
-    record = sweeps.products(dy, x, batch.mean)
+    record = products_of(sweeps, dy, x, batch.mean, where)
     sum_dy, sum_dy_x = sums_of(sweeps, record, batch.mean)
     dweight, dbias = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     if pool is not None:
         sum_dy, sum_dy_x = sums_of(sweeps, pool.record(record)[0], batch.mean)
         totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     a, b, c = reference.input_gradient(*totals, batch.n, rstd, weight)
-    return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias
+    if where is None:
+        return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias
+    xp, zero = array_namespace(x), 0 * a
+    inside, outside = sweeps.affine2(dy, x, batch.mean, a, b, c), sweeps.affine(dy, zero, a, zero)
+    return xp.where(where, inside, outside), dweight, dbias
 
 
 def _own(sweeps: Any, name: str, pool: Totals | None) -> Any:

@@ -255,7 +255,7 @@ def forward_in(
     if out is not None:
         check_out(out, x, layout.shape)
         check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
-    backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout, exact)
+    backend, mask = select_in_mode("x", x, kernels, exact), mask_of(where, x, layout)
     if exact and moments is not None and moments.record is None:
         raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
@@ -451,22 +451,23 @@ def batch_norm_sums(
     if as_flag("tangent", tangent) and v is not None:
         raise ValueError("v: expected None, because tangent is True; got an array")
     backend, mean, where = saved._backend, saved._mean, saved._where
+    n, record = saved._layout.n if saved._mask is None else saved._mask.n, None
+    sums: Sequence[Array]
     with on_device_of(dy):
-        if v is None:
+        if v is None and backend.exact is not None and not tangent:
             (dy, x), _ = prepared(saved, None, None, dy=dy)
-            if backend.exact is not None:
-                check_exact("dy", dy)
-                record = backend.exact.products(dy, x, mean)
-                values = exact_sums.sums_of(backend.exact, record, mean)
-                return Sums(saved._layout.n, array_namespace(x).stack(values), tangent, record)
+            check_exact("dy", dy)
+            record = exact_sums.products_of(backend.exact, dy, x, mean, where)
+            sums = exact_sums.sums_of(backend.exact, record, mean)
+        elif v is None:
+            (dy, x), _ = prepared(saved, None, None, dy=dy)
             of_dy = reference.gradient_sums
             sums = backend.dots(dy, x, mean, where=where) if tangent else of_dy(backend, dy, x, mean, where)
         else:
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
             (v_weight,) = widened_vectors(saved, v_weight=v_weight)
             sums = reference.second_sums(backend, v, dy, x, mean, v_weight, where)
-        n = saved._layout.n if saved._mask is None else saved._mask.n
-        return Sums(n, array_namespace(x).stack(sums), tangent)
+        return Sums(n, array_namespace(x).stack(sums), tangent, record)
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------

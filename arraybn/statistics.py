@@ -73,18 +73,16 @@ def moments(
     layout = Layout.of(x, as_integer("channel_axis", channel_axis))
     backend = select_in_mode("x", x, kernels, exact)
     with on_device_of(x):
-        mask = mask_of(where, x, layout, exact)
+        mask = mask_of(where, x, layout)
         if backend.exact is not None:
-            return exact_sums.batch_moments(backend.exact, layout.view(x))
+            return exact_sums.batch_moments(backend.exact, layout.view(x), mask)
         return reference.batch_moments(backend if mask is None else for_masks(backend), layout.view(x), mask)
 
 
-def mask_of(where: Array | None, x: Array, layout: Layout, exact: bool) -> Mask | None:
+def mask_of(where: Array | None, x: Array, layout: Layout) -> Mask | None:
     """Return the mask that `where` makes, after a check against x; None where each position of x counts."""
     if where is None:
         return None
-    if exact:
-        raise ValueError("where: expected None, because exact=True does not take a mask yet; got a mask")
     where, positions = as_mask(where, x, layout.positions), math.prod(layout.positions)
     n = positions // math.prod(where.shape) * _trues(where) if positions else 0
     return None if n == layout.n else Mask(layout.view_of_mask(where), n)

@@ -260,6 +260,54 @@ def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
     assert checksum(trained(other, 0, 1, 0, 1, None)) not in sums  # the control
 
 
+@given(st.data())
+def test_x2_a_mask_leaves_out_exactly_for_any_split(data: st.DataObject) -> None:
+    need("numba")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    shape = (data.draw(st.integers(1, 20)), *data.draw(st.sampled_from([(3,), (2, 40), (4, 3, 3)])))
+    name, values = data.draw(st.sampled_from(list(kinds(rng, shape))))
+    x, dy, weight, bias = drawn(1, shape, values)
+    where = rng.random((shape[0], *shape[2:])) < 0.6
+    kept = np.broadcast_to(where[:, None], shape)
+    alone = [np.moveaxis(a, 1, -1)[where] for a in (x, dy)]  # (n, C): what the mask keeps
+    wanted = arraybn.moments(alone[0], exact=True)
+    spoiled = np.where(kept, x, np.float32(np.nan))
+    found = arraybn.moments(spoiled, where=where, exact=True)
+    assert found.n == wanted.n
+    assert same([found.mean, found.m2], [wanted.mean, wanted.m2]), name
+
+    results = [run(x, dy, weight, bias, where=where, kernels=kernels) for kernels in ("reference", "cpu")]
+    assert same(*results), name
+    if where.any():
+        y = np.moveaxis(results[0][0], 1, -1)[where]
+        assert same([y], run(*alone, weight, bias)[:1]), name
+    spoiled_dy = np.where(kept, dy, np.float32(0))
+    y, dx, *rest = run(spoiled, spoiled_dy, weight, bias, where=where)
+    clean_y, clean_dx, *clean = run(x, spoiled_dy, weight, bias, where=where)
+    assert same([y[kept], dx, *rest], [clean_y[kept], clean_dx, *clean]), name  # a NaN in the padding reaches nothing
+
+    cut = data.draw(st.integers(0, shape[0]))
+
+    def work(comm: Any) -> list[Any]:
+        part = [a[:cut] if comm.rank == 0 else a[cut:] for a in (x, dy, where)]
+        with np.errstate(all="ignore"):
+            y, saved = arraybn.batch_norm(part[0], weight, bias, exact=True, where=part[2], comm=comm)
+            return [y, arraybn.batch_norm_backward(part[1], saved)[0], saved.moments.mean, saved.moments.m2]
+
+    first, second = ThreadComm.run(2, work)
+    together = [np.concatenate([a, b]) for a, b in zip(first[:2], second[:2], strict=True)]
+    assert same([*together, *first[2:]], [*results[0][:2], *results[0][4:]]), name
+
+
+def test_exact_mode_with_a_mask_agrees_with_the_usual_mode() -> None:
+    x, dy, weight, bias = drawn(1, (50, 3, 40), np.random.default_rng(0).normal(3, 1, (50, 3, 40)))
+    where = np.random.default_rng(1).random((50, 40)) < 0.5
+    y, saved = arraybn.batch_norm(x, weight, bias, where=where)
+    usual = [y, *arraybn.batch_norm_backward(dy, saved)]
+    for ours, theirs in zip(run(x, dy, weight, bias, where=where), usual, strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 # ---- NaN and infinity: as in the usual mode --------------------------------------------------------------------------
 
 

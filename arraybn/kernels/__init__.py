@@ -247,7 +247,9 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
 
 def for_masks(found: Backend) -> Backend:
     """Return the backend for a batch with a mask: `found` where its sweeps take masks, otherwise the reference."""
-    return found if found.masks else backend("reference")
+    if found.masks:
+        return found
+    return backend("reference") if found.exact is None else with_exact_sums(backend("reference"))
 
 
 @functools.cache

@@ -414,12 +414,6 @@ FUNCTIONS = [
         shape_of_mask("(4, 1)", "(4, 2)"),
         "where",
     ),
-    Bad(
-        "batch_norm(X, where=L > 0, exact=True)",
-        ValueError,
-        "where: expected None, because exact=True does not take a mask yet; got a mask",
-        "where",
-    ),
     Bad("batch_norm(X, mean=W, var=W, where=L)", TypeError, no_bool("int64"), "where", "where != 0"),
     Bad(
         "batch_norm(X, where=strict.ones(4, dtype=strict.bool))",
