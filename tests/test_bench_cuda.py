@@ -867,8 +867,3 @@ def test_a_cupy_that_cannot_be_imported_is_said_with_the_command(monkeypatch: py
     monkeypatch.setitem(sys.modules, "cupy", None)
     answer = as_installed(GpuWork().start()["none"])
     assert re.match(r'cupy cannot be imported .*pip install "arraybn\[cuda13\]", or cuda12', answer)
-
-
-def test_the_bench_of_the_processor_takes_no_halves(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--dtype", "bfloat16"]) == 2
-    assert "--dtype: expected some of float32, float64, or --device cuda; got bfloat16" in capsys.readouterr().err

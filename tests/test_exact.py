@@ -337,7 +337,7 @@ def test_exact_mode_is_as_accurate_as_the_usual_one() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_pool_of_exact_moments_is_exact_and_associative() -> None:
+def test_e10_pool_of_exact_moments_is_exact_and_associative() -> None:
     x = (np.random.default_rng(0).normal(size=(90, 2)) * 10.0 ** np.arange(-40, 50)[:, None] / 1e13).astype(np.float32)
     a, b, c = (arraybn.moments(part, exact=True) for part in np.split(x, [20, 50]))
     whole = arraybn.moments(x, exact=True)
@@ -460,13 +460,13 @@ FAULTS = {  # name: (the text in kernels/cpu/exact.py, its replacement)
 }  # fmt: skip
 
 
-def test_the_compiled_sums_agree_with_the_reference() -> None:
+def test_e10_the_compiled_sums_agree_with_the_reference() -> None:
     need("numba")
     assert agrees()
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+def test_e10_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     need("numba")
     package = tmp_path / "arraybn"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))

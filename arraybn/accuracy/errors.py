@@ -58,7 +58,7 @@ def make_scenarios(quick: bool, curve: bool, seed: int) -> list[Scenario]:
         Scenario("outliers", 0.0, named["outliers"]._replace(x=scenarios.outliers(seed))),
         Scenario("constant", math.inf, named["constant"]),
     ]
-    return [one._replace(batch=Batch._make((*(array.astype(F32) for array in one.batch[:4]), EPS))) for one in found]
+    return [one._replace(batch=Batch(*[array.astype(F32) for array in one.batch[:4]], EPS)) for one in found]
 
 
 @dataclass
