@@ -58,7 +58,12 @@ def make_scenarios(quick: bool, curve: bool, seed: int) -> list[Scenario]:
         Scenario("outliers", 0.0, named["outliers"]._replace(x=scenarios.outliers(seed))),
         Scenario("constant", math.inf, named["constant"]),
     ]
-    return [one._replace(batch=Batch(*[array.astype(F32) for array in one.batch[:4]], EPS)) for one in found]
+    return [one._replace(batch=_in_float32(one.batch)) for one in found]
+
+
+def _in_float32(batch: Batch) -> Batch:
+    x, dy, weight, bias = (array.astype(F32) for array in batch[:4])
+    return Batch(x, dy, weight, bias, EPS)
 
 
 @dataclass
