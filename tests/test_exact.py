@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.libraries import need
 
@@ -26,7 +26,7 @@ from arraybn.commands._demo_training import load_digits
 from arraybn.testing import ThreadComm
 
 PACKAGE = Path(arraybn.__file__).parent
-SHAPES = [(5, 3, 40), (3, 2, 5000), (100, 7), (700, 3), (6, 5, 7), (40, 600), (2, 64), (9, 70, 20), (1030, 64)]
+SHAPES = [(5, 3, 40), (3, 2, 5000), (700, 3), (6, 5, 7), (40, 600), (9, 70, 20)]
 
 
 def kinds(rng: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
@@ -161,6 +161,7 @@ def state(layer: Any) -> list[Any]:
     return [np.asarray(value) for value in layer.state_dict().values()]
 
 
+@settings(max_examples=30)  # each runs on several backends, thread counts and ranks
 @given(st.data())
 def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.DataObject) -> None:
     need("numba")
@@ -260,6 +261,7 @@ def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
     assert checksum(trained(other, 0, 1, 0, 1, None)) not in sums  # the control
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_x2_a_mask_leaves_out_exactly_for_any_split(data: st.DataObject) -> None:
     need("numba")

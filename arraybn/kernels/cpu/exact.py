@@ -838,21 +838,26 @@ def _exact_backward(dy, x, sample, plane, n, c0, rows, given, gradients, out, in
 
 
 class _Entries:
-    """The entries for one dtype."""
+    """The entries for one dtype, each compiled at its first use."""
 
     def __init__(self, dtype: str) -> None:
         self.storage = _STORED[dtype] if isinstance(_STORED[dtype], types.Integer) else None
         data, result = _READ(_STORED[dtype]), _WRITE(_STORED[dtype])
         given, rows = _READ(types.float64), _WRITE(types.float64, ndim=2, layout="A")
         record, place, flag = _WRITE(types.int64, ndim=2), (types.intp,) * 5, types.intp
-        self.record = _compile(_exact_record, (data, data, *place, given, types.boolean, record))
-        self.affine = _compile(_exact_affine, (data, *place, given, given, given, result, flag))
-        self.affine2 = _compile(_exact_affine2, (data, data, *place, given, given, given, given, result, flag))
-        vectors = given, given, types.float64
-        self.forward = _compile(_exact_forward, (data, *place, *vectors, rows, record, result, flag))
-        self.backward = _compile(
-            _exact_backward, (data, data, *place, _READ(types.float64, ndim=2, layout="A"), rows, result, flag)
-        )
+        vectors, matrix = (given, given, types.float64), _READ(types.float64, ndim=2, layout="A")
+        self._signatures = {
+            "record": (_exact_record, (data, data, *place, given, types.boolean, record)),
+            "affine": (_exact_affine, (data, *place, given, given, given, result, flag)),
+            "affine2": (_exact_affine2, (data, data, *place, given, given, given, given, result, flag)),
+            "forward": (_exact_forward, (data, *place, *vectors, rows, record, result, flag)),
+            "backward": (_exact_backward, (data, data, *place, matrix, rows, result, flag)),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        entry = _compile(*self._signatures[name])
+        setattr(self, name, entry)
+        return entry
 
 
 _entries = functools.cache(_Entries)
