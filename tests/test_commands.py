@@ -156,7 +156,7 @@ def test_info_takes_itself_for_no_rank_when_a_launcher_starts_it(tmp_path: Path)
         command, capture_output=True, encoding="utf-8", timeout=60, cwd=tmp_path, env=env, check=False
     )
     assert result.returncode == 0
-    assert re.search(r"mpi4py +[\d.]+ +starts$", result.stdout, re.MULTILINE)
+    assert re.search(r"mpi4py +[\d.]+ +starts, built for (MPICH|Open MPI)$", result.stdout, re.MULTILINE)
 
 
 def test_info_names_what_brings_the_missing(bare_site: Path) -> None:
