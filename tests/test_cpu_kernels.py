@@ -527,6 +527,38 @@ def test_the_kernels_are_right_uncompiled_as_well() -> None:
     assert " passed" in run.stdout
 
 
+@pytest.mark.skipif(not COMPILED, reason="the other run is this one")
+def test_masks_and_exact_sums_are_right_without_compiling() -> None:
+    """Run the loops in Python, where coverage sees them, beside the reference."""
+    code = """
+        import numpy, arraybn
+        rng = numpy.random.default_rng(0)
+        def results(x, dy, kernels, tangent, **options):
+            w, b = numpy.linspace(1, 2, x.shape[1]), numpy.linspace(-1, 1, x.shape[1])
+            y, saved = arraybn.batch_norm(x, w, b, kernels=kernels, **options)
+            found = [y, saved.moments.mean, saved.moments.m2, *arraybn.batch_norm_backward(dy, saved)]
+            if tangent:
+                found += [arraybn.batch_norm_jvp(dy, saved), *arraybn.batch_norm_double_backward(dy, x, saved)]
+            return found
+        for shape in ((3, 2, 40), (6, 3, 5), (40, 20), (90, 3)):
+            x, dy = (rng.normal(1, 1, shape).astype("f4") for _ in range(2))
+            where = rng.random((shape[0], *shape[2:])) < 0.7
+            far = numpy.where(rng.random(shape) < 0.5, x, x * numpy.float32(1e-20))
+            far.flat[0] = numpy.inf
+            masked, exact = {"where": where}, {"exact": True}
+            for data, options in [(x, masked), (x, {**masked, **exact}), (x, exact), (far, exact)]:
+                with numpy.errstate(all="ignore"):
+                    ours, theirs = (results(data, dy, k, options is masked, **options) for k in ("cpu", "reference"))
+                for a, b in zip(ours, theirs):
+                    if options is masked:
+                        numpy.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+                    else:
+                        assert numpy.array_equal(a, b, equal_nan=True), (shape, options)
+        print("right")
+    """
+    assert python(code, NUMBA_DISABLE_JIT="1").strip() == "right"
+
+
 def test_the_dtypes_are_all_of_them() -> None:
     assert {data((1,), name).dtype.char for name in FLOATS} == set(entries._STORED)
 
