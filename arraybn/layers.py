@@ -612,7 +612,30 @@ class _Group:
         return _Group, ()
 
 
-class SyncBatchNorm(_BatchNorm):
+class OfRanks:
+    """The communicator and the time limit of a synchronized layer, checked when they are set."""
+
+    @property
+    def process_group(self) -> Comm | None:
+        """The communicator; None for the world."""
+        return self._group.comm
+
+    @process_group.setter
+    def process_group(self, comm: Comm | None) -> None:
+        sync.check_comm("process_group", comm)
+        self._group = _Group(comm)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds to wait for the other ranks; None for ever."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._timeout = sync.as_timeout(seconds)
+
+
+class SyncBatchNorm(_BatchNorm, OfRanks):
     """Batch normalization of (N, C, *S) with the statistics of all ranks' batches together (E2, E3).
 
     Parameters
@@ -703,25 +726,6 @@ class SyncBatchNorm(_BatchNorm):
         self.timeout = timeout
         self._path = ""  # path in the model at conversion
         self._converted_from: type[_BatchNorm] | None = None
-
-    @property
-    def process_group(self) -> Comm | None:
-        """The communicator; None for the world."""
-        return self._group.comm
-
-    @process_group.setter
-    def process_group(self, comm: Comm | None) -> None:
-        sync.check_comm("process_group", comm)
-        self._group = _Group(comm)
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds to wait for the other ranks; None for ever."""
-        return self._timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        self._timeout = sync.as_timeout(seconds)
 
     def _check_input_dim(self, x: Array) -> None:
         if x.ndim < 2:

@@ -25,7 +25,7 @@ from ._checks import is_recorded
 from .derivatives import batch_norm_double_backward, batch_norm_jvp
 from .functional import ALONE, Saved, batch_norm_backward, forward_in
 from .kernels import Backend
-from .layers import _Group
+from .layers import OfRanks
 from .reference import Moments
 from .sync import Call, Comm, RankPool
 
@@ -563,7 +563,7 @@ class BatchNorm3d(_Ours, torch.nn.BatchNorm3d):
     """
 
 
-class SyncBatchNorm(_Ours, torch.nn.SyncBatchNorm):
+class SyncBatchNorm(_Ours, torch.nn.SyncBatchNorm, OfRanks):
     """Batch normalization of tensors (N, C, *S) on CPUs or GPUs with the statistics of all ranks' batches together.
 
     Parameters
@@ -598,25 +598,6 @@ class SyncBatchNorm(_Ours, torch.nn.SyncBatchNorm):
     def __init__(self, *arguments: Any, timeout: float | None = sync.TIMEOUT, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.timeout = timeout
-
-    @property
-    def process_group(self) -> Comm | None:
-        """The communicator; None for the world."""
-        return self._group.comm
-
-    @process_group.setter
-    def process_group(self, comm: Comm | None) -> None:
-        sync.check_comm("process_group", comm)
-        self._group = _Group(comm)
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds to wait for the other ranks; None for ever."""
-        return self._timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        self._timeout = sync.as_timeout(seconds)
 
     @_opaque
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
