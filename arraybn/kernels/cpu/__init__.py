@@ -17,10 +17,11 @@ from numba import config
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
-from .. import results, threads
+from .. import threads
 from . import masked
 from .entries import compiled, serve
 from .half import HALF as HALF
+from .lines import contiguous, line_of, place_of_result
 from .tiles import BLOCK, LONG, PIECE, Cut
 
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile in cache
@@ -54,11 +55,6 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
     return Cut(channels * plane, plane, n, channels, group, groups, rows, height, tiles)
 
 
-def _contiguous(array: Array) -> Array:
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else array.copy()
-
-
 class _Job:
     """The arrays of a call as lines, how the work on them is cut, and the helpers."""
 
@@ -67,26 +63,16 @@ class _Job:
     def __init__(self, x: Array, u: Array | None = None, v: Array | None = None) -> None:
         self.cut = cut = _cut(x.shape, x.itemsize)
         self.code = compiled(x.dtype.char)
-        self.x = self._line(x)
-        self.u = self.x if u is None else self._line(u)
-        self.v = self.u if v is None else self._line(v)
+        self.x = line_of(x)
+        self.u = self.x if u is None else line_of(u)
+        self.v = self.u if v is None else line_of(v)
         shared = cut.groups * cut.tiles > 1 and not config.DISABLE_JIT
         self.words = threads.helpers(serve(), x.nbytes) if shared else threads.ALONE
 
-    def _line(self, array: Array) -> Array:
-        line = _contiguous(array).reshape(-1)
-        return line.view(self.code.storage) if self.code.storage else line
-
     def write_to(self, x: Array, out: Array | None) -> None:
         """Let the result be `out` where `out` can be written as a line, otherwise a new array like x."""
-        self.in_place = 0
-        if out is not None and out.flags.c_contiguous and out.flags.aligned:
-            self.result, self.y = out, self._line(out)
-            lines = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
-            self.in_place = int(any(np.may_share_memory(self.y, line) for line in lines))
-        else:
-            self.result = results.empty(x.shape, x.dtype)
-            self.y = self._line(self.result)
+        inputs = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
+        self.result, self.y, self.in_place = place_of_result(x, out, *inputs)
 
     def vectors(self, number: int) -> Array:
         """Return vectors (C,) to be set, 0 for no data."""
@@ -242,6 +228,6 @@ def update_running_stats(
     if dtype.char not in "fd" or not dtype.isnative or running_var.dtype != dtype or not wide:
         return reference.update_running_stats(running_mean, running_var, mean, var, momentum)
     new_mean, new_var = np.empty(mean.size, dtype), np.empty(mean.size, dtype)
-    old_mean, old_var, mean, var = map(_contiguous, (running_mean, running_var, mean, var))
+    old_mean, old_var, mean, var = map(contiguous, (running_mean, running_var, mean, var))
     compiled(dtype.char).running(old_mean, old_var, mean, var, momentum, new_mean, new_var)
     return new_mean, new_var

@@ -358,8 +358,6 @@ class Compiled:
     """The entries for one dtype. Each is compiled, or read from the cache on disk, at its first use."""
 
     def __init__(self, stored: types.Type) -> None:
-        # The dtype that data is viewed as
-        self.storage = np.dtype(stored.name) if isinstance(stored, types.Integer) else None
         x, out = _READ(stored), _WRITE(stored)
         given, found, sums = _READ(types.float64), _WRITE(types.float64), types.Array(types.float64, 3, "C")
         number, eps = types.intp, types.float64

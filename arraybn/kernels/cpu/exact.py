@@ -40,6 +40,7 @@ from ...reference import Moments
 from .. import threads
 from .entries import _READ, _STORED, _WRITE, _compile
 from .half import _conversion, _from_bfloat16, _from_half, narrow, wide
+from .lines import line_of, place_of_result
 from .tiles import LONG, PIECE, _map_across, _map_along, plain
 
 CHUNK = 4096  # values of a channel whose grid steps fit an int64: 2^51 steps each
@@ -841,7 +842,6 @@ class _Entries:
     """The entries for one dtype, each compiled at its first use."""
 
     def __init__(self, dtype: str) -> None:
-        self.storage = _STORED[dtype] if isinstance(_STORED[dtype], types.Integer) else None
         data, result = _READ(_STORED[dtype]), _WRITE(_STORED[dtype])
         given, rows = _READ(types.float64), _WRITE(types.float64, ndim=2, layout="A")
         record, place, flag = _WRITE(types.int64, ndim=2), (types.intp,) * 5, types.intp
@@ -880,11 +880,6 @@ SMALL = 2**18  # values that one thread does at once, and that the second sweep 
 _Item = tuple[int, int, int, int]  # channels c0 … c1 - 1 of samples or rows n0 … n1 - 1
 
 
-def _contiguous(array: Array) -> Array:
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else array.copy()
-
-
 class _Data:
     """The arrays of a call as lines."""
 
@@ -892,21 +887,9 @@ class _Data:
         samples, channels, plane = x.shape
         self.channels, self.plane, self.sample, self.n = channels, plane, channels * plane, samples * plane
         self.samples, self.code = samples, _entries(x.dtype.char)
-        self.x = self.line(x)
-        self.u = self.x if u is None else self.line(u)
+        self.x = line_of(x)
+        self.u = self.x if u is None else line_of(u)
         self.rows = samples * -(-plane // PIECE) if plane >= LONG else samples
-
-    def line(self, array: Array) -> Array:
-        line = _contiguous(array).reshape(-1)
-        return line.view(np.dtype(self.code.storage.name)) if self.code.storage else line
-
-    def result(self, x: Array, out: Array | None) -> tuple[Array, Array, int]:
-        """Return the result, which is `out` if `out` is contiguous, its line, and whether it lies over an input."""
-        if out is None or not (out.flags.c_contiguous and out.flags.aligned):
-            out = np.empty(x.shape, x.dtype)
-            return out, self.line(out), 0
-        y = self.line(out)
-        return out, y, int(np.may_share_memory(y, self.x) or np.may_share_memory(y, self.u))
 
     def whole_channels(self) -> list[_Item]:
         """Cut the channels into parts, with all their samples; one part where the channels lie side by side."""
@@ -994,7 +977,7 @@ def _is_usual(mean: Array) -> bool:
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     data = _Data(x)
-    result, y, in_place = data.result(x, out)
+    result, y, in_place = place_of_result(x, out, data.x, data.u)
     data.map(data.code.affine, (data.x,), (mean, a, c), y, in_place)
     return result
 
@@ -1002,7 +985,7 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
     """(E6) a·u + (b·(x−mean) + c) (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     data = _Data(x, u)
-    result, y, in_place = data.result(x, out)
+    result, y, in_place = place_of_result(x, out, data.x, data.u)
     data.map(data.code.affine2, (data.u, data.x), (mean, a, b, c), y, in_place)
     return result
 
@@ -1014,7 +997,7 @@ def forward(
     data = _Data(x)
     if not _at_once(data):
         return None
-    result, y, in_place = data.result(x, out)
+    result, y, in_place = place_of_result(x, out, data.x, data.u)
     statistics, record = np.empty((3, data.channels)), np.zeros((data.channels, ROWS), np.int64)
     weight = np.ones(data.channels) if weight is None else weight
     bias = np.zeros(data.channels) if bias is None else bias
@@ -1039,7 +1022,7 @@ def backward(
     data = _Data(x, dy)
     if not _at_once(data) or not _is_usual(mean):
         return None
-    result, y, in_place = data.result(x, out)
+    result, y, in_place = place_of_result(x, out, data.x, data.u)
     given = np.stack([mean, rstd, np.ones(data.channels) if weight is None else weight])
     gradients = np.empty((2, data.channels))
 

@@ -20,7 +20,7 @@ from numba import types
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
-from .. import results, threads
+from .. import threads
 from . import tiles
 from .entries import (
     _READ,
@@ -34,6 +34,7 @@ from .entries import (
     _parameter_gradients,
 )
 from .half import narrow, wide
+from .lines import line_of, place_of_result
 from .tiles import (
     BLOCK,
     LONG,
@@ -551,23 +552,15 @@ class _Call:
     """The arrays of a call as lines, and how the work on them is cut."""
 
     def __init__(self, cut: Any, x: Array, *others: Array, where: Array | None = None) -> None:
-        self.cut, self.dtype, self.storage = cut, x.dtype.char, _STORED[x.dtype.char]
-        self.data = [self._line(array) for array in (*others, x)]  # in the order of the sweeps: x last
+        self.cut, self.dtype = cut, x.dtype.char
+        self.data = [line_of(array) for array in (*others, x)]  # in the order of the sweeps: x last
         self.where = np.zeros(0, np.uint8) if where is None else np.ascontiguousarray(where).reshape(-1).view(np.uint8)
         self.n = max(int(np.count_nonzero(self.where)), 1)
         self.result, self.y, self.in_place = x, self.data[-1], 0
 
-    def _line(self, array: Array) -> Array:
-        flags = array.flags
-        line = (array if flags.c_contiguous and flags.aligned else array.copy()).reshape(-1)
-        return line.view(self.storage.name) if isinstance(self.storage, types.Integer) else line
-
     def write_to(self, x: Array, out: Array | None) -> None:
         """Let the result be `out` where `out` can be written as a line, otherwise a new array like x."""
-        usable = out is not None and out.flags.c_contiguous and out.flags.aligned
-        self.result = out if usable else results.empty(x.shape, x.dtype)
-        self.y = self._line(self.result)
-        self.in_place = int(usable and any(np.may_share_memory(self.y, line) for line in self.data))
+        self.result, self.y, self.in_place = place_of_result(x, out, *self.data)
 
     def over_groups(self, work: Callable[..., None], *vectors: Array) -> None:
         """Call `work` with each group and its part of the vectors (C,): groups side by side, or tiles of one group."""
