@@ -166,7 +166,8 @@ def test_n4_no_bit_depends_on_the_number_of_threads(axis: int, dtype: str, threa
 
 @tiles.plain
 def meet(me: int, crew: int, words: Any) -> None:
-    """Come together: each thread adds one to a word, and waits for a second thread, or for the word's end."""
+    """Come together: each thread marks its word, adds one to the first, and waits for a second thread, or for its end."""
+    jobs._store(words, 1 + me, 1)
     jobs._add(words, 0, 1)
     while jobs._load(words, 0) < 2:
         jobs._rest(0)
@@ -211,11 +212,11 @@ def wake_until(done: Any) -> None:
 def test_a_helper_that_sleeps_comes_when_it_is_woken(meeting: Any, threads: Any) -> None:
     for seconds in (0.0, 0.0, 0.2, 0.0):
         time.sleep(seconds)
-        met = np.zeros(1, np.int64)
+        met = np.zeros(3, np.int64)
         caller = threading.Thread(target=meeting, args=(crew_of(2), met))
         caller.start()
         wake_until(lambda caller=caller: not caller.is_alive())  # it ends when two threads have come
-        assert met[0] == 2
+        assert met[1:].tolist() == [1, 1]  # a helper that is woken again may come twice before the caller has left
 
 
 @pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
@@ -265,7 +266,7 @@ def test_a_part_that_fails_on_any_thread_is_an_error_of_the_caller_and_the_next_
 
 @pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
 def test_a_call_never_waits_for_helpers_that_are_busy_elsewhere(meeting: Any, threads: Any) -> None:
-    x, met = data((8, 64, 80, 80), "float32"), np.full(1, -1, np.int64)  # a third thread is waited for
+    x, met = data((8, 64, 80, 80), "float32"), np.asarray([-1, 0, 0])  # a third thread is waited for
     y = arraybn.batch_norm(x)[0]
     first = threading.Thread(target=meeting, args=(crew_of(2), met))
     first.start()
