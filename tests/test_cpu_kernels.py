@@ -166,7 +166,7 @@ def test_n4_no_bit_depends_on_the_number_of_threads(axis: int, dtype: str, threa
 
 @tiles.plain
 def meet(me: int, crew: int, words: Any) -> None:
-    """Come together: each thread marks its word, adds one to the first, and waits for a second thread, or for its end."""
+    """Come together: each thread marks its word, counts itself, and waits for a second thread, or for the end."""
     jobs._store(words, 1 + me, 1)
     jobs._add(words, 0, 1)
     while jobs._load(words, 0) < 2:
