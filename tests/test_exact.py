@@ -310,6 +310,22 @@ def test_exact_mode_with_a_mask_agrees_with_the_usual_mode() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_x2_running_statistics_take_no_backend_that_may_fuse_a_product_and_a_sum(monkeypatch: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    exact_moments, usual = arraybn.moments(x, exact=True), arraybn.moments(x)
+    running = np.zeros(2, np.float32), np.ones(2, np.float32)
+
+    def refuse(array: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("arraybn.statistics.select", refuse)
+    mean, var = arraybn.update_running_stats(*running, exact_moments, 0.1)
+    assert np.array_equal(mean, (0.1 * exact_moments.mean).astype(np.float32))
+    assert np.array_equal(var, (0.9 + 0.1 * exact_moments.var(1)).astype(np.float32))
+    with pytest.raises(AssertionError):  # the control
+        arraybn.update_running_stats(*running, usual, 0.1)
+
+
 # ---- NaN and infinity: as in the usual mode --------------------------------------------------------------------------
 
 
