@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 import signal
@@ -31,15 +32,15 @@ from .roll import RollCallError
 def _mpi() -> Any:
     """Return mpi4py.MPI, initialized; None where mpi4py or its MPI library is missing."""
     check_rank()  # before the import, which ends a child
-    MPI: Any = sys.modules.get("mpi4py.MPI")  # noqa: N806, faster than an import
-    if MPI is None:
+    mpi: Any = sys.modules.get("mpi4py.MPI")  # faster than an import
+    if mpi is None:
         try:
-            from mpi4py import MPI
+            mpi = importlib.import_module("mpi4py.MPI")
         except (ImportError, RuntimeError):  # mpi4py raises a RuntimeError where there is no MPI library
             return None
-    if not MPI.Is_initialized() or MPI.Is_finalized():
+    if not mpi.Is_initialized() or mpi.Is_finalized():
         raise SyncError("MPI has been finalized, or has not been initialized; synchronizing needs it")
-    return MPI
+    return mpi
 
 
 def world() -> Comm | None:
