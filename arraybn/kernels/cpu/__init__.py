@@ -10,6 +10,7 @@ Work is cut by data alone, and the sums of tiles are added in a fixed order, so 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from numba import config
@@ -60,9 +61,9 @@ class _Job:
 
     __slots__ = ("code", "cut", "in_place", "result", "u", "v", "words", "x", "y")
 
-    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None) -> None:
+    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None, entries: Any = compiled) -> None:
         self.cut = cut = _cut(x.shape, x.itemsize)
-        self.code = compiled(x.dtype.char)
+        self.code = entries(x.dtype.char)
         self.x = line_of(x)
         self.u = self.x if u is None else line_of(u)
         self.v = self.u if v is None else line_of(v)

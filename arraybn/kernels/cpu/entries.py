@@ -208,13 +208,19 @@ def _normalized(part, group, cut, m2, weight, bias, eps, rstd, a, c):
         a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
+@plain
+def _set_gradients(c0, c1, n, rstd, weight, dweight, dbias, a, b, c):
+    """(E5, E6) Turn Σdy·(x−mean) into dweight, beside dbias, and set the coefficients of dx."""
+    for j in range(c0, c1):
+        dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
+        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], n, rstd[j], weight[j], None)
+
+
 def _gradients(part, group, cut, sums, rstd, weight, dweight, dbias, a, b, c):
     """(E5, E6) dweight, dbias, and the coefficients of dx."""
     c0, c1 = _span(cut, group, part)
     _add_tiles(sums, c0, c1, dbias, dweight)
-    for j in range(c0, c1):
-        dweight[j], dbias[j] = _parameter_gradients(dbias[j], dweight[j], rstd[j], None)
-        a[j], b[j], c[j] = _input_gradient(dweight[j], dbias[j], cut.n, rstd[j], weight[j], None)
+    _set_gradients(c0, c1, cut.n, rstd, weight, dweight, dbias, a, b, c)
 
 
 # ---- Jobs: programs of stages, whose functions are given by address --------------------------------------------------

@@ -1,19 +1,21 @@
-"""Exact sums in compiled code (E10): the records of ``arraybn.exact``, a chunk of values at a time.
+"""Exact sums in compiled code (E10): the records of ``arraybn.exact``, a block of values at a time.
 
-A chunk has at most 4096 values of a channel. Adding a power of two that is large enough, a *magic number*, puts a value
+A block has at most 8192 values of a channel. Adding a power of two that is large enough, a *magic number*, puts a value
 on a grid: the bits of the sum, read as an integer, then count grid steps from the bits of the magic number. Integers
 add without rounding, in any order, so the compiler may vectorize their sum.
 
-The grid for values below 2^e has the step 2^(e-51). It holds a value exactly whose exponent is at most 27 below e - 1;
-a product of two values, below 2^e, needs two grids, 2^(e-51) and 2^(e-103), and its exponent may be 55 below. Where the
-values of a chunk span more, or are not all finite, the chunk is gone through once for each such window of exponents.
+Products t below 2^e go to two grids. The sum u = t + 1.5·2^52·g, with the step g = 2^(e-50), has the multiple of g
+nearest to t; M − u, with M = (1.5·2^52 + 6)·g, is exact, and so is t + (M − u) = 6·g + rest, on the grid 2^(e-100).
+Values below 2^e are added in fours first, on the grid 2^(e-49). All of that is exact where the exponents of a block
+span at most 26 binades. Where they span more, or some value is not finite, the block is gone through once for each
+window of so many exponents.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ... import exact, reference
+from ... import exact
 from ..._arrays.namespaces import Array
 from ...exact import (
     BITS,
@@ -37,16 +39,48 @@ from ...exact import (
     VALUES,
 )
 from ...reference import Moments
-from .. import threads
-from .entries import _READ, _STORED, _WRITE, _compile
-from .half import _conversion, _from_bfloat16, _from_half, narrow, wide
-from .lines import line_of, place_of_result
-from .tiles import LONG, PIECE, _map_across, _map_along, plain
+from . import _Job
+from .entries import (
+    _CUT,
+    _READ,
+    _STORED,
+    _WORDS,
+    _WRITE,
+    Compiled,
+    _board,
+    _compile,
+    _do,
+    _parts,
+    _set_gradients,
+    _span,
+    _tile,
+)
+from .half import _conversion, _from_bfloat16, _from_half, wide
+from .jobs import BACKWARDS, ONWARDS, borrow, give_back, place, was_borrowed
+from .lines import contiguous
+from .tiles import (
+    LONG,
+    _affine2_across,
+    _affine2_along,
+    _affine_across,
+    _affine_along,
+    _map,
+    _map_across,
+    _map_along,
+    _repeat,
+    _row,
+    named_after,
+    plain,
+)
 
-CHUNK = 4096  # values of a channel whose grid steps fit an int64: 2^51 steps each
-VALUE_WINDOW, PRODUCT_WINDOW = 28, 56  # exponents that one pass holds
-WIDTH = 512  # places side by side in a chunk of many channels
-ROWS_OF_CHUNK = 512  # rows of such a chunk: with 512 places 1 MB, which the second pass finds in cache
+CHUNK = 8192  # values of a channel whose grid steps fit an int64: 2^50 steps each
+VALUE_WINDOW, PRODUCT_WINDOW = 26, 52  # exponents that one pass holds
+VALUE_GRID, PRODUCT_GRID = 49, 50  # binades from the largest number to a grid; the second grid is 50 below the first
+WIDTH = 512  # places side by side
+LINE = 596  # from line to line of numbers for each place; no power of two, for the reason given at `tiles._lines`
+STEPS, NUMBERS = 6, 8  # lines
+LANES = 16  # of the vector registers, for several at a time
+FEW = 16  # samples; fewer have too few places that lie one below another
 _MASK = (1 << BITS) - 1
 _V0, _P0 = VALUES.start, PRODUCTS.start
 _VK0, _PK0 = VALUE_KINDS.start, PRODUCT_KINDS.start
@@ -138,157 +172,179 @@ def _bottom(low: Any) -> Any:
 
 
 @plain
+def _power(exponent):
+    """Return 2^exponent of a normal number; ldexp takes ten times as long."""
+    return _of_bits((exponent + 1023) << 52)
+
+
+@plain
 def _magic(exponent):
     """Return the magic number of the grid 2^exponent."""
-    return _of_bits(((exponent + 52 + 1023) << 52) | (1 << 51))  # ldexp takes ten times as long
+    return 1.5 * _power(exponent + 52)
 
 
 @plain
-def _add_steps(limbs, count, magic, steps, exponent, unit):
-    """Add to the limbs the grid steps that `count` sums of the magic number have in excess."""
-    value = np.int64(steps - count * _bits(magic))  # modulo 2^64, which the sums may have gone through
-    place = exponent - unit
+def _add_steps(record, row, limbs, c, steps, place):
+    """Add steps of 2^place units to a number of channel c, which has so many limbs from this row on."""
     if place < 0:  # the last bits are 0: the smallest values are multiples of the unit
-        value = value >> min(-place, 63)
+        steps = steps >> min(-place, 63)
         place = 0
-    k, shift = place >> 5, place & 31
-    low, high = (value & _MASK) << shift, (value >> BITS) << shift
-    limbs[k] += low & _MASK
-    if k + 2 < limbs.size:
-        limbs[k + 1] += (low >> BITS) + (high & _MASK)
-        limbs[k + 2] += high >> BITS
+    k, shift = row + (place >> 5), place & 31
+    low, high = (steps & _MASK) << shift, (steps >> BITS) << shift
+    record[k, c] += low & _MASK
+    if k + 2 < row + limbs:
+        record[k + 1, c] += (low >> BITS) + (high & _MASK)
+        record[k + 2, c] += high >> BITS
     else:
-        limbs[k + 1] += (low >> BITS) + high
+        record[k + 1, c] += (low >> BITS) + high
 
 
+# ---- Runs: rows of `width` places, `step` apart; each place has its own sums, in the lines of `steps` ----------------
 @plain
-def _count_kind(kinds, value):
-    """Count a value that is not finite."""
-    if np.isnan(value):
-        kinds[0] += 1
-    elif value > 0:
-        kinds[1] += 1
-    else:
-        kinds[2] += 1
-
-
-# ---- Chunks along planes: `rows` runs of `length` values, `step` apart -----------------------------------------------
-
-
-@plain
-def _range_along(x, start, step, rows, length):
-    """Return the bits of the largest magnitude, and those of the smallest but 0, less one."""
-    high, low = np.uint32(0), np.uint32(0xFFFFFFFF)
+def _range(u, x, start, step, rows, width, numbers, steps):
+    """Raise the bits of the largest magnitude of u (a line), and lower those of the smallest but 0, less one."""
+    lines = steps.view(np.uint32)
     for r in range(rows):
         first = np.uintp(start + r * step)
-        for i in range(first, first + np.uintp(length)):
-            bits = _magnitude_bits(x[i])
-            high = _larger(high, bits)
-            low = _smaller(low, _one_less(bits))
-    return high, low
+        for j in range(np.uintp(width)):
+            bits = _magnitude_bits(u[first + j])
+            lines[j] = _larger(lines[j], bits)
+            lines[LINE + j] = _smaller(lines[LINE + j], _one_less(bits))
+
+
+def _four(squares: bool) -> Any:
+    """Return the run that adds the steps of Σu·x (two lines), or Σu², and Σu (a third), four rows at a time."""
+
+    def run(u, x, start, step, rows, width, numbers, steps):
+        for r in range(0, rows, 4):
+            i0 = np.uintp(start + r * step)
+            i1, i2, i3 = i0 + np.uintp(step), i0 + np.uintp(2 * step), i0 + np.uintp(3 * step)
+            for j in range(np.uintp(width)):
+                v0, v1, v2, v3 = wide(u[i0 + j]), wide(u[i1 + j]), wide(u[i2 + j]), wide(u[i3 + j])
+                if squares:
+                    t0, t1, t2, t3 = v0 * v0, v1 * v1, v2 * v2, v3 * v3
+                else:
+                    t0, t1 = v0 * wide(x[i0 + j]), v1 * wide(x[i1 + j])
+                    t2, t3 = v2 * wide(x[i2 + j]), v3 * wide(x[i3 + j])
+                m1, both, m3 = numbers[j], numbers[LINE + j], numbers[2 * LINE + j]
+                s0, s1, s2, s3 = t0 + m1, t1 + m1, t2 + m1, t3 + m1
+                w0, w1, w2, w3 = t0 + (both - s0), t1 + (both - s1), t2 + (both - s2), t3 + (both - s3)
+                steps[j] += (_bits(s0) + _bits(s1)) + (_bits(s2) + _bits(s3))
+                steps[LINE + j] += (_bits(w0) + _bits(w1)) + (_bits(w2) + _bits(w3))
+                steps[2 * LINE + j] += _bits(((v0 + v1) + (v2 + v3)) + m3)
+
+    run.__qualname__ += ".squares" if squares else ".products"
+    return _map(run)
+
+
+_four_squares, _four_products = _four(squares=True), _four(squares=False)
 
 
 @plain
-def _squares_along(x, start, step, rows, length, m1, m2, m3):
-    a = b = d = np.int64(0)
+def _one(u, x, start, step, rows, width, numbers, steps):
+    """Add the steps of Σu·x and Σu, of the products and values whose magnitude is between bounds of their place."""
     for r in range(rows):
         first = np.uintp(start + r * step)
-        for i in range(first, first + np.uintp(length)):
-            v = wide(x[i])
-            t = v * v
-            u = t + m1
-            a += _bits(u)
-            b += _bits((t - (u - m1)) + m2)
-            d += _bits(v + m3)
-    return a, b, d
+        for j in range(np.uintp(width)):
+            v = wide(u[first + j])
+            t = v * wide(x[first + j])
+            t = t if numbers[3 * LINE + j] <= abs(t) < numbers[4 * LINE + j] else 0.0
+            v = v if numbers[5 * LINE + j] <= abs(v) < numbers[6 * LINE + j] else 0.0
+            s = t + numbers[j]
+            steps[j] += _bits(s)
+            steps[LINE + j] += _bits(t + (numbers[LINE + j] - s))
+            steps[2 * LINE + j] += _bits(v + numbers[2 * LINE + j])
 
 
 @plain
-def _products_along(u, x, start, step, rows, length, m1, m2, m3):
-    a = b = d = np.int64(0)
+def _kinds(u, x, start, step, rows, width, numbers, steps):
+    """Count NaN, +inf and -inf among u, and among u·(x−mean) where one of the three numbers is not finite."""
     for r in range(rows):
         first = np.uintp(start + r * step)
-        for i in range(first, first + np.uintp(length)):
-            v = wide(u[i])
-            t = v * wide(x[i])
-            s = t + m1
-            a += _bits(s)
-            b += _bits((t - (s - m1)) + m2)
-            d += _bits(v + m3)
-    return a, b, d
+        for j in range(np.uintp(width)):
+            v, d, mean = wide(u[first + j]), wide(x[first + j]), numbers[7 * LINE + j]
+            finite = np.isfinite(v) and np.isfinite(d) and np.isfinite(mean)
+            t = 0.0 if finite else v * (d - mean)
+            for k, value in enumerate((v, t)):
+                steps[3 * k * LINE + j] += np.int64(np.isnan(value))
+                steps[(3 * k + 1) * LINE + j] += np.int64(value == np.inf)
+                steps[(3 * k + 2) * LINE + j] += np.int64(value == -np.inf)
+
+
+# ---- From row to row -------------------------------------------------------------------------------------------------
+
+
+def _over(four: Any, one: Any) -> Any:
+    """Return the loops over a block of rows of `length` values, `step` apart; they return the number of sums made.
+
+    Rows are taken four at a time by one function, and what is left by another. A row that is a piece of a long plane,
+    whose values belong to one channel, is itself cut into four rows.
+    """
+
+    @named_after(four)
+    def over(u, x, start, step, rows, length, long, numbers, steps):
+        outer, piece, sums = rows if long else 1, 4 * WIDTH if long else length, 0
+        for r in range(outer):
+            for first in range(0, length, piece):
+                i, size = start + r * step + first, min(piece, length - first)
+                width = size // 4 // LANES * LANES if long else length
+                height, down = 4 if long else rows - rows % 4, width if long else step
+                four(u, x, i, down, height, width, numbers, steps)
+                sums += height // 4 * width
+                i += height * down
+                height, width = 1 if long else rows % 4, size - 4 * width if long else length
+                one(u, x, i, down, height, width, numbers, steps)
+                sums += height * width
+        return sums
+
+    return over
+
+
+_ranges, _windows, _all_kinds = _over(_range, _range), _over(_one, _one), _over(_kinds, _kinds)
+_squares_of_rows, _products_of_rows = _over(_four_squares, _one), _over(_four_products, _one)
+
+
+# ---- Blocks ----------------------------------------------------------------------------------------------------------
+# A row of a block has `times` samples side by side, of `channels` channels, of `places` places each.
+
+
+def _folded(join: Any) -> Any:
+    """Return a function that joins the numbers of the places of each channel."""
+
+    @named_after(join)
+    def fold(line, places, times, totals):
+        channels = totals.size
+        for t in range(times):
+            for j in range(channels if places == 1 else 0):
+                totals[j] = join(totals[j], line[np.uintp(t * channels + j)])
+            for j in range(0 if places == 1 else channels):
+                total = totals[j]
+                for i in range(places):
+                    total = join(total, line[np.uintp((t * channels + j) * places + i)])
+                totals[j] = total
+
+    return fold
 
 
 @plain
-def _values_in_window(x, start, step, rows, length, low, high, m3):
-    d = np.int64(0)
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for i in range(first, first + np.uintp(length)):
-            v = wide(x[i])
-            d += _bits((v if low <= abs(v) < high else 0.0) + m3)
-    return d
+def _plus(a: Any, b: Any) -> Any:
+    return a + b
+
+
+_fold_larger, _fold_smaller, _fold_sums = _folded(_larger), _folded(_smaller), _folded(_plus)
 
 
 @plain
-def _products_in_window(u, x, start, step, rows, length, low, high, m1, m2):
-    a = b = np.int64(0)
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for i in range(first, first + np.uintp(length)):
-            t = wide(u[i]) * wide(x[i])
-            t = t if low <= abs(t) < high else 0.0
-            s = t + m1
-            a += _bits(s)
-            b += _bits((t - (s - m1)) + m2)
-    return a, b
-
-
-@plain
-def _add_values_by_windows(x, start, step, rows, length, high, low, limbs):
-    """Add Σx of a chunk of any span to the limbs."""
-    top, bottom = _top(high), _bottom(low)
-    while top >= bottom:
-        m3 = _magic(top - 51)
-        least = 0.0 if top - VALUE_WINDOW < -125 else math.ldexp(1.0, top - VALUE_WINDOW)
-        d = _values_in_window(x, start, step, rows, length, least, math.ldexp(1.0, top), m3)
-        _add_steps(limbs, rows * length, m3, d, top - 51, VALUE_UNIT)
-        top -= VALUE_WINDOW
-
-
-@plain
-def _add_products_by_windows(u, x, start, step, rows, length, top, bottom, limbs):
-    """Add Σu·x of a chunk of any span to the limbs: of products below 2^top that are at least 2^bottom, or 0."""
-    while top > bottom:
-        m1, m2 = _magic(top - 51), _magic(top - 103)
-        least = math.ldexp(1.0, top - PRODUCT_WINDOW)
-        a, b = _products_in_window(u, x, start, step, rows, length, least, math.ldexp(1.0, top), m1, m2)
-        _add_steps(limbs, rows * length, m1, a, top - 51, PRODUCT_UNIT)
-        _add_steps(limbs, rows * length, m2, b, top - 103, PRODUCT_UNIT)
-        top -= PRODUCT_WINDOW
-
-
-@plain
-def _squares_of_chunk(x, start, step, rows, length, limbs):
-    """Add Σx and Σx² of a chunk to the limbs of its channel (rows of a record)."""
-    high, low = _range_along(x, start, step, rows, length)
-    top, bottom, n = _top(high), _bottom(low), rows * length
-    values, products = limbs[_V0 : _V0 + VALUE_LIMBS], limbs[_P0 : _P0 + PRODUCT_LIMBS]
-    if top - bottom < VALUE_WINDOW and high < 0x7F800000:
-        m1, m2, m3 = _magic(2 * top - 51), _magic(2 * top - 103), _magic(top - 51)
-        a, b, d = _squares_along(x, start, step, rows, length, m1, m2, m3)
-        _add_steps(products, n, m1, a, 2 * top - 51, PRODUCT_UNIT)
-        _add_steps(products, n, m2, b, 2 * top - 103, PRODUCT_UNIT)
-        _add_steps(values, n, m3, d, top - 51, VALUE_UNIT)
-        return
-    _add_values_by_windows(x, start, step, rows, length, high, low, values)
-    least = _least_exponent(bottom)
-    _add_products_by_windows(x, x, start, step, rows, length, 2 * top, 2 * least, products)
-    if high >= 0x7F800000:
-        for r in range(rows):
-            for i in range(start + r * step, start + r * step + length):
-                v = wide(x[np.uintp(i)])
-                if not np.isfinite(v):
-                    _count_kind(limbs[_VK0 : _VK0 + KINDS], v)
+def _set_exponents(lines, places, times, top, bottom):
+    """Set the largest and the smallest exponent of each channel; return True if all values are finite."""
+    high, low = np.zeros(top.size, np.uint32), np.full(top.size, np.uint32(0xFFFFFFFF))
+    _fold_larger(lines, places, times, high)
+    _fold_smaller(lines[LINE:], places, times, low)
+    finite = True
+    for j in range(top.size):
+        top[j], bottom[j] = _top(high[j]), _bottom(low[j])
+        finite = finite and high[j] < 0x7F800000
+    return finite
 
 
 @plain
@@ -298,269 +354,137 @@ def _least_exponent(bottom):
 
 
 @plain
-def _products_of_chunk(u, x, start, step, rows, length, mean, limbs):
-    """Add Σu and Σu·x of a chunk to the limbs of its channel."""
-    high, low = _range_along(u, start, step, rows, length)
-    high_x, low_x = _range_along(x, start, step, rows, length)
-    top, bottom, top_x, bottom_x = _top(high), _bottom(low), _top(high_x), _bottom(low_x)
-    n, both, finite = rows * length, top + top_x, max(high, high_x) < 0x7F800000
-    values, products = limbs[_V0 : _V0 + VALUE_LIMBS], limbs[_P0 : _P0 + PRODUCT_LIMBS]
-    if finite and top - bottom < VALUE_WINDOW and top_x - bottom_x < VALUE_WINDOW:
-        m1, m2, m3 = _magic(both - 51), _magic(both - 103), _magic(top - 51)
-        a, b, d = _products_along(u, x, start, step, rows, length, m1, m2, m3)
-        _add_steps(products, n, m1, a, both - 51, PRODUCT_UNIT)
-        _add_steps(products, n, m2, b, both - 103, PRODUCT_UNIT)
-        _add_steps(values, n, m3, d, top - 51, VALUE_UNIT)
-    else:
-        _add_values_by_windows(u, start, step, rows, length, high, low, values)
-        least = _least_exponent(bottom) + _least_exponent(bottom_x)
-        _add_products_by_windows(u, x, start, step, rows, length, both, least, products)
-    if not (finite and np.isfinite(mean)):
-        _count_kinds(u, x, start, step, rows, length, mean, limbs)
+def _number_of_windows(exponents, finite):
+    """Return the number of windows that hold all values and products; 0 if grids hold all, and all are finite."""
+    windows, fits = 1, finite
+    for j in range(exponents.shape[1]):
+        top, bottom, top_x, bottom_x = exponents[0, j], exponents[1, j], exponents[2, j], exponents[3, j]
+        fits = fits and top - bottom < VALUE_WINDOW and top_x - bottom_x < VALUE_WINDOW
+        products = top + top_x - _least_exponent(bottom) - _least_exponent(bottom_x)
+        windows = max(windows, (top - bottom) // VALUE_WINDOW + 1, (products - 1) // PRODUCT_WINDOW + 1)
+    return 0 if fits else windows
 
 
 @plain
-def _count_kinds(u, x, start, step, rows, length, mean, limbs):
-    """Count u and u·(x−mean) that are not finite because one of the three is not."""
-    for r in range(rows):
-        for i in range(start + r * step, start + r * step + length):
-            v, d = wide(u[np.uintp(i)]), wide(x[np.uintp(i)])
-            if not np.isfinite(v):
-                _count_kind(limbs[_VK0 : _VK0 + KINDS], v)
-            if not (np.isfinite(v) and np.isfinite(d) and np.isfinite(mean)):
-                t = v * (d - mean)
-                if not np.isfinite(t):
-                    _count_kind(limbs[_PK0 : _PK0 + KINDS], t)
-
-
-# ---- Channels along planes -------------------------------------------------------------------------------------------
-
-
-@plain
-def _add_channel_along(u, x, sample, plane, c, n0, n1, mean, squares, limbs):
-    """Add the samples n0 … n1 - 1 of channel c to its limbs: Σx and Σx² (squares), or Σu and Σu·x."""
-    together = max(CHUNK // plane, 1)  # planes in a chunk
-    for n in range(n0, n1, together):
-        for first in range(0, plane, CHUNK):
-            start, rows = n * sample + c * plane + first, min(together, n1 - n)
-            length = min(CHUNK, plane - first)
-            if squares:
-                _squares_of_chunk(x, start, sample, rows, length, limbs)
-            else:
-                _products_of_chunk(u, x, start, sample, rows, length, mean, limbs)
-
-
-# ---- Chunks across channels: rows of `width` places, of which each has sums of its own -------------------------------
-# The lines of an array of numbers lie WIDTH apart, a constant, so that the compiler knows that they do not overlap.
+def _set_numbers(exponents, window, bounded, means, numbers):
+    """Set the magic numbers of each channel, and the bounds of its products and values in this window."""
+    for j in range(exponents.shape[1]):
+        both = exponents[0, j] + exponents[2, j] - window * PRODUCT_WINDOW
+        top = exponents[0, j] - window * VALUE_WINDOW
+        numbers[0, j] = _magic(both - PRODUCT_GRID)
+        numbers[1, j] = numbers[0, j] + 6 * _power(both - PRODUCT_GRID)
+        numbers[2, j] = _magic(top - VALUE_GRID)
+        numbers[3, j], numbers[4, j], numbers[5, j], numbers[6, j] = 0.0, np.inf, 0.0, np.inf
+        if bounded:
+            least = _least_exponent(exponents[1, j]) + _least_exponent(exponents[3, j])
+            numbers[3, j] = _power(both - PRODUCT_WINDOW)
+            numbers[4, j] = _power(both) if both > least else 0.0
+            numbers[5, j] = 0.0 if top - VALUE_WINDOW < -125 else _power(top - VALUE_WINDOW)
+            numbers[6, j] = _power(top) if top >= exponents[1, j] else 0.0
+        numbers[7, j] = means[j]
 
 
 @plain
-def _range_across(x, start, step, rows, width, lines):
-    """Set the lines to the bits of the largest magnitude of each place, and of the smallest but 0, less one."""
-    for j in range(width):
-        lines[j], lines[WIDTH + j] = np.uint32(0), np.uint32(0xFFFFFFFF)
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for j in range(np.uintp(width)):
-            bits = _magnitude_bits(x[first + j])
-            lines[j] = _larger(lines[j], bits)
-            lines[WIDTH + j] = _smaller(lines[WIDTH + j], _one_less(bits))
+def _add_window(exponents, window, n, fours, sums, record, c):
+    """Add the steps of each channel, of n products and of so many fours of values, to the record from c on."""
+    for j in range(exponents.shape[1]):
+        both = exponents[0, j] + exponents[2, j] - window * PRODUCT_WINDOW
+        top = exponents[0, j] - window * VALUE_WINDOW
+        first = sums[0, j] - n * _bits(_magic(both - PRODUCT_GRID))  # modulo 2^64, which the sums may have gone through
+        second = sums[1, j] - n * _bits(6 * _power(both - PRODUCT_GRID))
+        values = sums[2, j] - fours * _bits(_magic(top - VALUE_GRID))
+        _add_steps(record, _P0, PRODUCT_LIMBS, c + j, first, both - PRODUCT_GRID - PRODUCT_UNIT)
+        _add_steps(record, _P0, PRODUCT_LIMBS, c + j, second, both - PRODUCT_GRID - 50 - PRODUCT_UNIT)
+        _add_steps(record, _V0, VALUE_LIMBS, c + j, values, top - VALUE_GRID - VALUE_UNIT)
 
 
 @plain
-def _squares_across(x, start, step, rows, width, magic, steps):
-    """Add the steps of Σx² (two lines) and Σx (a third) of each place, four rows at a time."""
-    for r in range(0, rows - rows % 4, 4):
-        i0 = np.uintp(start + r * step)
-        i1, i2, i3 = i0 + np.uintp(step), i0 + np.uintp(2 * step), i0 + np.uintp(3 * step)
-        for j in range(np.uintp(width)):
-            v0, v1, v2, v3 = wide(x[i0 + j]), wide(x[i1 + j]), wide(x[i2 + j]), wide(x[i3 + j])
-            t0, t1, t2, t3 = v0 * v0, v1 * v1, v2 * v2, v3 * v3
-            m1, m2, m3 = magic[j], magic[WIDTH + j], magic[2 * WIDTH + j]
-            u0, u1, u2, u3 = t0 + m1, t1 + m1, t2 + m1, t3 + m1
-            w0, w1 = (t0 - (u0 - m1)) + m2, (t1 - (u1 - m1)) + m2
-            w2, w3 = (t2 - (u2 - m1)) + m2, (t3 - (u3 - m1)) + m2
-            steps[j] += (_bits(u0) + _bits(u1)) + (_bits(u2) + _bits(u3))
-            steps[WIDTH + j] += (_bits(w0) + _bits(w1)) + (_bits(w2) + _bits(w3))
-            steps[2 * WIDTH + j] += (_bits(v0 + m3) + _bits(v1 + m3)) + (_bits(v2 + m3) + _bits(v3 + m3))
-    rest = rows % 4
-    _products_by_row(x, x, start + (rows - rest) * step, step, rest, width, magic, steps)
+def _set_lines(values, places, times, numbers, lines):
+    """Set the first lines to the numbers of the channel of each place."""
+    for k in range(lines):
+        _repeat(values[k], places, times, numbers[k * LINE :])
 
 
 @plain
-def _products_across(u, x, start, step, rows, width, magic, steps):
-    """Add the steps of Σu·x (two lines) and Σu (a third) of each place, two rows at a time."""
-    for r in range(0, rows - rows % 2, 2):
-        i0 = np.uintp(start + r * step)
-        i1 = i0 + np.uintp(step)
-        for j in range(np.uintp(width)):
-            v0, v1 = wide(u[i0 + j]), wide(u[i1 + j])
-            t0, t1 = v0 * wide(x[i0 + j]), v1 * wide(x[i1 + j])
-            m1, m2, m3 = magic[j], magic[WIDTH + j], magic[2 * WIDTH + j]
-            s0, s1 = t0 + m1, t1 + m1
-            steps[j] += _bits(s0) + _bits(s1)
-            steps[WIDTH + j] += _bits((t0 - (s0 - m1)) + m2) + _bits((t1 - (s1 - m1)) + m2)
-            steps[2 * WIDTH + j] += _bits(v0 + m3) + _bits(v1 + m3)
-    rest = rows % 2
-    _products_by_row(u, x, start + (rows - rest) * step, step, rest, width, magic, steps)
+def _sum_lines(places, times, lines, steps, sums):
+    sums[:lines] = 0
+    for k in range(lines):
+        _fold_sums(steps[k * LINE :], places, times, sums[k])
 
 
 @plain
-def _products_by_row(u, x, start, step, rows, width, magic, steps):
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for j in range(np.uintp(width)):
-            v = wide(u[first + j])
-            t = v * wide(x[first + j])
-            m1, m2 = magic[j], magic[WIDTH + j]
-            s = t + m1
-            steps[j] += _bits(s)
-            steps[WIDTH + j] += _bits((t - (s - m1)) + m2)
-            steps[2 * WIDTH + j] += _bits(v + magic[2 * WIDTH + j])
+def _clear(width, lines, steps):
+    for k in range(lines):
+        steps[k * LINE : k * LINE + width] = 0
 
 
 @plain
-def _windows_across(u, x, start, step, rows, width, bounds, magic, steps):
-    """As `_products_across`, of the values and products whose magnitude is between two bounds of their place."""
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for j in range(np.uintp(width)):
-            v = wide(u[first + j])
-            t = v * wide(x[first + j])
-            t = t if bounds[j] <= abs(t) < bounds[WIDTH + j] else 0.0
-            v = v if bounds[2 * WIDTH + j] <= abs(v) < bounds[3 * WIDTH + j] else 0.0
-            m1, m2 = magic[j], magic[WIDTH + j]
-            s = t + m1
-            steps[j] += _bits(s)
-            steps[WIDTH + j] += _bits((t - (s - m1)) + m2)
-            steps[2 * WIDTH + j] += _bits(v + magic[2 * WIDTH + j])
-
-
-@plain
-def _add_chunk_across(u, x, start, step, rows, width, places, plane, means, squares, record, space):
-    """Add a chunk to the record (C, rows): of place j, which is a value of channel j mod `places` div `plane`."""
-    ranges, numbers, steps = space
-    _range_across(u, start, step, rows, width, ranges)
-    if not squares:
-        _range_across(x, start, step, rows, width, ranges[2 * WIDTH :])
-    passes = 0 if _set_magic(ranges, width, squares, numbers) else 1
-    if passes == 0:
-        steps[:] = 0
-        if squares:
-            _squares_across(x, start, step, rows, width, numbers, steps)
+def _add_block(u, x, start, step, rows, length, long, places, times, squares, means, record, c, space):
+    """Add a block to the record of the channels from c on."""
+    channels = means.size
+    width, n = times * channels * places, rows * length // channels
+    steps, numbers = space[: STEPS * LINE], space[STEPS * LINE :].view(np.float64)
+    exponents, sums = np.empty((4, channels), np.int64), np.empty((STEPS, channels), np.int64)
+    values, finite = np.empty((NUMBERS, channels)), True
+    for k in range(2):
+        line = x if k == 1 else u
+        if k == 0 or not squares:
+            lines = steps.view(np.uint32)
+            lines[:width], lines[LINE : LINE + width] = 0, 0xFFFFFFFF
+            _ranges(line, line, start, step, rows, length, long, numbers, steps)
+        finite = _set_exponents(lines, places, times, exponents[2 * k], exponents[2 * k + 1]) and finite
+    windows = _number_of_windows(exponents, finite)
+    for window in range(max(windows, 1)):
+        _set_numbers(exponents, window, windows > 0, means, values)
+        _set_lines(values, places, times, numbers, NUMBERS - 1)
+        _clear(width, 3, steps)
+        if windows > 0:
+            _windows(u, x, start, step, rows, length, long, numbers, steps)
+            fours = n
+        elif squares:
+            fours = _squares_of_rows(u, x, start, step, rows, length, long, numbers, steps) // channels
         else:
-            _products_across(u, x, start, step, rows, width, numbers, steps)
-        for j in range(width):
-            top, _, top_x, _ = _exponents(ranges, j, squares)
-            _add_place(steps, numbers, j, rows, top, top + top_x, True, True, record[j % places // plane])
-    while passes and _set_window(ranges, width, squares, passes - 1, numbers):
-        steps[:] = 0
-        _windows_across(u, x, start, step, rows, width, numbers[3 * WIDTH :], numbers, steps)
-        for j in range(width):
-            top, _, top_x, _ = _exponents(ranges, j, squares)
-            top, both = top - (passes - 1) * VALUE_WINDOW, top + top_x - (passes - 1) * PRODUCT_WINDOW
-            value, product = numbers[6 * WIDTH + j] > 0, numbers[4 * WIDTH + j] > 0
-            _add_place(steps, numbers, j, rows, top, both, value, product, record[j % places // plane])
-        passes += 1
-    for j in range(width):
-        high = ranges[j] if squares else max(ranges[j], ranges[2 * WIDTH + j])
-        c = j % places // plane
-        if high >= 0x7F800000 or not np.isfinite(means[c]):
-            _count_kinds_of_place(u, x, start + j, step, rows, means[c], squares, record[c])
+            fours = _products_of_rows(u, x, start, step, rows, length, long, numbers, steps) // channels
+        _sum_lines(places, times, 3, steps, sums)
+        _add_window(exponents, window, n, fours, sums, record, c)
+    if not (finite and (squares or np.isfinite(means).all())):
+        _set_lines(values, places, times, numbers, NUMBERS)
+        _clear(width, STEPS, steps)
+        _all_kinds(u, x, start, step, rows, length, long, numbers, steps)
+        _sum_lines(places, times, STEPS, steps, sums)
+        for k in range(KINDS if squares else 2 * KINDS):
+            for j in range(channels):
+                record[_VK0 + k, c + j] += sums[k, j]
 
 
 @plain
-def _count_kinds_of_place(u, x, start, step, rows, mean, squares, limbs):
-    if not squares:
-        _count_kinds(u, x, start, step, rows, 1, mean, limbs)
-        return
-    for r in range(rows):
-        v = wide(x[np.uintp(start + r * step)])
-        if not np.isfinite(v):
-            _count_kind(limbs[_VK0 : _VK0 + KINDS], v)
-
-
-@plain
-def _exponents(ranges, j, squares):
-    """Return the largest and the smallest exponent of u at a place, and those of x."""
-    top, bottom = _top(ranges[j]), _bottom(ranges[WIDTH + j])
-    if squares:
-        return top, bottom, top, bottom
-    return top, bottom, _top(ranges[2 * WIDTH + j]), _bottom(ranges[3 * WIDTH + j])
-
-
-@plain
-def _set_magic(ranges, width, squares, numbers):
-    """Set the magic numbers of each place; return False if some place needs windows or is not finite."""
-    for j in range(width):
-        top, bottom, top_x, bottom_x = _exponents(ranges, j, squares)
-        high = ranges[j] if squares else max(ranges[j], ranges[2 * WIDTH + j])
-        if max(top - bottom, top_x - bottom_x) >= VALUE_WINDOW or high >= 0x7F800000:
-            return False
-        numbers[j], numbers[WIDTH + j] = _magic(top + top_x - 51), _magic(top + top_x - 103)
-        numbers[2 * WIDTH + j] = _magic(top - 51)
-    return True
-
-
-@plain
-def _set_window(ranges, width, squares, passes, numbers):
-    """Set the magic numbers of each place in this pass, and the bounds of its values; return False if all are done."""
-    some = False
-    for j in range(width):
-        top, bottom, top_x, bottom_x = _exponents(ranges, j, squares)
-        both, least = top + top_x - passes * PRODUCT_WINDOW, _least_exponent(bottom) + _least_exponent(bottom_x)
-        top -= passes * VALUE_WINDOW
-        numbers[j], numbers[WIDTH + j] = _magic(both - 51), _magic(both - 103)
-        numbers[2 * WIDTH + j] = _magic(top - 51)
-        low, high = numbers[3 * WIDTH : 5 * WIDTH], numbers[5 * WIDTH : 7 * WIDTH]
-        low[j] = math.ldexp(1.0, both - PRODUCT_WINDOW)
-        low[WIDTH + j] = math.ldexp(1.0, both) if both > least else 0.0
-        high[j] = 0.0 if top - VALUE_WINDOW < -125 else math.ldexp(1.0, top - VALUE_WINDOW)
-        high[WIDTH + j] = math.ldexp(1.0, top) if top >= bottom else 0.0
-        some = some or both > least or top >= bottom
-    return some
-
-
-@plain
-def _add_place(steps, numbers, j, rows, top, both, value, product, limbs):
-    """Add the steps of a place to the limbs of its channel."""
-    if product:
-        products = limbs[_P0 : _P0 + PRODUCT_LIMBS]
-        _add_steps(products, rows, numbers[j], steps[j], both - 51, PRODUCT_UNIT)
-        _add_steps(products, rows, numbers[WIDTH + j], steps[WIDTH + j], both - 103, PRODUCT_UNIT)
-    if value:
-        values = limbs[_V0 : _V0 + VALUE_LIMBS]
-        _add_steps(values, rows, numbers[2 * WIDTH + j], steps[2 * WIDTH + j], top - 51, VALUE_UNIT)
-
-
-@plain
-def _add_channels_across(u, x, sample, plane, c0, n0, n1, means, squares, record):
-    """Add samples n0 … n1 - 1 of the channels from c0 on (as many as there are means) to their record."""
-    space = np.empty(4 * WIDTH, np.uint32), np.empty(7 * WIDTH), np.empty(3 * WIDTH, np.int64)
-    places = means.size * plane
-    if places == sample and sample <= WIDTH:  # several samples side by side
-        times = WIDTH // sample
-        beside = (n1 - n0) // times * times
-        _add_rows(u, x, n0 * sample, times * sample, beside // times, times, plane, means, squares, record, space)
-        _add_rows(u, x, (n0 + beside) * sample, sample, n1 - n0 - beside, 1, plane, means, squares, record, space)
-        return
-    each = max(WIDTH // plane, 1)  # channels in a chunk
-    for c in range(0, means.size, each):
-        start, end = n0 * sample + (c0 + c) * plane, min(c + each, means.size)
-        _add_rows(u, x, start, sample, n1 - n0, 1, plane, means[c:end], squares, record[c:end], space)
-
-
-@plain
-def _add_rows(u, x, start, step, rows, times, plane, means, squares, record, space):
-    """Add rows of places to the record, a chunk after the other; a row has all channels `times` times."""
-    places = means.size * plane
-    for r in range(0, rows, ROWS_OF_CHUNK):
-        first, some = start + r * step, min(ROWS_OF_CHUNK, rows - r)
-        _add_chunk_across(u, x, first, step, some, times * places, places, plane, means, squares, record, space)
+def _add_tile(u, x, sample, plane, c0, r0, r1, squares, means, record):
+    """Add the rows r0 … r1 - 1 of the channels from c0 on to a record: Σx and Σx² (squares), or Σu and Σu·x."""
+    space = np.empty((STEPS + NUMBERS) * LINE, np.int64)
+    long, together = plane > WIDTH or (plane >= LONG and r1 - r0 < FEW), max(CHUNK // plane, 1)
+    each, times = 1 if long else max(WIDTH // plane, 1), 1
+    if not long and means.size * plane == sample and sample <= WIDTH:  # whole samples lie side by side
+        each, times = means.size, max(min(WIDTH // sample, (r1 - r0) // 4), 1)
+    for r in range(r0, r1, together):
+        (row, length), some = _row(r, sample, plane), min(together, r1 - r)
+        for j in range(0, means.size, each):
+            mean, start = means[j : j + each], row + (c0 + j) * plane
+            for rest in range(2):  # samples that are side by side with others, and samples that are not
+                beside = 1 if rest else times
+                rows = some % times if rest else some // times
+                places = min(max(length // 4, 4 * LANES), WIDTH) if long else plane
+                if rows > 0:
+                    size, c = beside * mean.size * length, c0 + j
+                    _add_block(
+                        u, x, start, beside * sample, rows, size, long, places, beside, squares, mean, record, c, space
+                    )  # fmt: skip
+                start += rows * beside * sample
 
 
 # ---- From limbs to statistics: integers of many digits, rounded once -------------------------------------------------
 # A number is a sign and its digits of 32 bits, the lowest first, as uint64.
+
+SPACE = (6, 32)  # numbers of up to 32 digits
 
 
 @plain
@@ -587,8 +511,6 @@ def _multiply(a, b, product):
     product[:] = np.uint64(0)
     mask, bits = np.uint64(_MASK), np.uint64(BITS)
     for i in range(a.size):
-        if a[i] == np.uint64(0):  # most digits are
-            continue
         carry = np.uint64(0)
         for j in range(b.size):
             if i + j < product.size:
@@ -616,9 +538,6 @@ def _quotient(a, n, exponent, space):
     for i in range(quotient.size):
         k = a.size - 1 - i
         total = (rest << np.uint64(BITS)) | (a[k] if k >= 0 else np.uint64(0))
-        if total < n:  # a division takes long, and the first digits are 0
-            quotient[k + 3], rest = np.uint64(0), total
-            continue
         quotient[k + 3] = total // n
         rest = total - quotient[k + 3] * n
     return _round(quotient, rest != np.uint64(0), exponent - 3 * BITS)
@@ -659,11 +578,12 @@ def _special(kinds):
 
 
 @plain
-def _mean_and_m2(limbs, n, space):
+def _mean_and_m2(limbs, n):
     """(E1) mean and m2 of n < 2^32 values of a channel, correctly rounded: m2 = (n·Σx² − (Σx)²)/n."""
     special = _special(limbs[_VK0 : _VK0 + KINDS])
     if special != 0.0:  # NaN as well
         return special, np.nan
+    space = np.empty(SPACE, np.uint64)
     total, square, number = space[0, : VALUE_LIMBS + 2], space[1, : PRODUCT_LIMBS + 2], space[2, :1]
     negative = _digits(limbs[_V0 : _V0 + VALUE_LIMBS], total)
     _digits(limbs[_P0 : _P0 + PRODUCT_LIMBS], square)
@@ -677,8 +597,9 @@ def _mean_and_m2(limbs, n, space):
 
 
 @plain
-def _sums_of_channel(limbs, mean, space):
+def _sums_of_channel(limbs, mean):
     """(E5) Σu and Σu·(x−mean) = Σu·x − mean·Σu of a channel, correctly rounded; 2^-200 ≤ |mean| < 2^128, or 0."""
+    space = np.empty(SPACE, np.uint64)
     total, product = space[0, : VALUE_LIMBS + 2], space[1, : PRODUCT_LIMBS + 2]
     negative = _digits(limbs[_V0 : _V0 + VALUE_LIMBS], total)
     value = _special(limbs[_VK0 : _VK0 + KINDS])
@@ -720,252 +641,342 @@ def _add_shifted(limbs, digits, shift, sign):
             limbs[k + place + 1] += sign * high
 
 
-SPACE = (6, 32)  # numbers of up to 32 digits
+# ---- The usual way from limbs to statistics: pairs of float64, in many channels at once ------------------------------
+# A pair high + low is within 2^-100 of a number, relatively. Where no error of that size changes the nearest float64,
+# the result is correctly rounded; the other channels are left to the digits above.
+
+_ERROR = 2.0**-96
 
 
-def _all_mean_and_m2(record, n, mean, m2):
-    """(E1) Set mean and m2 of every channel, from the record (C, rows)."""
-    space = np.empty(SPACE, np.uint64)
-    for j in range(mean.size):
-        mean[j], m2[j] = _mean_and_m2(record[j], n, space)
+@plain
+def _two_sum(a, b):
+    """Return a + b and the rounding error."""
+    total = a + b
+    c = total - a
+    return total, (a - (total - c)) + (b - c)
 
 
-def _all_sums(record, mean, s, q):
-    """(E5) Set Σu and Σu·(x−mean) of every channel, from the record (C, rows)."""
-    space = np.empty(SPACE, np.uint64)
-    for j in range(mean.size):
-        s[j], q[j] = _sums_of_channel(record[j], mean[j], space)
+@plain
+def _two_product(a, b):
+    """Return a·b and the rounding error, by Dekker's halves."""
+    product, big, other = a * b, a * 134217729.0, b * 134217729.0
+    a1, b1 = big - (big - a), other - (other - b)
+    a2, b2 = a - a1, b - b1
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+@plain
+def _nearest(high, low, error):
+    """Return high + low, and True if that is the nearest float64 for every error up to this one."""
+    least, most = high + (low - error), high + (low + error)
+    return least, least == most
+
+
+@plain
+def _divided(high, low, error, n):
+    quotient = high / n
+    product, rest = _two_product(quotient, n)
+    return _nearest(quotient, ((high - product) - rest + low) / n, error / n + abs(quotient) * _ERROR)
+
+
+@plain
+def _pairs(record, row, limbs, unit, c0, pairs):
+    """Set the pairs (2, channels) of numbers of the channels from c0 on, from limbs: digits of either sign, added."""
+    high, low, carry = pairs[0], pairs[1], np.zeros(pairs.shape[1], np.int64)
+    high[:], low[:] = 0.0, 0.0
+    for k in range(limbs + 1):
+        scale = math.ldexp(1.0, unit + BITS * k)
+        line = record[row + min(k, limbs - 1), c0 : c0 + carry.size]
+        for j in range(carry.size):
+            total = carry[j] + (line[j] if k < limbs else 0)
+            carry[j] = (total + (1 << (BITS - 1))) >> BITS
+            high[j], error = _two_sum(high[j], np.float64(total - (carry[j] << BITS)) * scale)
+            low[j] += error
+    for j in range(carry.size):
+        high[j], low[j] = _two_sum(high[j], low[j])
+
+
+@plain
+def _set_sure(record, c0, sure):
+    """Set the channels whose values are finite to True."""
+    sure[:] = True
+    for k in range(_VK0, ROWS):
+        line = record[k, c0 : c0 + sure.size]
+        for j in range(sure.size):
+            sure[j] &= line[j] == 0
+
+
+@plain
+def _finish_moments(record, c0, c1, n, mean, m2):
+    """(E1) Set mean and m2, from the record (rows, C) of Σx and Σx²: m2 = (n·Σx² − (Σx)²)/n."""
+    pairs, sure, number = np.empty((4, c1 - c0)), np.empty(c1 - c0, np.bool_), np.float64(n)
+    _set_sure(record, c0, sure)
+    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
+    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
+    for j in range(c1 - c0):
+        total, low = pairs[0, j], pairs[1, j]
+        mean[c0 + j], sure_mean = _divided(total, low, abs(total) * _ERROR, number)
+        scaled, scaled_low = _two_product(pairs[2, j], number)
+        square, square_low = _two_product(total, total)
+        spread, error = _two_sum(scaled, -square)
+        rest = error + ((scaled_low + pairs[3, j] * number) - (square_low + 2 * total * low))
+        spread, rest = _two_sum(spread, rest)
+        m2[c0 + j], sure_m2 = _divided(spread, rest, scaled * _ERROR, number)
+        sure[j] &= sure_mean & sure_m2
+    for j in range(c1 - c0):
+        if not sure[j]:
+            mean[c0 + j], m2[c0 + j] = _mean_and_m2(record[:, c0 + j], n)
+
+
+@plain
+def _finish_sums(record, c0, c1, mean, s, q):
+    """(E5) Set Σu and Σu·(x−mean) = Σu·x − mean·Σu, from the record (rows, C) of Σu and Σu·x."""
+    pairs, sure = np.empty((4, c1 - c0)), np.empty(c1 - c0, np.bool_)
+    _set_sure(record, c0, sure)
+    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
+    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
+    for j in range(c1 - c0):
+        total, low, product = pairs[0, j], pairs[1, j], pairs[2, j]
+        s[c0 + j], sure_s = _nearest(total, low, abs(total) * _ERROR)
+        taken, taken_low = _two_product(mean[c0 + j], total)
+        spread, error = _two_sum(product, -taken)
+        rest = error + (pairs[3, j] - (taken_low + mean[c0 + j] * low))
+        spread, rest = _two_sum(spread, rest)
+        q[c0 + j], sure_q = _nearest(spread, rest, (abs(product) + abs(taken)) * _ERROR)
+        sure[j] &= sure_s & sure_q
+    for j in range(c1 - c0):
+        if not sure[j]:
+            s[c0 + j], q[c0 + j] = _sums_of_channel(record[:, c0 + j], mean[c0 + j])
 
 
 # ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself --------------------
 
 
-@plain
-def _exact_affine_along(u, x, start, stop, mean, a, b, c, out, o):
-    for i in range(start, stop):
-        out[i - o] = narrow(a * (wide(x[i]) - mean) + c, out)
+def _uncontracted(run: Any) -> Any:
+    """Return a run compiled anew, under a name of its own."""
+    function = getattr(run, "py_func", run)
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"exact{function.__qualname__}"
+    return plain(copy)
+
+
+affine_of_planes, affine_of_lines = (
+    _map_along(_uncontracted(_affine_along)),
+    _map_across(_uncontracted(_affine_across)),
+)
+affine2_of_planes = _map_along(_uncontracted(_affine2_along))
+affine2_of_lines = _map_across(_uncontracted(_affine2_across))
+
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+# A thread adds its tiles to a record that it borrows: a group has as many as tiles, of which few are ever used.
+
+
+def _sums(tile, group, u, x, cut, squares, means, borrowed, records):
+    """(E10) Add Σx and Σx² (squares), or Σu and Σu·x, to a record."""
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    k, new = borrow(borrowed, group * cut.tiles, cut.tiles)
+    if new:
+        for row in range(ROWS):
+            records[k, row, c0:c1] = 0
+    _add_tile(u, x, cut.sample, cut.plane, c0, r0, r1, squares, means[c0:c1], records[k])
+    give_back(borrowed, group * cut.tiles + k)
 
 
 @plain
-def _exact_affine_across(u, x, start, stop, mean, a, b, c, out, o):
-    for j in range(stop - start):
-        i = start + j
-        out[i - o] = narrow(a[j] * (wide(x[i]) - mean[j]) + c[j], out)
+def _add_records(cut, group, c0, c1, borrowed, records, record):
+    """Set the record (rows, C) to the sum of those that were borrowed."""
+    for k in range(cut.tiles if cut.tiles > 1 else 0):  # one is the record itself
+        if was_borrowed(borrowed, group * cut.tiles + k):
+            for row in range(ROWS):
+                for c in range(c0, c1):
+                    record[row, c] = records[k, row, c] + (0 if k == 0 else record[row, c])
 
 
-@plain
-def _exact_affine2_along(u, x, start, stop, mean, a, b, c, out, o):
-    for i in range(start, stop):
-        out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
+def _moments(part, group, cut, borrowed, records, record, mean, m2):
+    """(E1, E10) The record of the group; mean and m2."""
+    c0, c1 = _span(cut, group, part)
+    _add_records(cut, group, c0, c1, borrowed, records, record)
+    _finish_moments(record, c0, c1, cut.n, mean, m2)
 
 
-@plain
-def _exact_affine2_across(u, x, start, stop, mean, a, b, c, out, o):
-    for j in range(stop - start):
-        i = start + j
-        out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
+def _gradients(part, group, cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, a, b, c):
+    """(E5, E6) dweight, dbias, and the coefficients of dx."""
+    c0, c1 = _span(cut, group, part)
+    _add_records(cut, group, c0, c1, borrowed, records, record)
+    _finish_sums(record, c0, c1, mean, dbias, dweight)
+    _set_gradients(c0, c1, cut.n, rstd, weight, dweight, dbias, a, b, c)
 
 
-_affine_of_planes, _affine_of_lines = _map_along(_exact_affine_along), _map_across(_exact_affine_across)
-_affine2_of_planes, _affine2_of_lines = _map_along(_exact_affine2_along), _map_across(_exact_affine2_across)
-
-# ---- Entries ---------------------------------------------------------------------------------------------------------
-
-
-def _exact_record(u, x, sample, plane, c0, n0, n1, mean, squares, record):
-    """(E10) Add samples n0 … n1 - 1 of the channels from c0 on to the record (C, rows) of Σx, Σx² or of Σu, Σu·x."""
-    if plane < LONG:
-        _add_channels_across(u, x, sample, plane, c0, n0, n1, mean, squares, record)
-        return
-    for j in range(mean.size):
-        _add_channel_along(u, x, sample, plane, c0 + j, n0, n1, mean[j], squares, record[j])
+def _total(part, group, cut, borrowed, records, record):
+    """(E10) The record of the group."""
+    c0, c1 = _span(cut, group, part)
+    _add_records(cut, group, c0, c1, borrowed, records, record)
 
 
-def _exact_affine(x, sample, plane, c0, r0, r1, mean, a, c, out, in_place):
+def _affine(tile, group, x, cut, mean, a, c, out, in_place):
     """(E3, E7) a·(x−mean) + c."""
-    if plane >= LONG:
-        _affine_of_planes(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, c = mean[c0:c1], a[c0:c1], c[c0:c1]
+    if cut.plane >= LONG:
+        affine_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
     else:
-        _affine_of_lines(x, x, sample, plane, c0, r0, r1, mean, a, a, c, out, in_place)
+        affine_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
 
 
-def _exact_affine2(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
+def _affine2(tile, group, u, x, cut, mean, a, b, c, out, in_place):
     """(E6) a·u + (b·(x−mean) + c)."""
-    if plane >= LONG:
-        _affine2_of_planes(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+    c0, c1, r0, r1 = _tile(cut, group, tile)
+    mean, a, b, c = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1]
+    if cut.plane >= LONG:
+        affine2_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
     else:
-        _affine2_of_lines(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place)
+        affine2_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
 
 
-_record_of, _affine_of, _affine2_of = plain(_exact_record), plain(_exact_affine), plain(_exact_affine2)
-_batch_rstd, _normalize = plain(reference.batch_rstd), plain(reference.normalize)
-_parameter_gradients, _input_gradient = plain(reference.parameter_gradients), plain(reference.input_gradient)
+# ---- Jobs ------------------------------------------------------------------------------------------------------------
 
 
-def _exact_forward(x, sample, plane, n, c0, rows, weight, bias, eps, statistics, record, out, in_place):
-    """(E1, E3) Set mean, m2 and rstd, which are `statistics` (3, C), and the record, and write y."""
-    space, samples = np.empty(SPACE, np.uint64), n // plane
-    each = 1 if plane >= LONG else weight.size  # channels: one after the other, so that the map finds them in cache
-    a, c = np.empty(weight.size), np.empty(weight.size)
-    for first in range(0, weight.size, each):
-        last = first + each
-        mean, m2, rstd = statistics[0, first:last], statistics[1, first:last], statistics[2, first:last]
-        _record_of(x, x, sample, plane, c0 + first, 0, samples, mean, True, record[first:last])
-        for j in range(each):
-            mean[j], m2[j] = _mean_and_m2(record[first + j], n, space)
-            rstd[j] = _batch_rstd(m2[j], n, eps)
-            a[first + j], c[first + j] = _normalize(rstd[j], weight[first + j], bias[first + j], None)
-        _affine_of(x, sample, plane, c0 + first, 0, rows, mean, a[first:last], c[first:last], out, in_place)
+@plain
+def _records(cut, record):
+    """Return as many records as there are tiles, and a word for each of every group; the record itself for one tile."""
+    borrowed = np.zeros(cut.groups * cut.tiles, np.int64)
+    if cut.tiles == 1:
+        return borrowed, record.reshape((1, ROWS, cut.channels))
+    return borrowed, np.empty((cut.tiles, ROWS, cut.channels), np.int64)
 
 
-def _exact_backward(dy, x, sample, plane, n, c0, rows, given, gradients, out, in_place):
-    """(E5, E6) Set dweight and dbias, which are `gradients` (2, C), from mean, rstd, weight (3, C), and write dx."""
-    space, samples, channels = np.empty(SPACE, np.uint64), n // plane, given.shape[1]
-    each = 1 if plane >= LONG else channels
-    a, b, c = np.empty(channels), np.empty(channels), np.empty(channels)
-    record = np.zeros((channels, ROWS), np.int64)
-    for first in range(0, channels, each):
-        last = first + each
-        mean, rstd, weight = given[0, first:last], given[1, first:last], given[2, first:last]
-        _record_of(dy, x, sample, plane, c0 + first, 0, samples, mean, False, record[first:last])
-        for j in range(each):
-            s, q = _sums_of_channel(record[first + j], mean[j], space)
-            dweight, dbias = _parameter_gradients(s, q, rstd[j], None)
-            gradients[0, first + j], gradients[1, first + j] = dweight, dbias
-            coefficients = _input_gradient(dweight, dbias, n, rstd[j], weight[j], None)
-            a[first + j], b[first + j], c[first + j] = coefficients
-        parts = a[first:last], b[first:last], c[first:last]
-        _affine2_of(dy, x, sample, plane, c0 + first, 0, rows, mean, parts[0], parts[1], parts[2], out, in_place)
+def _sums_alone(at, words, u, x, cut, squares, means, record):
+    work, sums, total = at
+    borrowed, records = _records(cut, record)
+    board = _board(cut)
+    stages = (
+        (sums, place((u, x, cut, squares, means, borrowed, records)), cut.tiles, ONWARDS),
+        (total, place((cut, borrowed, records, record)), _parts(cut), ONWARDS),
+    )
+    _do(words, cut, work, stages, board, (borrowed, records))
 
 
-class _Entries:
+def _forward(at, words, x, cut, weight, bias, eps, record, mean, m2, rstd, out, in_place):
+    """(E1, E3) Set the record, mean, m2 and rstd, and write y = weight·xhat + bias."""
+    work, sums, moments, normalized, affine = at
+    borrowed, records = _records(cut, record)
+    board, memory = _board(cut), np.empty((2, cut.channels))
+    a, c = memory[0], memory[1]
+    stages = (
+        (sums, place((x, x, cut, True, mean, borrowed, records)), cut.tiles, ONWARDS),
+        (moments, place((cut, borrowed, records, record, mean, m2)), _parts(cut), ONWARDS),
+        (normalized, place((cut, m2, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
+        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+    )
+    _do(words, cut, work, stages, board, (borrowed, records, memory))
+
+
+def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in_place):
+    """(E5, E6) Set dweight and dbias, and write dx."""
+    work, sums, gradients, affine2 = at
+    record = np.empty((ROWS, cut.channels), np.int64)
+    borrowed, records = _records(cut, record)
+    board, memory = _board(cut), np.empty((3, cut.channels))
+    a, b, c = memory[0], memory[1], memory[2]
+    found = (cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, a, b, c)
+    stages = (
+        (sums, place((dy, x, cut, False, mean, borrowed, records)), cut.tiles, ONWARDS),
+        (gradients, place(found), _parts(cut), ONWARDS),
+        (affine2, place((dy, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),
+    )
+    _do(words, cut, work, stages, board, (borrowed, record, records, memory))
+
+
+def _all_moments(record, n, mean, m2):
+    """(E1) Set mean and m2 of every channel."""
+    _finish_moments(record, 0, mean.size, n, mean, m2)
+
+
+def _all_sums(record, mean, s, q):
+    """(E5) Set Σu and Σu·(x−mean) of every channel."""
+    _finish_sums(record, 0, mean.size, mean, s, q)
+
+
+class _Compiled(Compiled):
     """The entries for one dtype, each compiled at its first use."""
 
-    def __init__(self, dtype: str) -> None:
-        data, result = _READ(_STORED[dtype]), _WRITE(_STORED[dtype])
-        given, rows = _READ(types.float64), _WRITE(types.float64, ndim=2, layout="A")
-        record, place, flag = _WRITE(types.int64, ndim=2), (types.intp,) * 5, types.intp
-        vectors, matrix = (given, given, types.float64), _READ(types.float64, ndim=2, layout="A")
-        self._signatures = {
-            "record": (_exact_record, (data, data, *place, given, types.boolean, record)),
-            "affine": (_exact_affine, (data, *place, given, given, given, result, flag)),
-            "affine2": (_exact_affine2, (data, data, *place, given, given, given, given, result, flag)),
-            "forward": (_exact_forward, (data, *place, *vectors, rows, record, result, flag)),
-            "backward": (_exact_backward, (data, data, *place, matrix, rows, result, flag)),
+    def __init__(self, stored: types.Type) -> None:
+        super().__init__(stored)
+        x, out, number, eps = _READ(stored), _WRITE(stored), types.intp, types.float64
+        given, found = _READ(types.float64), _WRITE(types.float64)
+        record, records = _WRITE(types.int64, ndim=2), _WRITE(types.int64, ndim=3)
+        usual = self._stages, self._jobs
+        self._stages = {
+            "sums": (_sums, (x, x, _CUT, types.boolean, given, _WORDS, records)),
+            "total": (_total, (_CUT, _WORDS, records, record)),
+            "moments": (_moments, (_CUT, _WORDS, records, record, found, found)),
+            "normalized": usual[0]["normalized"],
+            "gradients": (_gradients, (_CUT, _WORDS, records, record, given, given, given, *(found,) * 5)),
+            "affine": (_affine, usual[0]["affine"][1]),
+            "affine2": (_affine2, usual[0]["affine2"][1]),
+        }
+        self._jobs = {
+            "sums": (_sums_alone, (x, x, _CUT, types.boolean, given, record), ("sums", "total")),
+            "affine": usual[1]["affine"],
+            "affine2": usual[1]["affine2"],
+            "forward": (
+                _forward,
+                (x, _CUT, given, given, eps, record, found, found, found, out, number),
+                ("sums", "moments", "normalized", "affine"),
+            ),
+            "backward": (
+                _backward,
+                (x, x, _CUT, given, given, given, found, found, out, number),
+                ("sums", "gradients", "affine2"),
+            ),
         }
 
-    def __getattr__(self, name: str) -> Any:
-        entry = _compile(*self._signatures[name])
-        setattr(self, name, entry)
-        return entry
 
-
-_entries = functools.cache(_Entries)
-_RECORD, _VECTOR = _READ(types.int64, ndim=2), _WRITE(types.float64)
-_NUMBERS = {  # by name: the entries that see no data of the size of x
-    "mean_and_m2": (_all_mean_and_m2, (_RECORD, types.intp, _VECTOR, _VECTOR)),
-    "sums": (_all_sums, (_RECORD, _READ(types.float64), _VECTOR, _VECTOR)),
-}
+_compiled = functools.cache(lambda dtype: _Compiled(_STORED[dtype]))
+_RECORD = _READ(types.int64, ndim=2)
 
 
 @functools.cache
-def _number_entry(name: str) -> Any:
-    return _compile(*_NUMBERS[name])
+def _finishing(function: Any, *types_: types.Type) -> Any:
+    return _compile(function, types_)
 
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
 
-PARTS = 16  # of the work on large data
-SMALL = 2**18  # values that one thread does at once, and that the second sweep finds in cache
-_Item = tuple[int, int, int, int]  # channels c0 … c1 - 1 of samples or rows n0 … n1 - 1
-
-
-class _Data:
-    """The arrays of a call as lines."""
-
-    def __init__(self, x: Array, u: Array | None = None) -> None:
-        samples, channels, plane = x.shape
-        self.channels, self.plane, self.sample, self.n = channels, plane, channels * plane, samples * plane
-        self.samples, self.code = samples, _entries(x.dtype.char)
-        self.x = line_of(x)
-        self.u = self.x if u is None else line_of(u)
-        self.rows = samples * -(-plane // PIECE) if plane >= LONG else samples
-
-    def whole_channels(self) -> list[_Item]:
-        """Cut the channels into parts, with all their samples; one part where the channels lie side by side."""
-        if self.plane < LONG or self.n * self.channels <= SMALL:
-            return [(0, self.channels, 0, self.samples)]
-        step = max(self.channels // PARTS, 1)
-        return [(c, min(c + step, self.channels), 0, self.samples) for c in range(0, self.channels, step)]
-
-    def samples_too(self, height: int) -> list[_Item]:
-        """Cut `height` samples or rows into parts, and the channels along planes too."""
-        parts = self.whole_channels()
-        if len(parts) >= PARTS // 2 or self.n * self.channels <= SMALL:
-            return [(c0, c1, 0, height) for c0, c1, *_ in parts]
-        step = max(-(-height // PARTS), 1)
-        return [(c0, c1, r, min(r + step, height)) for c0, c1, *_ in parts for r in range(0, height, step)]
-
-    def record(self, mean: Array, squares: bool) -> Array:
-        """(E10) Return the record (rows, C)."""
-        items = self.samples_too(self.samples) if self.n else []
-        parts = [np.zeros((c1 - c0, ROWS), np.int64) for c0, c1, *_ in items]
-
-        def work(index: int) -> None:
-            c0, c1, n0, n1 = items[index]
-            self.code.record(self.u, self.x, self.sample, self.plane, c0, n0, n1, mean[c0:c1], squares, parts[index])
-
-        threads.run(work, range(len(items)))
-        total = np.zeros((self.channels, ROWS), np.int64)
-        for (c0, c1, *_), part in zip(items, parts, strict=True):
-            total[c0:c1] += part
-        return total.T
-
-    def map(self, code: Any, arrays: tuple[Array, ...], vectors: tuple[Array, ...], y: Array, in_place: int) -> None:
-        items = self.samples_too(self.rows) if self.n else []
-
-        def work(item: Any) -> None:
-            c0, c1, r0, r1 = item
-            parts = [vector[c0:c1] for vector in vectors]
-            code(*arrays, self.sample, self.plane, c0, r0, r1, *parts, y, in_place)
-
-        threads.run(lambda index: work(items[index]), range(len(items)))
-
 
 def squares(x: Array) -> Array:
     """(E10) The record (rows, C) of Σx and Σx², of x (N, C, S)."""
-    return _Data(x).record(np.zeros(x.shape[1]), squares=True)
+    return _record(_Job(x, entries=_compiled), True, np.zeros(x.shape[1]))
 
 
 def products(u: Array, x: Array, mean: Array) -> Array:
     """(E10) The record (rows, C) of Σu and Σu·x, of u and x (N, C, S); mean (C,) is that of x."""
-    return _Data(x, u).record(mean, squares=False)
+    return _record(_Job(x, u, entries=_compiled), False, mean)
+
+
+def _record(job: _Job, of_squares: bool, mean: Array) -> Array:
+    record = np.zeros((ROWS, job.cut.channels), np.int64)
+    if job.cut.n:
+        job.code.sums(job.words, job.u, job.x, job.cut, of_squares, mean, record)
+    return record
 
 
 def mean_and_m2(record: Array, n: int) -> Array:
     """(E1) mean and m2 (2, C) of n values, correctly rounded, from the record of Σx and Σx²."""
-    result = np.zeros((2, record.shape[1]))
-    if n >= 2**32:
+    if not 0 < n < 2**32:
         return exact.mean_and_m2(record, n)
-    if n:
-        by_channel, entry = np.ascontiguousarray(record.T), _number_entry("mean_and_m2")
-        _over_channels(lambda part: entry(by_channel[part], n, *result[:, part]), record.shape[1])
+    result, found = np.empty((2, record.shape[1])), _WRITE(types.float64)
+    _finishing(_all_moments, _RECORD, types.intp, found, found)(contiguous(record), n, *result)
     return result
 
 
 def sums(record: Array, mean: Array) -> Array:
     """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded, from the record of Σu and Σu·x and mean (C,)."""
-    if _is_usual(mean):
-        result = np.zeros((2, record.shape[1]))
-        by_channel, entry = np.ascontiguousarray(record.T), _number_entry("sums")
-        _over_channels(lambda part: entry(by_channel[part], mean[part], *result[:, part]), record.shape[1])
-        return result
-    return exact.sums(record, mean)
-
-
-def _over_channels(work: Callable[[slice], None], channels: int) -> None:
-    """Call `work` for parts of 256 channels, which take about 60 µs each."""
-    threads.run(lambda start: work(slice(start, start + 256)), range(0, channels, 256))
+    if not _is_usual(mean):
+        return exact.sums(record, mean)
+    result, found = np.empty((2, record.shape[1])), _WRITE(types.float64)
+    _finishing(_all_sums, _RECORD, _READ(types.float64), found, found)(contiguous(record), mean, *result)
+    return result
 
 
 def _is_usual(mean: Array) -> bool:
@@ -976,67 +987,46 @@ def _is_usual(mean: Array) -> bool:
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    data = _Data(x)
-    result, y, in_place = place_of_result(x, out, data.x, data.u)
-    data.map(data.code.affine, (data.x,), (mean, a, c), y, in_place)
-    return result
+    job = _Job(x, entries=_compiled)
+    job.write_to(x, out)
+    if job.cut.n:
+        job.code.affine(job.words, job.x, job.cut, mean, a, c, job.y, job.in_place)
+    return job.result
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
     """(E6) a·u + (b·(x−mean) + c) (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    data = _Data(x, u)
-    result, y, in_place = place_of_result(x, out, data.x, data.u)
-    data.map(data.code.affine2, (data.u, data.x), (mean, a, b, c), y, in_place)
-    return result
+    job = _Job(x, u, entries=_compiled)
+    job.write_to(x, out)
+    if job.cut.n:
+        job.code.affine2(job.words, job.u, job.x, job.cut, mean, a, b, c, job.y, job.in_place)
+    return job.result
 
 
 def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Moments, Array, Array] | None:
-    """(E1, E3) The moments of x (N, C, S), rstd (C,) and y; None where two sweeps over all data are as fast."""
-    data = _Data(x)
-    if not _at_once(data):
+    """(E1, E3) The moments of x (N, C, S), rstd (C,) and y; None for no values, or too many for the digits here."""
+    job = _Job(x, entries=_compiled)
+    if not 0 < job.cut.n < 2**32:
         return None
-    result, y, in_place = place_of_result(x, out, data.x, data.u)
-    statistics, record = np.empty((3, data.channels)), np.zeros((data.channels, ROWS), np.int64)
-    weight = np.ones(data.channels) if weight is None else weight
-    bias = np.zeros(data.channels) if bias is None else bias
-
-    def work(item: Any) -> None:
-        c0, c1, *_ = item
-        size = data.sample, data.plane, data.n, c0, data.rows
-        data.code.forward(
-            data.x, *size, weight[c0:c1], bias[c0:c1], eps, statistics[:, c0:c1], record[c0:c1], y, in_place
-        )
-
-    parts = data.whole_channels()
-    threads.run(lambda index: work(parts[index]), range(len(parts)))
-    mean, m2, rstd = statistics
-    return Moments(data.n, mean, m2, record=record.T), rstd, result
+    job.write_to(x, out)
+    weight = np.ones(job.cut.channels) if weight is None else weight
+    bias = np.zeros(job.cut.channels) if bias is None else bias
+    (mean, m2, rstd), record = job.vectors(3), np.empty((ROWS, job.cut.channels), np.int64)
+    job.code.forward(job.words, job.x, job.cut, weight, bias, eps, record, mean, m2, rstd, job.y, job.in_place)
+    return Moments(job.cut.n, mean, m2, record=record), rstd, job.result
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array] | None:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S); None where two sweeps are as fast."""
-    data = _Data(x, dy)
-    if not _at_once(data) or not _is_usual(mean):
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and the mean of x; None for no values."""
+    job = _Job(x, dy, entries=_compiled)
+    if not 0 < job.cut.n < 2**32:
         return None
-    result, y, in_place = place_of_result(x, out, data.x, data.u)
-    given = np.stack([mean, rstd, np.ones(data.channels) if weight is None else weight])
-    gradients = np.empty((2, data.channels))
-
-    def work(item: Any) -> None:
-        c0, c1, *_ = item
-        size = data.sample, data.plane, data.n, c0, data.rows
-        data.code.backward(data.u, data.x, *size, given[:, c0:c1], gradients[:, c0:c1], y, in_place)
-
-    parts = data.whole_channels()
-    threads.run(lambda index: work(parts[index]), range(len(parts)))
-    return result, *gradients
-
-
-def _at_once(data: _Data) -> bool:
-    """Return True if whole channels are parts for all threads, or the data is small."""
-    enough = data.plane >= LONG and data.channels >= 2 * threads.get_num_threads()
-    return bool(0 < data.n < 2**32 and (enough or data.n * data.channels <= SMALL))
+    job.write_to(x, out)
+    weight = np.ones(job.cut.channels) if weight is None else weight
+    dweight, dbias = job.vectors(2)
+    job.code.backward(job.words, job.u, job.x, job.cut, mean, rstd, weight, dweight, dbias, job.y, job.in_place)
+    return job.result, dweight, dbias

@@ -326,3 +326,27 @@ def work(me, crew, board, cut, stages):
                 if stages[k][3] != AGAIN or _load(board, 1 + 2 * group + 1) != 0:
                     _stage(0 if apart else me, 1 if apart else crew, board, at, group, stages, k)
                 at += 1 + stages[k][2]
+
+
+# ---- Things that a thread may have for itself, as many as there can be threads: a word for each ----------------------
+
+
+@plain
+def borrow(words: Array, first: int, number: int) -> Any:
+    """Return which thing nobody else has, of those whose words begin at `first`, and True if nobody ever had it."""
+    k = 0
+    while True:
+        old = _swap(words, first + k, 1)
+        if old != 1:
+            return k, old == 0
+        k = (k + 1) % number
+
+
+@plain
+def give_back(words: Array, i: int) -> None:
+    _store(words, i, 2)
+
+
+@plain
+def was_borrowed(words: Array, i: int) -> Any:
+    return _load(words, i) != 0
