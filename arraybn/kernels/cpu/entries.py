@@ -23,7 +23,7 @@ from numba.extending import overload
 
 from ... import exact, reference
 from ..._arrays.namespaces import Array
-from . import compiling, half, jobs, scalars, tiles
+from . import compiling, jobs
 from .half import HALF, wide
 from .jobs import AGAIN, BACKWARDS, ONWARDS, address_of, mark, place, program, share
 from .tiles import (
@@ -508,9 +508,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    own = (__file__, jobs.__file__, tiles.__file__, half.__file__, scalars.__file__)
-    files = (*own, reference.__file__, exact.__file__)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    files = (*sorted(Path(__file__).parent.glob("*.py")), Path(reference.__file__), Path(exact.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:

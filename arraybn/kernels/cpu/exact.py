@@ -64,7 +64,6 @@ from .tiles import (
     _affine2_along,
     _affine_across,
     _affine_along,
-    _map,
     _map_across,
     _map_along,
     _repeat,
@@ -77,7 +76,7 @@ CHUNK = 8192  # values of a channel whose grid steps fit an int64: 2^50 steps ea
 VALUE_WINDOW, PRODUCT_WINDOW = 26, 52  # exponents that one pass holds
 VALUE_GRID, PRODUCT_GRID = 49, 50  # binades from the largest number to a grid; the second grid is 50 below the first
 WIDTH = 512  # places side by side
-LINE = 596  # from line to line of numbers for each place; no power of two, for the reason given at `tiles._lines`
+LINE = 568  # from line to line of numbers for each place: no two lines begin near one place of a page (`tiles._lines`)
 STEPS, NUMBERS = 6, 8  # lines
 LANES = 16  # of the vector registers, for several at a time
 FEW = 16  # samples; fewer have too few places that lie one below another
@@ -112,6 +111,11 @@ def _one_less(bits: Any) -> Any:
     return np.uint32((int(bits) - 1) & 0xFFFFFFFF)
 
 
+def _times_plus(a: Any, b: Any, c: Any) -> Any:
+    """Return a·b + c, where a·b is exact, so that one rounding and two are the same."""
+    return a * b + c
+
+
 def _larger(a: Any, b: Any) -> Any:
     return max(a, b)
 
@@ -140,7 +144,20 @@ def _choice(comparison: str) -> Any:
     return choose
 
 
+@intrinsic
+def _fused(typing_context, a, b, c):
+    """Make one instruction of a product that is used twice, too, where the processor has the instruction."""
+
+    def code(context, builder, signature, arguments):
+        double = ir.DoubleType()
+        of_three = ir.FunctionType(double, [double] * 3)
+        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [double], of_three), arguments)
+
+    return types.float64(*[types.float64] * 3), code
+
+
 _to_larger, _to_smaller = _choice(">"), _choice("<")
+overload(_times_plus, inline="always")(lambda a, b, c: lambda a, b, c: _fused(a, b, c))  # noqa: PLW0108
 overload(_bits, inline="always")(lambda value: lambda value: _to_bits(value))  # noqa: PLW0108 (as in half.py)
 overload(_of_bits, inline="always")(lambda bits: lambda bits: _to_float64(bits))  # noqa: PLW0108
 overload(_one_less, inline="always")(lambda bits: lambda bits: _to_one_less(bits))  # noqa: PLW0108
@@ -212,6 +229,21 @@ def _range(u, x, start, step, rows, width, numbers, steps):
             lines[LINE + j] = _smaller(lines[LINE + j], _one_less(bits))
 
 
+@plain
+def _range_four(u, x, start, step, rows, width, numbers, steps):
+    """Do as `_range`, four rows at a time."""
+    lines = steps.view(np.uint32)
+    for r in range(0, rows, 4):
+        i0 = np.uintp(start + r * step)
+        i1, i2, i3 = i0 + np.uintp(step), i0 + np.uintp(2 * step), i0 + np.uintp(3 * step)
+        for j in range(np.uintp(width)):
+            b0, b1 = _magnitude_bits(u[i0 + j]), _magnitude_bits(u[i1 + j])
+            b2, b3 = _magnitude_bits(u[i2 + j]), _magnitude_bits(u[i3 + j])
+            least = _smaller(_smaller(_one_less(b0), _one_less(b1)), _smaller(_one_less(b2), _one_less(b3)))
+            lines[j] = _larger(lines[j], _larger(_larger(b0, b1), _larger(b2, b3)))
+            lines[LINE + j] = _smaller(lines[LINE + j], least)
+
+
 def _four(squares: bool) -> Any:
     """Return the run that adds the steps of Σu·x (two lines), or Σu², and Σu (a third), four rows at a time."""
 
@@ -221,20 +253,20 @@ def _four(squares: bool) -> Any:
             i1, i2, i3 = i0 + np.uintp(step), i0 + np.uintp(2 * step), i0 + np.uintp(3 * step)
             for j in range(np.uintp(width)):
                 v0, v1, v2, v3 = wide(u[i0 + j]), wide(u[i1 + j]), wide(u[i2 + j]), wide(u[i3 + j])
-                if squares:
-                    t0, t1, t2, t3 = v0 * v0, v1 * v1, v2 * v2, v3 * v3
-                else:
-                    t0, t1 = v0 * wide(x[i0 + j]), v1 * wide(x[i1 + j])
-                    t2, t3 = v2 * wide(x[i2 + j]), v3 * wide(x[i3 + j])
+                d0, d1, d2, d3 = v0, v1, v2, v3
+                if not squares:
+                    d0, d1, d2, d3 = wide(x[i0 + j]), wide(x[i1 + j]), wide(x[i2 + j]), wide(x[i3 + j])
                 m1, both, m3 = numbers[j], numbers[LINE + j], numbers[2 * LINE + j]
-                s0, s1, s2, s3 = t0 + m1, t1 + m1, t2 + m1, t3 + m1
-                w0, w1, w2, w3 = t0 + (both - s0), t1 + (both - s1), t2 + (both - s2), t3 + (both - s3)
+                s0, s1 = _times_plus(v0, d0, m1), _times_plus(v1, d1, m1)
+                s2, s3 = _times_plus(v2, d2, m1), _times_plus(v3, d3, m1)
+                w0, w1 = _times_plus(v0, d0, both - s0), _times_plus(v1, d1, both - s1)
+                w2, w3 = _times_plus(v2, d2, both - s2), _times_plus(v3, d3, both - s3)
                 steps[j] += (_bits(s0) + _bits(s1)) + (_bits(s2) + _bits(s3))
                 steps[LINE + j] += (_bits(w0) + _bits(w1)) + (_bits(w2) + _bits(w3))
                 steps[2 * LINE + j] += _bits(((v0 + v1) + (v2 + v3)) + m3)
 
     run.__qualname__ += ".squares" if squares else ".products"
-    return _map(run)
+    return plain(run)
 
 
 _four_squares, _four_products = _four(squares=True), _four(squares=False)
@@ -300,7 +332,7 @@ def _over(four: Any, one: Any) -> Any:
     return over
 
 
-_ranges, _windows, _all_kinds = _over(_range, _range), _over(_one, _one), _over(_kinds, _kinds)
+_ranges, _windows, _all_kinds = _over(_range_four, _range), _over(_one, _one), _over(_kinds, _kinds)
 _squares_of_rows, _products_of_rows = _over(_four_squares, _one), _over(_four_products, _one)
 
 
@@ -315,12 +347,15 @@ def _folded(join: Any) -> Any:
     def fold(line, places, times, totals):
         channels = totals.size
         for t in range(times):
-            for j in range(channels if places == 1 else 0):
-                totals[j] = join(totals[j], line[np.uintp(t * channels + j)])
-            for j in range(0 if places == 1 else channels):
-                total = totals[j]
+            sample = line[t * channels * places :]
+            if places == 1:
+                for j in range(channels):
+                    totals[j] = join(totals[j], sample[j])
+                continue
+            for j in range(channels):
+                total, plane = totals[j], sample[j * places :]
                 for i in range(places):
-                    total = join(total, line[np.uintp((t * channels + j) * places + i)])
+                    total = join(total, plane[i])
                 totals[j] = total
 
     return fold
@@ -335,13 +370,13 @@ _fold_larger, _fold_smaller, _fold_sums = _folded(_larger), _folded(_smaller), _
 
 
 @plain
-def _set_exponents(lines, places, times, top, bottom):
+def _set_exponents(lines, places, times, high, low, top, bottom):
     """Set the largest and the smallest exponent of each channel; return True if all values are finite."""
-    high, low = np.zeros(top.size, np.uint32), np.full(top.size, np.uint32(0xFFFFFFFF))
+    high[:], low[:] = 0, 0xFFFFFFFF
     _fold_larger(lines, places, times, high)
     _fold_smaller(lines[LINE:], places, times, low)
     finite = True
-    for j in range(top.size):
+    for j in range(high.size):
         top[j], bottom[j] = _top(high[j]), _bottom(low[j])
         finite = finite and high[j] < 0x7F800000
     return finite
@@ -354,10 +389,10 @@ def _least_exponent(bottom):
 
 
 @plain
-def _number_of_windows(exponents, finite):
+def _number_of_windows(exponents, channels, finite):
     """Return the number of windows that hold all values and products; 0 if grids hold all, and all are finite."""
     windows, fits = 1, finite
-    for j in range(exponents.shape[1]):
+    for j in range(channels):
         top, bottom, top_x, bottom_x = exponents[0, j], exponents[1, j], exponents[2, j], exponents[3, j]
         fits = fits and top - bottom < VALUE_WINDOW and top_x - bottom_x < VALUE_WINDOW
         products = top + top_x - _least_exponent(bottom) - _least_exponent(bottom_x)
@@ -368,7 +403,7 @@ def _number_of_windows(exponents, finite):
 @plain
 def _set_numbers(exponents, window, bounded, means, numbers):
     """Set the magic numbers of each channel, and the bounds of its products and values in this window."""
-    for j in range(exponents.shape[1]):
+    for j in range(means.size):
         both = exponents[0, j] + exponents[2, j] - window * PRODUCT_WINDOW
         top = exponents[0, j] - window * VALUE_WINDOW
         numbers[0, j] = _magic(both - PRODUCT_GRID)
@@ -385,9 +420,9 @@ def _set_numbers(exponents, window, bounded, means, numbers):
 
 
 @plain
-def _add_window(exponents, window, n, fours, sums, record, c):
+def _add_window(exponents, window, channels, n, fours, sums, record, c):
     """Add the steps of each channel, of n products and of so many fours of values, to the record from c on."""
-    for j in range(exponents.shape[1]):
+    for j in range(channels):
         both = exponents[0, j] + exponents[2, j] - window * PRODUCT_WINDOW
         top = exponents[0, j] - window * VALUE_WINDOW
         first = sums[0, j] - n * _bits(_magic(both - PRODUCT_GRID))  # modulo 2^64, which the sums may have gone through
@@ -399,17 +434,17 @@ def _add_window(exponents, window, n, fours, sums, record, c):
 
 
 @plain
-def _set_lines(values, places, times, numbers, lines):
+def _set_lines(values, channels, places, times, numbers, lines):
     """Set the first lines to the numbers of the channel of each place."""
     for k in range(lines):
-        _repeat(values[k], places, times, numbers[k * LINE :])
+        _repeat(values[k][:channels], places, times, numbers[k * LINE :])
 
 
 @plain
-def _sum_lines(places, times, lines, steps, sums):
-    sums[:lines] = 0
+def _sum_lines(channels, places, times, lines, steps, sums):
     for k in range(lines):
-        _fold_sums(steps[k * LINE :], places, times, sums[k])
+        sums[k][:channels] = 0
+        _fold_sums(steps[k * LINE :], places, times, sums[k][:channels])
 
 
 @plain
@@ -423,20 +458,18 @@ def _add_block(u, x, start, step, rows, length, long, places, times, squares, me
     """Add a block to the record of the channels from c on."""
     channels = means.size
     width, n = times * channels * places, rows * length // channels
-    steps, numbers = space[: STEPS * LINE], space[STEPS * LINE :].view(np.float64)
-    exponents, sums = np.empty((4, channels), np.int64), np.empty((STEPS, channels), np.int64)
-    values, finite = np.empty((NUMBERS, channels)), True
+    steps, numbers, extremes, exponents, sums, values = space
+    lines, high, low, finite = steps.view(np.uint32), extremes[0][:channels], extremes[1][:channels], True
     for k in range(2):
         line = x if k == 1 else u
         if k == 0 or not squares:
-            lines = steps.view(np.uint32)
             lines[:width], lines[LINE : LINE + width] = 0, 0xFFFFFFFF
             _ranges(line, line, start, step, rows, length, long, numbers, steps)
-        finite = _set_exponents(lines, places, times, exponents[2 * k], exponents[2 * k + 1]) and finite
-    windows = _number_of_windows(exponents, finite)
+        finite = _set_exponents(lines, places, times, high, low, exponents[2 * k], exponents[2 * k + 1]) and finite
+    windows = _number_of_windows(exponents, channels, finite)
     for window in range(max(windows, 1)):
         _set_numbers(exponents, window, windows > 0, means, values)
-        _set_lines(values, places, times, numbers, NUMBERS - 1)
+        _set_lines(values, channels, places, times, numbers, NUMBERS - 1)
         _clear(width, 3, steps)
         if windows > 0:
             _windows(u, x, start, step, rows, length, long, numbers, steps)
@@ -445,13 +478,13 @@ def _add_block(u, x, start, step, rows, length, long, places, times, squares, me
             fours = _squares_of_rows(u, x, start, step, rows, length, long, numbers, steps) // channels
         else:
             fours = _products_of_rows(u, x, start, step, rows, length, long, numbers, steps) // channels
-        _sum_lines(places, times, 3, steps, sums)
-        _add_window(exponents, window, n, fours, sums, record, c)
+        _sum_lines(channels, places, times, 3, steps, sums)
+        _add_window(exponents, window, channels, n, fours, sums, record, c)
     if not (finite and (squares or np.isfinite(means).all())):
-        _set_lines(values, places, times, numbers, NUMBERS)
+        _set_lines(values, channels, places, times, numbers, NUMBERS)
         _clear(width, STEPS, steps)
         _all_kinds(u, x, start, step, rows, length, long, numbers, steps)
-        _sum_lines(places, times, STEPS, steps, sums)
+        _sum_lines(channels, places, times, STEPS, steps, sums)
         for k in range(KINDS if squares else 2 * KINDS):
             for j in range(channels):
                 record[_VK0 + k, c + j] += sums[k, j]
@@ -460,7 +493,16 @@ def _add_block(u, x, start, step, rows, length, long, places, times, squares, me
 @plain
 def _add_tile(u, x, sample, plane, c0, r0, r1, squares, means, record):
     """Add the rows r0 … r1 - 1 of the channels from c0 on to a record: Σx and Σx² (squares), or Σu and Σu·x."""
-    space = np.empty((STEPS + NUMBERS) * LINE, np.int64)
+    lines, of_channels = np.empty((STEPS + NUMBERS) * LINE, np.int64), np.empty((4 + STEPS, WIDTH), np.int64)
+    extremes, values = np.empty((2, WIDTH), np.uint32), np.empty((NUMBERS, WIDTH))
+    space = (
+        lines[: STEPS * LINE],
+        lines[STEPS * LINE :].view(np.float64),
+        extremes,
+        of_channels[:4],
+        of_channels[4:],
+        values,
+    )
     long, together = plane > WIDTH or (plane >= LONG and r1 - r0 < FEW), max(CHUNK // plane, 1)
     each, times = 1 if long else max(WIDTH // plane, 1), 1
     if not long and means.size * plane == sample and sample <= WIDTH:  # whole samples lie side by side

@@ -229,8 +229,9 @@ def _repeat(values, plane, times, line):
         return
     for k in range(times):
         for j in range(values.size):
+            part, value = line[(k * values.size + j) * plane :], values[j]
             for i in range(plane):
-                line[np.uintp((k * values.size + j) * plane + i)] = values[j]
+                part[i] = value
 
 
 @plain
