@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from types import FunctionType
 from typing import Any
 
@@ -23,7 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ... import exact
+from ... import exact, reference
 from ..._arrays.namespaces import Array
 from ...exact import (
     BITS,
@@ -49,6 +50,7 @@ from .entries import (
     Compiled,
     _board,
     _compile,
+    _cut_of,
     _do,
     _parts,
     _set_gradients,
@@ -61,8 +63,10 @@ from .lines import contiguous
 from .tiles import (
     LONG,
     _affine2_across,
+    _affine2_across_4,
     _affine2_along,
     _affine_across,
+    _affine_across_4,
     _affine_along,
     _map_across,
     _map_along,
@@ -217,6 +221,8 @@ def _add_steps(record, row, limbs, c, steps, place):
 
 
 # ---- Runs: rows of `width` places, `step` apart; each place has its own sums, in the lines of `steps` ----------------
+
+
 @plain
 def _range(u, x, start, step, rows, width, numbers, steps):
     """Raise the bits of the largest magnitude of u (a line), and lower those of the smallest but 0, less one."""
@@ -523,169 +529,9 @@ def _add_tile(u, x, sample, plane, c0, r0, r1, squares, means, record):
                 start += rows * beside * sample
 
 
-# ---- From limbs to statistics: integers of many digits, rounded once -------------------------------------------------
-# A number is a sign and its digits of 32 bits, the lowest first, as uint64.
-
-SPACE = (6, 32)  # numbers of up to 32 digits
-
-
-@plain
-def _digits(limbs, digits):
-    """Set `digits` to the magnitude of a number, given as limbs of either sign; return True where it is negative."""
-    carry = np.int64(0)
-    for k in range(digits.size):
-        total = (limbs[k] if k < limbs.size else np.int64(0)) + carry
-        digits[k] = np.uint64(total & _MASK)
-        carry = total >> BITS
-    if carry >= 0:
-        return False
-    carry = np.int64(1)
-    for k in range(digits.size):
-        total = np.int64(_MASK) - np.int64(digits[k]) + carry
-        digits[k] = np.uint64(total & _MASK)
-        carry = total >> BITS
-    return True
-
-
-@plain
-def _multiply(a, b, product):
-    """Set `product` to a·b."""
-    product[:] = np.uint64(0)
-    mask, bits = np.uint64(_MASK), np.uint64(BITS)
-    for i in range(a.size):
-        carry = np.uint64(0)
-        for j in range(b.size):
-            if i + j < product.size:
-                total = a[i] * b[j] + product[i + j] + carry
-                product[i + j] = total & mask
-                carry = total >> bits
-        if i + b.size < product.size:
-            product[i + b.size] = carry
-
-
-@plain
-def _subtract(a, b):
-    """Subtract b from a in place, where a ≥ b."""
-    borrow = np.int64(0)
-    for k in range(a.size):
-        total = np.int64(a[k]) - (np.int64(b[k]) if k < b.size else np.int64(0)) + borrow
-        a[k] = np.uint64(total & _MASK)
-        borrow = total >> BITS
-
-
-@plain
-def _quotient(a, n, exponent, space):
-    """Return a/n·2^exponent, correctly rounded, for n < 2^32."""
-    quotient, rest = space[: a.size + 3], np.uint64(0)  # three digits after the point, so that 64 bits are there
-    for i in range(quotient.size):
-        k = a.size - 1 - i
-        total = (rest << np.uint64(BITS)) | (a[k] if k >= 0 else np.uint64(0))
-        quotient[k + 3] = total // n
-        rest = total - quotient[k + 3] * n
-    return _round(quotient, rest != np.uint64(0), exponent - 3 * BITS)
-
-
-@plain
-def _round(digits, rest, exponent):
-    """Return digits·2^exponent (and a little more, where `rest` is True) as a correctly rounded float64."""
-    last = digits.size - 1
-    while last >= 0 and digits[last] == np.uint64(0):
-        last -= 1
-    if last < 0:
-        return 0.0
-    empty = 0  # zero bits before the first one, of the last digit
-    while digits[last] >> np.uint64(BITS - 1 - empty) == np.uint64(0):
-        empty += 1
-    high = digits[last] << np.uint64(BITS)
-    high |= digits[last - 1] if last > 0 else np.uint64(0)
-    below = digits[last - 2] if last > 1 else np.uint64(0)
-    top = (high << np.uint64(empty)) | (below >> np.uint64(BITS - empty))  # 64 bits
-    rest = rest or (below << np.uint64(empty)) & np.uint64(_MASK) != np.uint64(0)
-    for k in range(last - 2):
-        rest = rest or digits[k] != np.uint64(0)
-    whole, beyond, half = top >> np.uint64(11), top & np.uint64(0x7FF), np.uint64(0x400)
-    if beyond > half or (beyond == half and (rest or whole & np.uint64(1) == np.uint64(1))):
-        whole += np.uint64(1)
-    return math.ldexp(np.float64(np.int64(whole)), BITS * (last - 1) - empty + 11 + exponent)
-
-
-@plain
-def _special(kinds):
-    """Return the sum of the values that are not finite; 0 where there is none."""
-    if kinds[0] > 0 or (kinds[1] > 0 and kinds[2] > 0):
-        return np.nan
-    if kinds[1] > 0:
-        return np.inf
-    return -np.inf if kinds[2] > 0 else 0.0
-
-
-@plain
-def _mean_and_m2(limbs, n):
-    """(E1) mean and m2 of n < 2^32 values of a channel, correctly rounded: m2 = (n·Σx² − (Σx)²)/n."""
-    special = _special(limbs[_VK0 : _VK0 + KINDS])
-    if special != 0.0:  # NaN as well
-        return special, np.nan
-    space = np.empty(SPACE, np.uint64)
-    total, square, number = space[0, : VALUE_LIMBS + 2], space[1, : PRODUCT_LIMBS + 2], space[2, :1]
-    negative = _digits(limbs[_V0 : _V0 + VALUE_LIMBS], total)
-    _digits(limbs[_P0 : _P0 + PRODUCT_LIMBS], square)
-    number[0] = np.uint64(n)
-    scaled, of_total = space[3, : PRODUCT_LIMBS + 4], space[4, : PRODUCT_LIMBS + 4]
-    _multiply(square, number, scaled)
-    _multiply(total, total, of_total)
-    _subtract(scaled, of_total)
-    mean, m2 = _quotient(total, number[0], VALUE_UNIT, space[5]), _quotient(scaled, number[0], PRODUCT_UNIT, space[5])
-    return -mean if negative else mean, m2
-
-
-@plain
-def _sums_of_channel(limbs, mean):
-    """(E5) Σu and Σu·(x−mean) = Σu·x − mean·Σu of a channel, correctly rounded; 2^-200 ≤ |mean| < 2^128, or 0."""
-    space = np.empty(SPACE, np.uint64)
-    total, product = space[0, : VALUE_LIMBS + 2], space[1, : PRODUCT_LIMBS + 2]
-    negative = _digits(limbs[_V0 : _V0 + VALUE_LIMBS], total)
-    value = _special(limbs[_VK0 : _VK0 + KINDS])
-    if value == 0.0:
-        value = _round(total, False, VALUE_UNIT)
-        value = -value if negative else value
-    special = _special(limbs[_PK0 : _PK0 + KINDS])
-    if special != 0.0:
-        return value, special
-    negative_product = _digits(limbs[_P0 : _P0 + PRODUCT_LIMBS], product)
-    part, exponent = math.frexp(abs(mean))
-    whole = np.int64(math.ldexp(part, 53))
-    factor = space[2, :2]
-    factor[0], factor[1] = np.uint64(whole & _MASK), np.uint64(whole >> BITS)
-    taken = space[3, : VALUE_LIMBS + 4]
-    _multiply(total, factor, taken)
-    # the unit of `taken` is 2^(exponent - 53 + VALUE_UNIT): bring both to the smaller unit
-    shift = exponent - 53 + VALUE_UNIT - PRODUCT_UNIT if mean != 0.0 else 0
-    difference = space.view(np.int64)[4]
-    difference[:] = 0
-    _add_shifted(difference, product, max(-shift, 0), -1 if negative_product else 1)
-    _add_shifted(difference, taken, max(shift, 0), 1 if negative != (mean < 0) else -1)
-    result = space[5]
-    negative = _digits(difference, result)
-    spread = _round(result, False, PRODUCT_UNIT + min(shift, 0))
-    return value, -spread if negative else spread
-
-
-@plain
-def _add_shifted(limbs, digits, shift, sign):
-    """Add sign·digits·2^shift to limbs."""
-    place, bits = shift // BITS, np.uint64(shift % BITS)
-    for k in range(digits.size):
-        low, high = digits[k] << bits, np.int64(0)
-        high = np.int64(low >> np.uint64(BITS))
-        if k + place < limbs.size:
-            limbs[k + place] += sign * np.int64(low & np.uint64(_MASK))
-        if k + place + 1 < limbs.size:
-            limbs[k + place + 1] += sign * high
-
-
-# ---- The usual way from limbs to statistics: pairs of float64, in many channels at once ------------------------------
+# ---- From limbs to statistics: pairs of float64, in many channels at once --------------------------------------------
 # A pair high + low is within 2^-100 of a number, relatively. Where no error of that size changes the nearest float64,
-# the result is correctly rounded; the other channels are left to the digits above.
+# the result is sure to be correctly rounded. The other channels, few of usual data, are left to Python's integers.
 
 _ERROR = 2.0**-96
 
@@ -749,46 +595,43 @@ def _set_sure(record, c0, sure):
 
 
 @plain
-def _finish_moments(record, c0, c1, n, mean, m2):
+def _finish_moments(record, c0, c1, n, mean, m2, sure):
     """(E1) Set mean and m2, from the record (rows, C) of Σx and Σx²: m2 = (n·Σx² − (Σx)²)/n."""
-    pairs, sure, number = np.empty((4, c1 - c0)), np.empty(c1 - c0, np.bool_), np.float64(n)
+    pairs, number = np.empty((4, c1 - c0)), np.float64(n)
+    mean, m2, sure = mean[c0:c1], m2[c0:c1], sure[c0:c1]
     _set_sure(record, c0, sure)
     _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
     _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
-    for j in range(c1 - c0):
+    for j in range(mean.size):
         total, low = pairs[0, j], pairs[1, j]
-        mean[c0 + j], sure_mean = _divided(total, low, abs(total) * _ERROR, number)
+        mean[j], sure_mean = _divided(total, low, abs(total) * _ERROR, number)
         scaled, scaled_low = _two_product(pairs[2, j], number)
         square, square_low = _two_product(total, total)
         spread, error = _two_sum(scaled, -square)
         rest = error + ((scaled_low + pairs[3, j] * number) - (square_low + 2 * total * low))
         spread, rest = _two_sum(spread, rest)
-        m2[c0 + j], sure_m2 = _divided(spread, rest, scaled * _ERROR, number)
+        m2[j], sure_m2 = _divided(spread, rest, scaled * _ERROR, number)
         sure[j] &= sure_mean & sure_m2
-    for j in range(c1 - c0):
-        if not sure[j]:
-            mean[c0 + j], m2[c0 + j] = _mean_and_m2(record[:, c0 + j], n)
 
 
 @plain
-def _finish_sums(record, c0, c1, mean, s, q):
+def _finish_sums(record, c0, c1, mean, s, q, sure):
     """(E5) Set Σu and Σu·(x−mean) = Σu·x − mean·Σu, from the record (rows, C) of Σu and Σu·x."""
-    pairs, sure = np.empty((4, c1 - c0)), np.empty(c1 - c0, np.bool_)
+    pairs = np.empty((4, c1 - c0))
+    mean, s, q, sure = mean[c0:c1], s[c0:c1], q[c0:c1], sure[c0:c1]
     _set_sure(record, c0, sure)
     _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
     _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
-    for j in range(c1 - c0):
+    for j in range(mean.size):
         total, low, product = pairs[0, j], pairs[1, j], pairs[2, j]
-        s[c0 + j], sure_s = _nearest(total, low, abs(total) * _ERROR)
-        taken, taken_low = _two_product(mean[c0 + j], total)
+        s[j], sure_s = _nearest(total, low, abs(total) * _ERROR)
+        taken, taken_low = _two_product(mean[j], total)
         spread, error = _two_sum(product, -taken)
-        rest = error + (pairs[3, j] - (taken_low + mean[c0 + j] * low))
+        rest = error + (pairs[3, j] - (taken_low + mean[j] * low))
         spread, rest = _two_sum(spread, rest)
-        q[c0 + j], sure_q = _nearest(spread, rest, (abs(product) + abs(taken)) * _ERROR)
-        sure[j] &= sure_s & sure_q
-    for j in range(c1 - c0):
-        if not sure[j]:
-            s[c0 + j], q[c0 + j] = _sums_of_channel(record[:, c0 + j], mean[c0 + j])
+        q[j], sure_q = _nearest(spread, rest, (abs(product) + abs(taken)) * _ERROR)
+        usual = mean[j] == 0.0 or abs(mean[j]) > 2.0**-230  # otherwise the errors of a product may be 0
+        sure[j] &= sure_s & sure_q & usual
 
 
 # ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself --------------------
@@ -802,12 +645,10 @@ def _uncontracted(run: Any) -> Any:
     return plain(copy)
 
 
-affine_of_planes, affine_of_lines = (
-    _map_along(_uncontracted(_affine_along)),
-    _map_across(_uncontracted(_affine_across)),
-)
+affine_of_planes = _map_along(_uncontracted(_affine_along))
+affine_of_lines = _map_across(_uncontracted(_affine_across), _uncontracted(_affine_across_4))
 affine2_of_planes = _map_along(_uncontracted(_affine2_along))
-affine2_of_lines = _map_across(_uncontracted(_affine2_across))
+affine2_of_lines = _map_across(_uncontracted(_affine2_across), _uncontracted(_affine2_across_4))
 
 # ---- Stages ----------------------------------------------------------------------------------------------------------
 # A thread adds its tiles to a record that it borrows: a group has as many as tiles, of which few are ever used.
@@ -834,18 +675,18 @@ def _add_records(cut, group, c0, c1, borrowed, records, record):
                     record[row, c] = records[k, row, c] + (0 if k == 0 else record[row, c])
 
 
-def _moments(part, group, cut, borrowed, records, record, mean, m2):
+def _moments(part, group, cut, borrowed, records, record, mean, m2, sure):
     """(E1, E10) The record of the group; mean and m2."""
     c0, c1 = _span(cut, group, part)
     _add_records(cut, group, c0, c1, borrowed, records, record)
-    _finish_moments(record, c0, c1, cut.n, mean, m2)
+    _finish_moments(record, c0, c1, cut.n, mean, m2, sure)
 
 
-def _gradients(part, group, cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, a, b, c):
+def _gradients(part, group, cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, sure, a, b, c):
     """(E5, E6) dweight, dbias, and the coefficients of dx."""
     c0, c1 = _span(cut, group, part)
     _add_records(cut, group, c0, c1, borrowed, records, record)
-    _finish_sums(record, c0, c1, mean, dbias, dweight)
+    _finish_sums(record, c0, c1, mean, dbias, dweight, sure)
     _set_gradients(c0, c1, cut.n, rstd, weight, dweight, dbias, a, b, c)
 
 
@@ -887,7 +728,8 @@ def _records(cut, record):
     return borrowed, np.empty((cut.tiles, ROWS, cut.channels), np.int64)
 
 
-def _sums_alone(at, words, u, x, cut, squares, means, record):
+def _sums_alone(at, words, u, x, numbers, squares, means, record):
+    cut = _cut_of(numbers)
     work, sums, total = at
     borrowed, records = _records(cut, record)
     board = _board(cut)
@@ -898,29 +740,31 @@ def _sums_alone(at, words, u, x, cut, squares, means, record):
     _do(words, cut, work, stages, board, (borrowed, records))
 
 
-def _forward(at, words, x, cut, weight, bias, eps, record, mean, m2, rstd, out, in_place):
+def _forward(at, words, x, numbers, weight, bias, eps, record, mean, m2, sure, rstd, out, in_place):
     """(E1, E3) Set the record, mean, m2 and rstd, and write y = weight·xhat + bias."""
+    cut = _cut_of(numbers)
     work, sums, moments, normalized, affine = at
     borrowed, records = _records(cut, record)
     board, memory = _board(cut), np.empty((2, cut.channels))
     a, c = memory[0], memory[1]
     stages = (
         (sums, place((x, x, cut, True, mean, borrowed, records)), cut.tiles, ONWARDS),
-        (moments, place((cut, borrowed, records, record, mean, m2)), _parts(cut), ONWARDS),
+        (moments, place((cut, borrowed, records, record, mean, m2, sure)), _parts(cut), ONWARDS),
         (normalized, place((cut, m2, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
         (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, (borrowed, records, memory))
 
 
-def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in_place):
+def _backward(at, words, dy, x, numbers, mean, rstd, weight, dweight, dbias, sure, out, in_place):
     """(E5, E6) Set dweight and dbias, and write dx."""
+    cut = _cut_of(numbers)
     work, sums, gradients, affine2 = at
     record = np.empty((ROWS, cut.channels), np.int64)
     borrowed, records = _records(cut, record)
     board, memory = _board(cut), np.empty((3, cut.channels))
     a, b, c = memory[0], memory[1], memory[2]
-    found = (cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, a, b, c)
+    found = (cut, borrowed, records, record, mean, rstd, weight, dweight, dbias, sure, a, b, c)
     stages = (
         (sums, place((dy, x, cut, False, mean, borrowed, records)), cut.tiles, ONWARDS),
         (gradients, place(found), _parts(cut), ONWARDS),
@@ -929,14 +773,14 @@ def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in
     _do(words, cut, work, stages, board, (borrowed, record, records, memory))
 
 
-def _all_moments(record, n, mean, m2):
+def _all_moments(record, n, mean, m2, sure):
     """(E1) Set mean and m2 of every channel."""
-    _finish_moments(record, 0, mean.size, n, mean, m2)
+    _finish_moments(record, 0, mean.size, n, mean, m2, sure)
 
 
-def _all_sums(record, mean, s, q):
+def _all_sums(record, mean, s, q, sure):
     """(E5) Set Σu and Σu·(x−mean) of every channel."""
-    _finish_sums(record, 0, mean.size, mean, s, q)
+    _finish_sums(record, 0, mean.size, mean, s, q, sure)
 
 
 class _Compiled(Compiled):
@@ -944,43 +788,50 @@ class _Compiled(Compiled):
 
     def __init__(self, stored: types.Type) -> None:
         super().__init__(stored)
-        x, out, number, eps = _READ(stored), _WRITE(stored), types.intp, types.float64
+        x, out, number, numbers = _READ(stored), _WRITE(stored), types.intp, _READ(types.int64)
         given, found = _READ(types.float64), _WRITE(types.float64)
         record, records = _WRITE(types.int64, ndim=2), _WRITE(types.int64, ndim=3)
+        sure = _WRITE(types.boolean)
         usual = self._stages, self._jobs
         self._stages = {
             "sums": (_sums, (x, x, _CUT, types.boolean, given, _WORDS, records)),
             "total": (_total, (_CUT, _WORDS, records, record)),
-            "moments": (_moments, (_CUT, _WORDS, records, record, found, found)),
+            "moments": (_moments, (_CUT, _WORDS, records, record, found, found, sure)),
             "normalized": usual[0]["normalized"],
-            "gradients": (_gradients, (_CUT, _WORDS, records, record, given, given, given, *(found,) * 5)),
+            "gradients": (
+                _gradients,
+                (_CUT, _WORDS, records, record, *(given,) * 3, found, found, sure, *(found,) * 3),
+            ),
             "affine": (_affine, usual[0]["affine"][1]),
             "affine2": (_affine2, usual[0]["affine2"][1]),
         }
         self._jobs = {
-            "sums": (_sums_alone, (x, x, _CUT, types.boolean, given, record), ("sums", "total")),
+            "sums": (_sums_alone, (x, x, numbers, types.boolean, given, record), ("sums", "total")),
             "affine": usual[1]["affine"],
             "affine2": usual[1]["affine2"],
             "forward": (
                 _forward,
-                (x, _CUT, given, given, eps, record, found, found, found, out, number),
+                (x, numbers, given, given, types.float64, record, found, found, sure, found, out, number),
                 ("sums", "moments", "normalized", "affine"),
             ),
             "backward": (
                 _backward,
-                (x, x, _CUT, given, given, given, found, found, out, number),
+                (x, x, numbers, given, given, given, found, found, sure, out, number),
                 ("sums", "gradients", "affine2"),
             ),
         }
 
 
 _compiled = functools.cache(lambda dtype: _Compiled(_STORED[dtype]))
-_RECORD = _READ(types.int64, ndim=2)
+_FOUND, _GIVEN = (*(_WRITE(types.float64),) * 2, _WRITE(types.boolean)), _READ(types.int64, ndim=2)
 
 
 @functools.cache
-def _finishing(function: Any, *types_: types.Type) -> Any:
-    return _compile(function, types_)
+def _finishing(name: str) -> Any:
+    """Return the entry for records alone."""
+    if name == "moments":
+        return _compile(_all_moments, (_GIVEN, types.intp, *_FOUND))
+    return _compile(_all_sums, (_GIVEN, _READ(types.float64), *_FOUND))
 
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
@@ -999,32 +850,26 @@ def products(u: Array, x: Array, mean: Array) -> Array:
 def _record(job: _Job, of_squares: bool, mean: Array) -> Array:
     record = np.zeros((ROWS, job.cut.channels), np.int64)
     if job.cut.n:
-        job.code.sums(job.words, job.u, job.x, job.cut, of_squares, mean, record)
+        job.code.sums(job.words, job.u, job.x, job.numbers, of_squares, mean, record)
     return record
 
 
 def mean_and_m2(record: Array, n: int) -> Array:
     """(E1) mean and m2 (2, C) of n values, correctly rounded, from the record of Σx and Σx²."""
-    if not 0 < n < 2**32:
-        return exact.mean_and_m2(record, n)
-    result, found = np.empty((2, record.shape[1])), _WRITE(types.float64)
-    _finishing(_all_moments, _RECORD, types.intp, found, found)(contiguous(record), n, *result)
+    result, sure = np.empty((2, record.shape[1])), np.empty(record.shape[1], np.bool_)
+    _finishing("moments")(contiguous(record), n, *result, sure)
+    if not sure.all():
+        result[:, ~sure] = exact.mean_and_m2(record[:, ~sure], n)
     return result
 
 
 def sums(record: Array, mean: Array) -> Array:
     """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded, from the record of Σu and Σu·x and mean (C,)."""
-    if not _is_usual(mean):
-        return exact.sums(record, mean)
-    result, found = np.empty((2, record.shape[1])), _WRITE(types.float64)
-    _finishing(_all_sums, _RECORD, _READ(types.float64), found, found)(contiguous(record), mean, *result)
+    result, sure = np.empty((2, record.shape[1])), np.empty(record.shape[1], np.bool_)
+    _finishing("sums")(contiguous(record), mean, *result, sure)
+    if not sure.all():
+        result[:, ~sure] = exact.sums(record[:, ~sure], mean[~sure])
     return result
-
-
-def _is_usual(mean: Array) -> bool:
-    """Return True if the compiled digits hold every mean; other means are fixed statistics far from all data."""
-    size = np.abs(mean)
-    return bool(((size == 0) | ~np.isfinite(size) | ((size >= 2.0**-230) & (size < 2.0**128))).all())
 
 
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
@@ -1032,7 +877,7 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
     job = _Job(x, entries=_compiled)
     job.write_to(x, out)
     if job.cut.n:
-        job.code.affine(job.words, job.x, job.cut, mean, a, c, job.y, job.in_place)
+        job.code.affine(job.words, job.x, job.numbers, mean, a, c, job.y, job.in_place)
     return job.result
 
 
@@ -1041,34 +886,44 @@ def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: 
     job = _Job(x, u, entries=_compiled)
     job.write_to(x, out)
     if job.cut.n:
-        job.code.affine2(job.words, job.u, job.x, job.cut, mean, a, b, c, job.y, job.in_place)
+        job.code.affine2(job.words, job.u, job.x, job.numbers, mean, a, b, c, job.y, job.in_place)
     return job.result
 
 
 def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Moments, Array, Array] | None:
-    """(E1, E3) The moments of x (N, C, S), rstd (C,) and y; None for no values, or too many for the digits here."""
+    """(E1, E3) The moments of x (N, C, S), rstd (C,) and y; None for no values, and for `out` over x."""
     job = _Job(x, entries=_compiled)
-    if not 0 < job.cut.n < 2**32:
-        return None
     job.write_to(x, out)
-    weight = np.ones(job.cut.channels) if weight is None else weight
-    bias = np.zeros(job.cut.channels) if bias is None else bias
+    if not job.cut.n or job.in_place:
+        return None
+    ones = np.ones(job.cut.channels) if weight is None else weight
+    zeros = np.zeros(job.cut.channels) if bias is None else bias
     (mean, m2, rstd), record = job.vectors(3), np.empty((ROWS, job.cut.channels), np.int64)
-    job.code.forward(job.words, job.x, job.cut, weight, bias, eps, record, mean, m2, rstd, job.y, job.in_place)
-    return Moments(job.cut.n, mean, m2, record=record), rstd, job.result
+    sure = np.empty(job.cut.channels, np.bool_)
+    found = record, mean, m2, sure, rstd
+    job.code.forward(job.words, job.x, job.numbers, ones, zeros, eps, *found, job.y, job.in_place)
+    if sure.all():
+        return Moments(job.cut.n, mean, m2, record=record), rstd, job.result
+    this: Any = sys.modules[__name__]
+    batch = exact.moments_of(this, record, job.cut.n, x)
+    return batch, *reference.forward_of_part(this, x, batch, weight, bias, eps, job.result)
 
 
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array] | None:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and the mean of x; None for no values."""
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and the mean of x; None as for a forward.
+
+    None as well where Python's integers are needed.
+    """
     job = _Job(x, dy, entries=_compiled)
-    if not 0 < job.cut.n < 2**32:
-        return None
     job.write_to(x, out)
+    if not job.cut.n or job.in_place:
+        return None
     weight = np.ones(job.cut.channels) if weight is None else weight
-    dweight, dbias = job.vectors(2)
-    job.code.backward(job.words, job.u, job.x, job.cut, mean, rstd, weight, dweight, dbias, job.y, job.in_place)
-    return job.result, dweight, dbias
+    (dweight, dbias), sure = job.vectors(2), np.empty(job.cut.channels, np.bool_)
+    found = dweight, dbias, sure
+    job.code.backward(job.words, job.u, job.x, job.numbers, mean, rstd, weight, *found, job.y, job.in_place)
+    return (job.result, dweight, dbias) if sure.all() else None
