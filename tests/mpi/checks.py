@@ -435,10 +435,10 @@ def integers() -> None:
                 assert found == wanted or not exact
     assert usual_differs  # the control
     notes: list[str] = []
-    layer = arraybn.SyncBatchNorm(3, exact=True, process_group=Counting(WORLD.Dup(), notes))
+    layer = arraybn.SyncBatchNorm(300, exact=True, process_group=Counting(WORLD.Dup(), notes))
     for call in (layer, layer, layer.backward):  # of which the first duplicates the communicator
         notes.clear()
-        call(np.ones((2, 3), "f4") + RANK)
+        call(np.ones((2, 300), "f4") + RANK)
     assert notes == ["Iallreduce"] * 2, notes  # the frame and the record
 
 
