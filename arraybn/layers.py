@@ -654,7 +654,8 @@ class SyncBatchNorm(_BatchNorm, OfRanks):
     Attributes
     ----------
     weight, bias, running_mean, running_var, num_batches_tracked
-        As in `BatchNorm1d`. The gradients of weight and bias are local sums, as in PyTorch.
+        As in `BatchNorm1d`. The gradients of weight and bias are local sums, as in PyTorch; `average_gradients` adds
+        those of all ranks, with exact=True in both places without rounding.
     process_group, timeout
         As given; both may be changed.
 

@@ -247,8 +247,8 @@ def draw_sync(jobs: Sequence[Mapping[str, Any]], here: Mapping[str, Any], path: 
 
 def _draw_sync(axes: Axes, jobs: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> None:
     found = {job["ranks"]: job["rows"] for job in jobs if job["ranks"] > 1}
-    for channels, style in CHANNELS.items():
-        for scheme, color in SCHEME_COLORS.items():
+    for scheme, color in SCHEME_COLORS.items():
+        for channels, style in CHANNELS.items():
             wanted = channels, scheme
             values = [
                 value([row for row in rows if (row["channels"], row["scheme"]) == wanted]) for rows in found.values()
