@@ -160,9 +160,10 @@ def batch_norm(
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
     exact : bool
         True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
-        statistics and gradients have the same bits for any order of the samples, any number of threads and any kernels;
-        y, dx and the statistics also for any split into parts or ranks, and dweight and dbias of ranks after
-        `average_gradients(…, weight=None, exact=True)`. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
+        statistics and gradients have the same bits for any order of the samples, any number of threads and any
+        kernels. A split into parts or ranks changes no bit of y, dx or the statistics, nor of dweight and dbias after
+        `average_gradients(…, weight=None, exact=True)`. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary
+        sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
@@ -481,7 +482,7 @@ def batch_norm_sums(
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
             (v_weight,) = widened_vectors(saved, v_weight=v_weight)
             sums = reference.second_sums(backend, v, dy, x, mean, v_weight, where)
-        return Sums(n, array_namespace(x).stack(sums), tangent, record)
+        return Sums(n, array_namespace(x).stack(sums), tangent, record, None if record is None else mean)
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------
