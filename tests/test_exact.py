@@ -260,7 +260,7 @@ def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks(monkeypatch: Any) 
     need("numba")
     need("sklearn")
     digits = load_digits(0)
-    digits = digits._replace(train_images=digits.train_images[:90], train_labels=digits.train_labels[:90])
+    digits = digits._replace(train_images=digits.train_images[:60], train_labels=digits.train_labels[:60])
 
     def work(comm: Any) -> str:
         return checksum(trained(digits, 0, 1, comm.rank, comm.size, comm))
