@@ -669,6 +669,23 @@ def test_parameters_and_gradients_travel_through_the_host(cupy: Any) -> None:
     assert ThreadComm.run(2, work) == [([1.0] * 3, [3.0] * 3, None)] * 2
 
 
+def test_exact_gradients_of_ranks_have_the_bits_of_the_host(cupy: Any) -> None:
+    x, dy = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+
+    def work(comm: Any, xp: Any = np) -> Any:
+        with cupy.cuda.Device(comm.rank % 2):
+            layer = arraybn.SyncBatchNorm(3, exact=True, comm=comm, xp=xp)
+            part = slice(0, 2) if comm.rank == 0 else slice(2, None)
+            for _ in range(2):
+                layer(xp.asarray(x[part]))
+                layer.backward(xp.asarray(dy[part]))
+            arraybn.average_gradients(layer, comm, weight=None, exact=True)
+            assert xp is np or layer.bias.grad.device.id == comm.rank % 2
+            return layer.weight.grad.tolist(), layer.bias.grad.tolist()
+
+    assert ThreadComm.run(2, lambda comm: work(comm, cupy)) == ThreadComm.run(2, work)
+
+
 @pytest.mark.parametrize("served", ["reference", "cuda"])
 def test_everything_holds_under_mpirun_on_three_ranks_that_share_two_gpus(served: str) -> None:
     need("mpi4py")
