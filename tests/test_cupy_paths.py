@@ -177,6 +177,13 @@ def test_a_short_step_has_the_bits_of_one_with_all_checks_and_writes_into_no_old
         np.testing.assert_array_equal(short.get(), checked.get())
 
 
+def with_terms(parameter: Any, gradient: Any) -> None:
+    """Give the parameter a gradient that has a term, as an exact backward does."""
+    parameter.grad = None
+    parameter.accumulate(gradient, [gradient])
+    assert parameter.terms
+
+
 CHANGES: dict[str, Any] = {  # between two steps
     "a weight of an optimizer": lambda layer, cupy: setattr(layer.weight, "data", layer.weight.data * 2),
     "a weight of another dtype": lambda layer, cupy: setattr(layer.weight, "data", cupy.full(3, 2.0)),
@@ -193,6 +200,7 @@ CHANGES: dict[str, Any] = {  # between two steps
     "loaded": lambda layer, cupy: layer.load_state_dict(arraybn.BatchNorm2d(3, eps=7).state_dict()),
     "a gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2, dtype="f4")),
     "a wide gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2.0)),
+    "a gradient with terms": lambda layer, cupy: with_terms(layer.weight, cupy.full(3, 2, dtype="f4")),
     "a shared bias": lambda layer, cupy: setattr(layer, "bias", layer.weight),
     "another size": lambda layer, cupy: layer(cupy.asarray(X[:2])),
     "another dtype": lambda layer, cupy: layer(cupy.asarray(X.astype("f2"))),
@@ -212,6 +220,7 @@ def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> N
                 if step == 1:
                     CHANGES[change](layer, cupy)
         grads = [p.grad for p in layer.parameters()]
+        assert all(p.terms is None for p in layer.parameters())
         found.append([*results, *layer.state_dict().values(), *grads])
     for short, checked in zip(*found, strict=True):
         assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
