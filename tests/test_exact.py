@@ -392,6 +392,18 @@ def test_gradients_that_are_none_weightless_or_not_finite_count_as_in_the_usual_
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("options", [{"exact": (True, False)}, {"weight": (1, None)}])
+def test_ranks_agree_on_the_way_in_which_gradients_are_added(options: dict[str, Any]) -> None:
+    def work(comm: Any) -> str:
+        own = {"weight": 1, **{name: values[comm.rank] for name, values in options.items()}}
+        with pytest.raises(arraybn.SyncError) as caught:
+            arraybn.average_gradients(arraybn.BatchNorm1d(2), comm, **own)
+        return str(caught.value)
+
+    (name,) = options
+    assert all(f"disagree on {name}" in text for text in ThreadComm.run(2, work))
+
+
 def test_x2_gradients_of_several_backwards_are_those_of_one_rank() -> None:
     """Three batches, their gradients added up: each sum and each sum of sums is independent of the split."""
     x, dy, weight, bias = drawn(1, (30, 3), np.random.default_rng(0).normal(size=(30, 3)))
