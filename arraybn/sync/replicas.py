@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -137,6 +137,8 @@ def average_gradients(
     call = begin(exchange_over("comm", comm), frames.AVERAGE, "the model", settings)
     with call or nullcontext():  # an error inside goes to all ranks
         timeout = as_timeout(timeout)
+        if call is not None:
+            call.timeout = timeout
         _check_module(model)
         weight = _as_weight(weight, as_flag("exact", exact))
         for name, parameter in parameters.items():
@@ -144,23 +146,27 @@ def average_gradients(
         if call is None and (weight is not None or not exact):
             return
         part: Any = _record if exact else _weighted
-        together: Any = exact_sums.mean_of_values if exact else np.divide
+        there = _there(parameters.values(), exact)
         own = [part(name, parameter, weight) for name, parameter in parameters.items()]
-        there = [parameter.grad is not None for parameter in parameters.values()]
-        numbers = np.concatenate([np.asarray(there, np.int64), *(array.reshape(-1) for array in own)])
-        total = 0.0
-        if call is not None:
-            call.timeout = timeout
-            total = call.add(weight or 0, numbers)
-        divisor = (int(total) if exact else total) or 1
-        there, *sums = _split(numbers, [len(own), *(array.size for array in own)])
-        known = [item for item in zip(parameters.items(), sums, own, there, strict=True) if item[-1]]
+        numbers = np.ascontiguousarray(np.concatenate([there, *own], axis=-1))
+        total = 0 if call is None else call.add(weight or 0, numbers)
+        together: Any = exact_sums.mean_of_values if exact else np.divide
+        means = together(numbers[..., len(own) :], int(total) or 1 if exact else total or 1)
+        parts = zip(parameters.items(), _split(means, [array.shape[-1] for array in own]), strict=True)
         new = [
-            _like(name, together(flat.reshape(array.shape), divisor).reshape(p.data.shape), p.data)
-            for (name, p), flat, array, _ in known
+            (parameter, _like(name, mean.reshape(parameter.data.shape), parameter.data))
+            for ((name, parameter), mean), ranks in zip(parts, numbers.reshape(-1), strict=False)
+            if ranks
         ]
-        for ((_, parameter), *_), gradient in zip(known, new, strict=True):
+        for parameter, gradient in new:
             parameter.grad = gradient
+
+
+def _there(parameters: Iterable[Parameter], exact: bool) -> Array:
+    """Return 1 for each parameter with a gradient, else 0, as a vector, or in each row of a record if `exact`."""
+    found = np.asarray([parameter.grad is not None for parameter in parameters], np.int64)
+    rows = (exact_sums.VALUE_LIMBS + exact_sums.KINDS,) if exact else ()
+    return np.broadcast_to(found, (*rows, found.size))
 
 
 def _check_module(model: object) -> None:
