@@ -177,6 +177,13 @@ def test_a_short_step_has_the_bits_of_one_with_all_checks_and_writes_into_no_old
         np.testing.assert_array_equal(short.get(), checked.get())
 
 
+def with_terms(parameter: Any, gradient: Any) -> None:
+    """Give the parameter a gradient that has a term, as an exact backward does."""
+    parameter.grad = None
+    parameter.accumulate(gradient, [gradient])
+    assert parameter.terms
+
+
 CHANGES: dict[str, Any] = {  # between two steps
     "a weight of an optimizer": lambda layer, cupy: setattr(layer.weight, "data", layer.weight.data * 2),
     "a weight of another dtype": lambda layer, cupy: setattr(layer.weight, "data", cupy.full(3, 2.0)),
@@ -193,6 +200,7 @@ CHANGES: dict[str, Any] = {  # between two steps
     "loaded": lambda layer, cupy: layer.load_state_dict(arraybn.BatchNorm2d(3, eps=7).state_dict()),
     "a gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2, dtype="f4")),
     "a wide gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2.0)),
+    "a gradient with terms": lambda layer, cupy: with_terms(layer.weight, cupy.full(3, 2, dtype="f4")),
     "a shared bias": lambda layer, cupy: setattr(layer, "bias", layer.weight),
     "another size": lambda layer, cupy: layer(cupy.asarray(X[:2])),
     "another dtype": lambda layer, cupy: layer(cupy.asarray(X.astype("f2"))),
@@ -212,6 +220,7 @@ def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> N
                 if step == 1:
                     CHANGES[change](layer, cupy)
         grads = [p.grad for p in layer.parameters()]
+        assert all(p.terms is None for p in layer.parameters())
         found.append([*results, *layer.state_dict().values(), *grads])
     for short, checked in zip(*found, strict=True):
         assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
@@ -667,6 +676,23 @@ def test_parameters_and_gradients_travel_through_the_host(cupy: Any) -> None:
             return layer.weight.data.tolist(), layer.bias.grad.tolist(), layer.weight.grad
 
     assert ThreadComm.run(2, work) == [([1.0] * 3, [3.0] * 3, None)] * 2
+
+
+def test_exact_gradients_of_ranks_have_the_bits_of_the_host(cupy: Any) -> None:
+    x, dy = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+
+    def work(comm: Any, xp: Any = np) -> Any:
+        with cupy.cuda.Device(comm.rank % 2):
+            layer = arraybn.SyncBatchNorm(3, exact=True, comm=comm, xp=xp)
+            part = slice(0, 2) if comm.rank == 0 else slice(2, None)
+            for _ in range(2):
+                layer(xp.asarray(x[part]))
+                layer.backward(xp.asarray(dy[part]))
+            arraybn.average_gradients(layer, comm, weight=None, exact=True)
+            assert xp is np or layer.bias.grad.device.id == comm.rank % 2
+            return layer.weight.grad.tolist(), layer.bias.grad.tolist()
+
+    assert ThreadComm.run(2, lambda comm: work(comm, cupy)) == ThreadComm.run(2, work)
 
 
 @pytest.mark.parametrize("served", ["reference", "cuda"])
