@@ -73,10 +73,19 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
 
 
+def cluster_kernels() -> tuple[Kernel, ...]:
+    """Return every kernel of clusters, for every dtype."""
+    names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
+    return tuple(
+        Kernel(f"{direction}_cluster_{blocks}", dtype, 16 // _ITEMSIZE[dtype], fused.CLUSTER_FILES, True)
+        for direction, blocks, dtype in names
+    )
+
+
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
     kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
-    kernels += [fused_kernels("forward"), fused_kernels("backward")]
+    kernels += [fused_kernels("forward"), fused_kernels("backward"), cluster_kernels()]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 
@@ -151,9 +160,10 @@ class Shim(launch.Launcher):
         self.libraries = [ctypes.CDLL(str(library)) for library in libraries]
         for library in self.libraries:
             library.shim_launch.restype = ctypes.c_char_p
-            library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
+            library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 6]
         self.names: dict[int, str] = {}  # of functions, and the library of each
         self._home: dict[int, Any] = {}
+        self._clusters: dict[int, int] = {}  # how many blocks are in a cluster of each function
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -192,6 +202,9 @@ class Shim(launch.Launcher):
         function = getattr(library, kernel.entry)
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         self.names[address], self._home[address] = kernel.entry, library
+        self._clusters[address] = 1
+        if hasattr(library, f"{kernel.entry}_blocks"):
+            self._clusters[address] = ctypes.c_uint.in_dll(library, f"{kernel.entry}_blocks").value
         return address, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
@@ -199,7 +212,8 @@ class Shim(launch.Launcher):
         with self._turn:
             self.launches.append((self.names[function], grid))
             size = grid.blocks, grid.threads, grid.shared
-            said = self._home[function].shim_launch(function, packed, *size, self.resident, self.seed)
+            order = self.resident, self.seed, self._clusters[function]
+            said = self._home[function].shim_launch(function, packed, *size, *order)
             if said:
                 raise RuntimeError(said.decode())
         for made, start, size in self._made:
@@ -210,8 +224,8 @@ class Shim(launch.Launcher):
 
 
 @contextlib.contextmanager
-def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
+def install(*libraries: Path, **options: int) -> Iterator[Shim]:
     """Let arraybn.kernels.cuda take NumPy arrays and run on the CPU."""
-    shim = Shim(library or build(tuple(all_kernels())), **options)
+    shim = Shim(*(libraries or [build(tuple(all_kernels()))]), **options)  # type: ignore[arg-type]
     with mock.patch.object(launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
         yield shim

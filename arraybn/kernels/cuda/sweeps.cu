@@ -75,11 +75,12 @@ struct Walk {
     int64 offset, place;  // of the values in the data, and of the item in its plane
     int64 offset_step, place_step, plane, next_plane;
 
-    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : plane(p.plane) {
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : Walk(p, channel, item, blockDim.x) {}
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item, int step) : plane(p.plane) {
         next_plane = p.stride - plane * WIDTH;
         split(p, item, offset, place);
         offset += channel * plane * WIDTH;
-        split(p, blockDim.x, offset_step, place_step);
+        split(p, step, offset_step, place_step);
     }
     DEVICE void split(const Parameters& p, int64 item, int64& offset, int64& place) const {
         const int64 planes = divide(item, p.by_plane);
