@@ -432,7 +432,7 @@ struct Pair;
 #define DYNAMIC_SHARED(name) unsigned char* name = shim::now->block->dynamic.data()
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
-#define CLUSTER_ENTRY(kernel, type, width, blocks)                                                                     \
+#define CLUSTER_KERNEL(kernel, type, width, blocks)                                                                    \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }           \
     extern "C" const unsigned kernel##_##type##_##width##_blocks = blocks;
 

@@ -39,7 +39,7 @@ def all_kernels() -> list[Kernel]:
     """Return every kernel of the sweeps over planes, for every dtype and width."""
     kernels = [
         Kernel(f"{sweep}_planes", dtype, width)
-        for sweep, dtype in itertools.product(kernel_modules.SWEEPS, _ITEMSIZE)
+        for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, "affine_fixed"), _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]

@@ -13,7 +13,7 @@ enum { MOST_WARPS = 16, MOST_PIECES = 8, MOST_BLOCKS = 8 };
 #define BOUNDS __launch_bounds__(MOST_WARPS * WARP, 1)
 #endif
 #undef ENTRY
-#define ENTRY(kernel, type, width) CLUSTER_ENTRY(kernel, type, width, kernel##_blocks)
+#define ENTRY(kernel, type, width) CLUSTER_KERNEL(kernel, type, width, kernel##_blocks)
 
 // The share of a cluster's items that some warps have, as a number of values.
 template <int WIDTH>

@@ -124,6 +124,26 @@ struct Affine {
     DEVICE Value of(Value x, Value) const { return fused(a, centre.from(x), c); }
 };
 
+// (E3, E7) The same with fixed statistics, in p.first and p.second.
+template <class T>
+struct AffineFixed : Affine<T> {
+    DEVICE AffineFixed() {}
+    DEVICE AffineFixed(const Parameters& p, int64 channel)
+        : Affine<T>(value_of(p.first, p.state_kind, channel), normalize(p, channel, rstd(p, channel))) {}
+    DEVICE static double rstd(const Parameters& p, int64 channel) {
+        return rstd_of(value_of(p.second, p.state_kind, channel), p.eps);
+    }
+    // Keeps the statistics and the weight of all channels in float64, for a backward.
+    DEVICE static void keep(const Parameters& p) {
+        const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64)gridDim.x * blockDim.x;
+        for (int64 channel = thread; channel < p.channels; channel += threads) {
+            p.mean[channel] = value_of(p.first, p.state_kind, channel);
+            p.rstd[channel] = rstd(p, channel);
+            p.kept_weight[channel] = weight_of(p, channel);
+        }
+    }
+};
+
 // A power of two near the root of |b|; 1 where that has none.
 DEVICE double half_way(double b) {
     const int exponent = (int)(double_to_bits(b) >> 52 & 0x7ff);

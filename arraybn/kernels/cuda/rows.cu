@@ -391,6 +391,10 @@ DEVICE void map_rows(const Parameters& p) {
     template <class T, int WIDTH> DEVICE void affine_##way(const Parameters& p) {                                      \
         map_rows<T, WIDTH, Affine<T>, ring>(p);                                                                        \
     }                                                                                                                  \
+    template <class T, int WIDTH> DEVICE void affine_fixed_##way(const Parameters& p) {                                \
+        AffineFixed<T>::keep(p);                                                                                       \
+        map_rows<T, WIDTH, AffineFixed<T>, ring>(p);                                                                   \
+    }                                                                                                                  \
     template <class T, int WIDTH> DEVICE void affine2_##way(const Parameters& p) {                                     \
         map_rows<T, WIDTH, Affine2<T>, ring>(p);                                                                       \
     }                                                                                                                  \

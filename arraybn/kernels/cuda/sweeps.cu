@@ -198,6 +198,11 @@ KERNEL(affine_planes, map_of_planes, Affine, map_task)
 KERNEL(affine2_planes, map_of_planes, Affine2, map_task)
 KERNEL(affine3_planes, map_of_planes, Affine3, map_task)
 
+template <class T, int WIDTH> DEVICE void affine_fixed_planes(const Parameters& p) {
+    AffineFixed<T>::keep(p);
+    map_of_planes<T, WIDTH, AffineFixed<T>>(p, map_task(p));
+}
+
 // (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
 template <class T, int WIDTH>
 DEVICE void running(const Parameters& p) {
@@ -209,8 +214,7 @@ DEVICE void running(const Parameters& p) {
     out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
 }
 
-// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then
-// rstd, where it is asked for, of the second.
+// x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each.
 template <class T, int WIDTH>
 DEVICE void vectors(const Parameters& p) {
     const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -221,5 +225,4 @@ DEVICE void vectors(const Parameters& p) {
     for (int k = 0; k < 4; ++k) {
         if (given[k]) out[k * p.channels] = (double)T::value(((const typename T::Stored*)given[k])[i]);
     }
-    if (p.rstd) p.rstd[i] = rstd_of(out[p.channels], p.eps);
 }

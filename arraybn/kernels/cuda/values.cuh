@@ -90,7 +90,7 @@ struct alignas(BYTES) Words {
     extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
         kernel<type, width>(p);                                                                                        \
     }
-#define CLUSTER_ENTRY(kernel, type, width, blocks)                                                                     \
+#define CLUSTER_KERNEL(kernel, type, width, blocks)                                                                    \
     extern "C" __global__ void __cluster_dims__(blocks, 1, 1)                                                          \
         BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                                       \
         kernel<type, width>(p);                                                                                        \
