@@ -2,9 +2,9 @@
 //
 // Each CUDA thread is a fiber with a stack of its own; one thread of the operating system switches between them where
 // they wait for each other, in a fixed order. Some blocks are alive at a time (`resident`), so that blocks may wait for
-// each other too; the blocks of a cluster begin together. What it finds: wrong indices and tails, threads that miss a barrier, misaligned accesses, counters
-// that are not reset, results that depend on the order of blocks. What it cannot find: races, missing fences, errors in
-// PTX, and how fast it is.
+// each other too; the blocks of a cluster begin together. What it finds: wrong indices and tails, threads that miss a
+// barrier, misaligned accesses, counters that are not reset, results that depend on the order of blocks. What it cannot
+// find: races, missing fences, errors in PTX, and how fast it is.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -287,8 +287,8 @@ struct Launch {
         }
     }
 
-    // One turn of each thread of a block; where copies arrive at once, the last warp is ahead of the others, and a block
-    // of a cluster goes on until it has to wait, so that it is ahead of those behind.
+    // One turn of each thread of a block. Where copies arrive at once, the last warp is ahead of the others, and a
+    // block of a cluster goes on until it has to wait, so that it is ahead of the blocks that come after it.
     void turn(unsigned place) {
         const unsigned threads = block_size.x;
         const bool before = progress;

@@ -76,18 +76,19 @@ struct Pieces {
     }
 };
 
-// Adds what this thread has of its warp's pieces; how many values that is.
+// Adds what this thread has of its warp's pieces; how many values that is. `started` sums keep their shift.
 template <class T, int WIDTH, class Sums>
-DEVICE int add_pieces(const Pieces<T, WIDTH, Sums::INPUTS>& pieces, int64 channel, uint32 phase, bool again, double mean,
-                      Sums& sums) {
+DEVICE int add_pieces(
+    const Pieces<T, WIDTH, Sums::INPUTS>& pieces, int64 channel, uint32 phase, bool started, Sums& sums) {
     const Parameters& p = pieces.p;
     int taken = 0;
-    if (again) sums.start(p, channel, mean);
     for (int k = 0; k < p.ahead; ++k) {
         const int items = pieces.items(k);
         if (items == 0) break;
         wait_for_phase(pieces.full + k, phase);
-        if (k == 0 && !again && pieces.lane < items) sums.start(p, channel, (double)pieces.item(0, 0, pieces.lane)[0]);
+        if (k == 0 && !started && pieces.lane < items) {
+            sums.start(p, channel, (double)pieces.item(0, 0, pieces.lane)[0]);
+        }
 #pragma unroll 4
         for (int i = pieces.lane; i < items; i += WARP) {
             const Item<T, WIDTH> x = pieces.item(k, 0, i), u = Sums::INPUTS == 2 ? pieces.item(k, 1, i) : x;
@@ -170,7 +171,8 @@ DEVICE void in_clusters(const Parameters& p) {
         Pair found = {0, 0};
         for (int pass = 0; pass < PASSES; ++pass, turn ^= 1) {  // (E1) of float64 twice, as sums_of_part
             Sums sums;
-            const int taken = add_pieces<T, WIDTH>(pieces, channel, phase, pass > 0, found.first, sums);
+            if (pass > 0) sums.start(p, channel, found.first);
+            const int taken = add_pieces<T, WIDTH>(pieces, channel, phase, pass > 0, sums);
             found = pooled<WIDTH>(p, channel, sums, taken, of_warps, of_blocks + turn * MOST_BLOCKS);
         }
         if (cluster_rank() == 0 && threadIdx.x == 0) Sums::finish(p, channel, found);
