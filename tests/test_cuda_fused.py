@@ -217,11 +217,13 @@ IN_CLUSTERS = {
     (256, 56, 4): "2×64, 4×64",
     (512, 28, 4): "1×128, 1×128",
     (1024, 14, 4): "1×128, 1×128",
-    (2048, 7, 4): "resident, resident",  # planes of 196 bytes: bulk copies are of 16 bytes
+    (2048, 7, 4): "1×512, 1×512",  # four planes of 196 bytes side by side: bulk copies are of 16 bytes
     (64, 112, 2): "4×64, 8×32",
     (256, 56, 2): "1×128, 2×64",
     (512, 28, 2): "1×128, 1×128",
-    (1024, 14, 2): "resident, resident",  # 392 bytes
+    (1024, 14, 2): "1×512, 1×512",  # two planes of 392 bytes
+    (2048, 7, 2): "1×256, 1×256",  # eight planes of 98 bytes
+    (2044, 7, 2): "resident, resident",  # no multiple of eight channels
     (64, 112, 8): "pipeline, pipeline",  # split, as there is no pipeline for float64
     (256, 56, 8): "4×64, 8×32",
 }
@@ -287,18 +289,21 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
 
 def assert_clusters_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
     """Assert that every item of a channel has a place, and every channel a cluster; `itemsize` is of all inputs."""
-    n, channels, groups, parts, items, part, plane, stride, columns, pieces = plan.numbers[:10]
+    n, channels, groups, parts, items, part, plane, stride, side, pieces = plan.numbers[:10]
     width, blocks = plan.kernel.width, int(plan.kernel.name.split("_")[-1])
-    assert (n, channels, groups, parts, columns) == (shape[0] * shape[2], shape[1], shape[1], 1, 1)
-    assert items * width == n
-    assert stride == plane * width * (channels if channels > 1 else 1)
-    assert width * itemsize % 16 == 0
-    assert (pieces, plan.grid.threads) == (fused.PIECES, 32 * fused.WARPS)
-    assert blocks * fused.WARPS * pieces * (part - 1) < items <= blocks * fused.WARPS * pieces * part
-    assert plan.grid.shared == fused.WARPS * pieces * part * width * itemsize <= has.shared - fused.ROOM
+    assert (n, channels, groups * side, parts) == (shape[0] * shape[2], shape[1], shape[1], 1)
+    assert items * width == n * side
+    assert stride == plane * width * (groups if channels > 1 else 1)
+    assert plane * width * itemsize % 16 == part * width * itemsize % 16 == 0
+    assert (side, part % plane) == (1, part % plane) if width > 1 else (side in (2, 4, 8), part % plane == 0)
+    warps = fused.WARPS if side == 1 else fused.SIDE_WARPS
+    assert (pieces, plan.grid.threads) == (fused.PIECES, 32 * warps)
+    assert blocks * warps * pieces * (part - plane) < items <= blocks * warps * pieces * part
+    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - fused.ROOM
     clusters = plan.grid.blocks // blocks
     assert plan.grid.blocks == clusters * blocks
-    assert 1 <= clusters <= min(channels, max(fused.WAVES[blocks] * has.multiprocessors // blocks, 1))
+    most = groups if side > 1 else max(fused.WAVES[blocks] * has.multiprocessors // blocks, 1)
+    assert 1 <= clusters <= min(groups, most)
     assert (plan.grid.partials, plan.grid.tickets) == (0, 0)
 
 
@@ -399,6 +404,9 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     ),
     "empty blocks count": ("        if (n > 0) Sums::pool(n, origin, of_b", "        Sums::pool(n, origin, of_b",
                            "blocks without values"),
+    "another channel of the group": ("(int)(channel % p.columns) * plane", "0", "planes side by side"),
+    "a run too short": ("item += run - plane;", "item += run - plane - 1;", "planes side by side"),
+    "values of a whole group": ("values / p.columns : values", "values : values", "odd planes side by side"),
     "a channel too far": ("(start.inside && start.row < Place", "(start.row < Place", "channels-last in groups"),
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the c
     "CLUSTERS": (fused, ((1, 2, 4, 8), (2, 4, 8), (4, 8), (8,))),
     "IN_CLUSTERS": (fused, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
     "WARPS": (fused, (8, 16)),
+    "SIDE_WARPS": (fused, (4, 8)),
     "PIECES": (fused, (2, 4, 8)),
     "WAVES": (fused, ({1: 1, 2: 1, 4: 1, 8: 1}, {1: 1, 2: 1, 4: 2, 8: 2}, {1: 2, 2: 2, 4: 2, 8: 2})),
     "L2_FRACTION": (fused, (0.4, 0.6, 0.8)),

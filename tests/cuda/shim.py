@@ -77,8 +77,9 @@ def cluster_kernels() -> tuple[Kernel, ...]:
     """Return every kernel of clusters, for every dtype."""
     names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
     return tuple(
-        Kernel(f"{direction}_cluster_{blocks}", dtype, 16 // _ITEMSIZE[dtype], fused.CLUSTER_FILES, True)
+        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True)
         for direction, blocks, dtype in names
+        for width in (16 // _ITEMSIZE[dtype], 1)
     )
 
 

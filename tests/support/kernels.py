@@ -145,7 +145,7 @@ SMALL = Device(multiprocessors=2, cache=2**40, shared=72 * 2**10, shared_in_all=
 LONELY = SMALL._replace(multiprocessors=1)
 
 
-FEW_WARPS: Any = {"WARPS": 2, "PIECES": 3}
+FEW_WARPS: Any = {"WARPS": 2, "SIDE_WARPS": 2, "PIECES": 3}
 
 
 class FusedCut(NamedTuple):
@@ -206,6 +206,8 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "short pieces": ("cluster", (37, 1, 16), SMALL, {**FEW_WARPS, "CLUSTERS": (4,)}),
         "a long plane in a cluster": ("cluster", (1, 2, 2056), SMALL, {**FEW_WARPS, "CLUSTERS": (8,)}),
         "blocks without values": ("cluster", (3, 2, 16), LONELY, {**FEW_WARPS, "CLUSTERS": (8,)}),
+        "planes side by side": ("cluster", (37, 16, 9), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
+        "odd planes side by side": ("cluster", (9, 24, 49), LONELY, FEW_WARPS),
         "the fewest blocks that fit": ("cluster", (40, 2, 512), SMALL._replace(shared=48 * 2**10), FEW_WARPS),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()

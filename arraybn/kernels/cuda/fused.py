@@ -8,9 +8,10 @@ shape, the dtype, the alignment and the GPU alone:
   blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
   a multiprocessor, or whole rows are faster;
 - **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, keep a channel in their shared
-  memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16. `plan` takes this way where a
-  sketch was measured to be faster (`IN_CLUSTERS`), unless two resident blocks fit into a multiprocessor, or more than
-  half of the multiprocessors would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
+  memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16, or 2, 4 or 8 planes side by
+  side that are so together. `plan` takes this way where a sketch was measured to be faster (`IN_CLUSTERS`; not of
+  planes side by side), unless two resident blocks fit into a multiprocessor, or more than half of the multiprocessors
+  would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
 - **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
   bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
 - **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
@@ -40,6 +41,7 @@ constants below have the figure of an H200 that chose them where there is one; d
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from ..._arrays.namespaces import Array
@@ -105,7 +107,8 @@ ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, 
 CLUSTERS = (1, 2, 4, 8)  # blocks, the fewest that a channel fits into
 IN_CLUSTERS: dict[int, tuple[int, ...]] = {1: (2, 4), 2: ()}  # bytes of a value, by the number of inputs
 WARPS = 16  # in a block; with 8 warps of 8 pieces (32,256,56,56) float32 takes 67.2 µs
-PIECES = 4  # of a warp; with 8 it takes 76.4 µs
+SIDE_WARPS = 4  # in a block with channels side by side; not measured
+PIECES = 4  # of a warp; with 8 (32,256,56,56) float32 takes 76.4 µs
 # Clusters asked for, as multiples of those for which there are multiprocessors. (32,64,112,112) float32, 8 blocks: 79.0
 # µs by 32 clusters and 88.3 by 16; float16, 4 blocks: 46.7 by 66 and 51.6 by 33; (32,256,56,56) float32, 2 blocks: 65.0
 # by 66 and 67.2 by 132.
@@ -181,7 +184,7 @@ def plan(
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
     item = width * dtype.itemsize * inputs
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
-    if (kept := _cluster(data, device, clusters) or _resident(data, device)) is not None:
+    if (kept := _cluster(data, address, device, clusters) or _resident(data, device)) is not None:
         return kept
     if lines:
         kernel, found = plan_sweep(data.direction, shape, dtype.char, dtype.itemsize, address, device)
@@ -207,24 +210,31 @@ def _resident(data: _Data, device: Device) -> Plan | None:
     return None
 
 
-def _cluster(data: _Data, device: Device, everywhere: bool) -> Plan | None:
-    """Plan clusters of blocks; a cluster keeps all values of a channel in the shared memory of its blocks."""
-    if device.capability < 9 or data.lines or data.item != 16 * data.inputs:
+def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Plan | None:
+    """Plan clusters; the blocks of a cluster keep all values of a channel, or of some channels side by side."""
+    itemsize, n = data.item // (data.inputs * data.width), data.items * data.width
+    plane = data.plane * data.width  # values
+    side = 16 // math.gcd(16, plane * itemsize)  # channels whose planes are a multiple of 16 bytes together
+    if device.capability < 9 or data.lines or address % 16 or data.channels % side:
         return None
+    width, warps, unit = (16 // itemsize, WARPS, 1) if side == 1 else (1, SIDE_WARPS, side * plane)
+    items, groups = side * n // width, data.channels // side
     for blocks in CLUSTERS:
-        part = -(-data.items // (blocks * WARPS * PIECES))
-        grid = Grid(blocks, WARPS * WARP, shared=WARPS * PIECES * part * data.item)
-        if grid.shared + ROOM <= device.shared:
+        part = -(-items // (blocks * warps * PIECES * unit)) * unit
+        shared = warps * PIECES * part * width * itemsize * data.inputs
+        if shared + ROOM <= device.shared:
             break
     else:
         return None
-    chosen = 16 // data.width in IN_CLUSTERS[data.inputs] and 2 * blocks * data.channels >= device.multiprocessors
+    chosen = itemsize in IN_CLUSTERS[data.inputs] and side == 1 and 2 * blocks * groups >= device.multiprocessors
     if not everywhere and (not chosen or 2 * (data.items * data.item + ROOM) <= device.shared_in_all):
         return None
-    turns = -(-data.channels // max(WAVES[blocks] * device.multiprocessors // blocks, 1))
-    grid = grid._replace(blocks=-(-data.channels // turns) * blocks)
-    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, data.width, CLUSTER_FILES, dynamic=True)
-    return Plan(kernel, grid, data.numbers(data.channels, 1, part, 1, PIECES))
+    at_once = max(WAVES[blocks] * device.multiprocessors // blocks, 1) if side == 1 else groups
+    clusters = -(-groups // -(-groups // at_once))
+    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, dynamic=True)
+    shape = (items, part, side * plane // width, data.channels * plane, side)
+    numbers = numbers_of(n, data.channels, groups, 1, shape, PIECES)
+    return Plan(kernel, Grid(clusters * blocks, warps * WARP, shared=shared), numbers)
 
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
