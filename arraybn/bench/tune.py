@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the c
     "ITEMS": (fused, (8, 16, 32)),
     "TASK": (fused, (2**15, 3 * 2**14, 2**16)),
     "BLOCKS": (fused, (2, 3, 4)),
+    "clusters": (fused.FusedArguments, (False, True)),  # wherever they fit
     "CLUSTERS": (fused, ((1, 2, 4, 8), (2, 4, 8), (4, 8), (8,))),
     "IN_CLUSTERS": (fused, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
     "WARPS": (fused, (8, 16)),

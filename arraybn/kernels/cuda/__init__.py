@@ -345,7 +345,12 @@ def backward(
 
 
 def forward_by(
-    kind: type[LaunchArguments], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    kind: type[LaunchArguments],
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Carry out `forward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()
@@ -359,7 +364,13 @@ def forward_by(
 
 
 def backward_by(
-    kind: type[LaunchArguments], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
+    kind: type[LaunchArguments],
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Carry out `backward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()

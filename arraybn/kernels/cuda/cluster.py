@@ -1,44 +1,16 @@
 """The kernels of ``fused.py``, with clusters of blocks wherever a channel fits into the shared memory of a cluster.
 
-``kernels="cuda_cluster"`` asks for these: they serve the cases for which no GPU has been measured yet, backward and
-float64. What clusters cannot take goes the ways of ``fused.py``.
+``kernels="cuda_cluster"`` asks for these: clusters then serve the cases, too, for which no GPU has been measured yet.
+What clusters cannot take goes the ways of ``fused.py``.
 """
 
 from __future__ import annotations
 
 import functools
 
-from ..._arrays.namespaces import Array
-from . import (
-    affine,
-    affine2,
-    affine3,
-    backward_by,
-    dots,
-    evaluate,
-    forward_by,
-    moments,
-    update_running_stats,
-    widened,
-)
+from .. import cuda
 from .fused import FusedArguments, launches
 from .training import Trainer
-
-__all__ = [
-    "affine",
-    "affine2",
-    "affine3",
-    "backward",
-    "dots",
-    "evaluate",
-    "forward",
-    "moments",
-    "trainer",
-    "update_running_stats",
-    "widened",
-]
-
-trainer = functools.partial(Trainer, functools.partial(launches, clusters=True))
 
 
 class ClusterArguments(FusedArguments):
@@ -48,15 +20,8 @@ class ClusterArguments(FusedArguments):
     clusters = True
 
 
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(ClusterArguments, x, weight, bias, eps, out)
-
-
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(ClusterArguments, dy, x, mean, rstd, weight, out)
+moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, cuda.affine2, cuda.affine3
+evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
+forward = functools.partial(cuda.forward_by, ClusterArguments)
+backward = functools.partial(cuda.backward_by, ClusterArguments)
+trainer = functools.partial(Trainer, functools.partial(launches, clusters=True))
