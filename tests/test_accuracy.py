@@ -26,13 +26,14 @@ PARTS = {"MIN_BLOCK_BYTES": 64, "PART": 64, "BLOCKS": 2**30}  # bytes and blocks
 
 LINES = ("tall", "two values", (150, 16, 1))  # shapes (N, C, 1)
 KINDS = {"parts": "cuda", "parts of lines": "cuda", "resident": "fused", "pipeline": "fused", "cluster": "fused"}
+CUTS = {"pipeline": "planes in parts", "cluster": "two blocks"}  # whose sizes are taken
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda", *KINDS])
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Case]:
     """Let NumPy arrays be served by a kernel module, the CUDA kernels in each way that data can go."""
     way = request.param
-    with kernels.case_of(KINDS.get(way, way), "two blocks" if way == "cluster" else None) as case:
+    with kernels.case_of(KINDS.get(way, way), CUTS.get(way)) as case:
         case.cut = way
         kernels.serve_all_by(reference if way == "reference" else case.ops, monkeypatch)
         if way.startswith("parts"):
@@ -40,9 +41,6 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if way in RESHAPED:
             make = scenarios.make
             monkeypatch.setattr(scenarios, "make", lambda *chosen: RESHAPED[way](make(*chosen)))
-        if way == "pipeline":
-            case.gpu.has = kernels.SMALL
-            kernels.set_way(monkeypatch, way, {"MIN_BLOCK_BYTES": 1024, "TASK": 1024})
         yield case
     if case.on_gpu:
         assert_went(case, way, request.node)
