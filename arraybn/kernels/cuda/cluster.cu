@@ -6,8 +6,8 @@
 // is mapped makes room for the warp's piece of the next channel. Warps meet once in a block and blocks once in a
 // cluster, to pool their sums. Parts are pooled in the order of their numbers, so the bits are the same each time.
 //
-// Where planes are no multiple of 16 bytes, as bulk copies need them, a cluster keeps a group of p.columns channels that
-// lie side by side in a sample, and takes one after the other. Then an item is one value, and pieces have whole runs of
+// Where planes are no multiple of 16 bytes, as bulk copies need them, a cluster keeps a group of p.columns channels,
+// side by side in a sample, and takes one after the other. Then an item is one value, and pieces have whole runs of
 // p.columns planes. Otherwise p.columns is 1.
 
 enum { MOST_WARPS = 16, MOST_PIECES = 8, MOST_BLOCKS = 8 };
