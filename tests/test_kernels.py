@@ -96,6 +96,12 @@ def test_sweeps_with_a_mask_are_exact_to_rounding_however_the_data_is_cut(case: 
         kernels.assert_masked(case, dtype, mask)
 
 
+@of_cuts("cuda")
+def test_e1_masked_first_values_cost_no_digit(case: Case) -> None:
+    for wide in ("float32", "float64"):
+        kernels.assert_far_from_zero(case, wide)
+
+
 @of_cuts("cuda", "fused")
 def test_whatever_is_masked_changes_no_bit_of_the_rest(case: Case, dtype: str) -> None:
     first, *others = (kernels.with_mask(case, dtype, "half", fill) for fill in (0.0, np.nan, -np.inf))

@@ -198,6 +198,7 @@ FUSED_CUTS: dict[str, FusedCut] = {
         ),
         "odd rows": ("rows", (333, 5, 1), SMALL, {"CHUNK": 256, **NO_RING}),
         "odd rows in tiles": ("rows", (21, 517, 1), SMALL, {}),
+        "many rows a thread": ("rows", (140, 512, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()
 }
@@ -501,6 +502,17 @@ def assert_masked(case: Case, dtype: str, mask: str = "padding") -> None:
     assert_map(found[6], sum(terms), sum(map(abs, terms)), t.x.dtype, rounding)
     terms = [a * v, b * u, c * d, np.where(t.where, mean, 0) + 0 * u]
     assert_map(found[7], sum(terms), sum(map(abs, terms)), t.x.dtype, rounding)
+
+
+def assert_far_from_zero(case: Case, dtype: str) -> None:
+    """(E1) Assert that m2 keeps its digits where the first values are masked and |mean| is 1000 standard deviations."""
+    x = data(case.shape, dtype, offset=1000.0)
+    places = np.arange(case.shape[0] * case.shape[2]).reshape(case.shape[0], 1, case.shape[2])
+    where = (places >= places.size * 3 // 5) & ((places % 3 > 0) | (places == places.size - 1))
+    m2 = case.ops.moments(np.where(where, x, x.dtype.type(np.nan)), where=where)[1]
+    kept = np.moveaxis(exact_of(x)[0], 1, -1)[where[:, 0]]
+    exact = ((kept - kept.mean(axis=0)) ** 2).sum(axis=0)
+    assert np.all(np.abs(m2 - exact) <= case.rounding(dtype).m2 * exact)
 
 
 def both(case: Case, dtype: str, ops: Any = None) -> list[Any]:
