@@ -15,6 +15,8 @@ shape, the dtype, the alignment and the GPU alone:
   into the fraction `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look;
 - **split**: the two launches of ``cuda/__init__.py`` (three for float64), for what is left.
 
+With a mask, channels-last data goes by ring or rows, and channels-first data by split.
+
 Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep
 happens to find in the cache):
 
