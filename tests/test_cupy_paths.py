@@ -152,6 +152,23 @@ def test_a_training_step_asks_for_one_launch_each_way_and_for_nothing_that_nobod
     assert python_calls(fresh, x) > 5 * ASKED["forward"][-1]  # the control: a call that makes all checks
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_mask_costs_one_wait_for_its_number_and_one_launch_each_way_more_at_most(cupy: Any, axis: int) -> None:
+    x, where = cupy.asarray(np.ascontiguousarray(np.moveaxis(X, 1, axis))), cupy.asarray(X[:, 0] > 1)
+    forward = functools.partial(arraybn.batch_norm, where=where, channel_axis=axis)
+    y, saved = forward(x)
+    (_, saved), there = logged(cupy, forward, x)
+    _, back = logged(cupy, arraybn.batch_norm_backward, y, saved)
+    assert waits(there) == ["copy to the host", "synchronize stream"]
+    assert waits(back) == []
+    if cupy.kernels == "cuda":
+        kernels = ["forward_masked_ring", "backward_masked_ring"]
+        if axis == 1:
+            kernels = ["moments_masked_planes", "affine_planes", "dots_nonzero_planes", "affine2_masked_planes"]
+        names = [entry for entry in there + back if entry.startswith("launch ") and "float32" in entry]
+        assert [re.sub("launch |_float32_.*", "", name) for name in names] == kernels
+
+
 @contextlib.contextmanager
 def all_checks() -> Iterator[None]:
     """Let every call of a layer make all checks, and go all further ways."""

@@ -90,6 +90,61 @@ def test_e3_e6_two_sweeps_at_once_have_the_bits_of_one_after_the_other(case: Cas
         np.testing.assert_array_equal(dx, expected)
 
 
+@of_cuts("cuda", "fused")
+def test_sweeps_with_a_mask_are_exact_to_rounding_however_the_data_is_cut(case: Case, dtype: str) -> None:
+    for mask in kernels.MASKS if case.kind == "cuda" else ("padding",):
+        kernels.assert_masked(case, dtype, mask)
+
+
+@of_cuts("cuda")
+def test_e1_masked_first_values_cost_no_digit(case: Case) -> None:
+    for wide in ("float32", "float64"):
+        kernels.assert_far_from_zero(case, wide)
+
+
+@of_cuts("cuda", "fused")
+def test_whatever_is_masked_changes_no_bit_of_the_rest(case: Case, dtype: str) -> None:
+    first, *others = (kernels.with_mask(case, dtype, "half", fill) for fill in (0.0, np.nan, -np.inf))
+    kept, want = np.broadcast_to(first.where, case.shape), kernels.all_of(case, first)
+    for found in (kernels.all_of(case, t) for t in others):
+        for got, exact in zip(found, want, strict=True):
+            chosen = kept if got.ndim == 3 else ...
+            assert got[chosen].tobytes() == exact[chosen].tobytes()
+            assert np.isfinite(got[chosen].astype("f8")).all()
+
+
+@of_cuts("cuda")
+def test_a_mask_of_all_true_has_the_bits_of_no_mask_in_each_sweep(case: Case, dtype: str) -> None:
+    u, x, v = (data(case.shape, dtype, seed, offset) for seed, offset in ((1, 0.5), (0, 3.0), (2, -0.5)))
+    true, ops, (mean, a, b, c) = np.ones((case.shape[0], 1, case.shape[2]), bool), case.ops, coefficients(case.shape[1])
+    for with_mask, without in (
+        (ops.moments(x, where=true), ops.moments(x)),
+        (ops.dots(u, x, mean, where=true), ops.dots(u, x, mean)),
+        (ops.dots(u, x, mean, skip_zeros=True), ops.dots(u, x, mean)),
+        (ops.affine2(u, x, mean, a, b, c, where=true), ops.affine2(u, x, mean, a, b, c)),
+        (ops.affine3(v, u, x, mean, a, b, c, a, where=true), ops.affine3(v, u, x, mean, a, b, c, a)),
+    ):
+        assert np.asarray(with_mask).tobytes() == np.asarray(without).tobytes()
+
+
+@of_cuts("cuda", "fused")
+def test_two_masked_sweeps_at_once_have_the_bits_of_one_after_the_other(case: Case, dtype: str) -> None:
+    t, ops = kernels.with_mask(case, dtype, "half"), case.ops
+    weight, bias = coefficients(case.shape[1])[:2]
+    mask = reference.Mask(t.where, t.n)
+    batch, rstd, y = ops.masked_forward(t.x, weight, bias, 1e-5, None, mask)
+    dx, dweight, dbias = ops.masked_backward(t.u, t.x, batch, rstd, weight, None, t.where)
+    other, other_rstd, other_y = reference.forward(ops, t.x, weight, bias, 1e-5, mask=mask)
+    others = reference.backward(ops, t.u, t.x, batch, rstd, weight, where=t.where)
+    pairs = zip(
+        (batch.mean, batch.m2, rstd, y, dx, dweight, dbias),
+        (other.mean, other.m2, other_rstd, other_y, *others),
+        strict=True,
+    )
+    assert batch.n == t.n
+    assert all(got.tobytes() == want.tobytes() for got, want in pairs)
+
+
 @of_cuts(*ALL)
 def test_e1_outliers_among_the_first_values_cost_no_digit_that_is_promised(case: Case, dtype: str) -> None:
     x = data(case.shape, dtype, offset=0.0)

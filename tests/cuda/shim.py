@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -32,6 +33,8 @@ GUARD = 64  # bytes before and behind an array, to which no kernel may write
 PATTERN = 0xA5
 POISON = 0xFF  # what a new array is full of: NaN in every dtype
 H200 = Device(multiprocessors=132, cache=60 * 2**20, shared=227 * 2**10, shared_in_all=228 * 2**10)
+WITH_MASK = ("moments_masked", "dots_masked", "dots_nonzero", "affine2_masked", "affine3_masked")
+BOTH_WITH_MASK = ("forward_masked", "backward_masked")
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -39,7 +42,7 @@ def all_kernels() -> list[Kernel]:
     """Return every kernel of the sweeps over planes, for every dtype and width."""
     kernels = [
         Kernel(f"{sweep}_planes", dtype, width)
-        for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, "affine_fixed"), _ITEMSIZE)
+        for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, *WITH_MASK, "affine_fixed"), _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
@@ -50,7 +53,7 @@ def row_kernels(way: str) -> tuple[Kernel, ...]:
     """Return every kernel over whole rows, for every dtype and width; `way` is "rows" or "ring"."""
     return tuple(
         Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
-        for sweep, dtype in itertools.product(cuda.INPUTS, _ITEMSIZE)
+        for sweep, dtype in itertools.product((*cuda.INPUTS, *WITH_MASK, *BOTH_WITH_MASK, "affine_fixed"), _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     )
 
@@ -111,9 +114,12 @@ def build(kernels: tuple[Kernel, ...], *options: str, changed: tuple[str, str] |
     library = folder / f"{name}.so"
     folder.mkdir(mode=0o700, exist_ok=True)
     assert folder.stat().st_uid == os.getuid(), f"{folder} belongs to somebody else"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((folder / f"{name}.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of the tests wait, and find the library made
+        if library.exists():
+            return library
+        work = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
         source = Path(work) / "kernels.cpp"
         source.write_text(f'#include "{HERE / "shim.h"}"\n{text}')
         made = Path(work) / "kernels.so"

@@ -80,6 +80,16 @@ DEVICE void add_gradient(const Parameters& p, const void* before, void* out, int
     }
 }
 
+// ---- The values that count ------------------------------------------------------------------------------------------
+// `counts` is false for a value that the mask leaves out. The value may be NaN, so it is never multiplied by 0: another
+// one is selected in its place.
+
+enum Choice {
+    ALL,      // no mask
+    MASKED,   // the positions of p.where
+    NONZERO,  // sums over all positions, in which x counts for nothing where u is 0
+};
+
 // ---- What a map does to a value -------------------------------------------------------------------------------------
 
 // x - mean, where a mean rounded to float32 would move all values of a channel alike: it has a second part.
@@ -121,7 +131,7 @@ struct Affine {
     // The map of the channel with these moments, mean and m2.
     DEVICE Affine(const Parameters& p, int64 channel, Pair moments)
         : Affine(moments.first, normalize(p, channel, rstd_of(moments.second / (double)p.n, p.eps))) {}
-    DEVICE Value of(Value x, Value) const { return fused(a, centre.from(x), c); }
+    DEVICE Value of(Value x, Value, bool = true) const { return fused(a, centre.from(x), c); }
 };
 
 // (E3, E7) The same with fixed statistics, in p.first and p.second.
@@ -152,8 +162,8 @@ DEVICE double half_way(double b) {
     return words_to_double((uint32)half, (uint32)(half >> 32));
 }
 
-// (E6) a * u + b * (x - mean) + c. b goes as rstd squared, which leaves the range of float32 when rstd does not; so it
-// is two factors, one of them a power of two, which rounds nothing.
+// (E6) a * u + b * (x - mean) + c, or a * u. b goes as rstd squared, which leaves the range of float32 when rstd does
+// not; so it is two factors, one of them a power of two, which rounds nothing.
 template <class T>
 struct Affine2 {
     typedef typename T::Value Value;
@@ -180,11 +190,14 @@ struct Affine2 {
         const Pair gradients = parameter_gradients(sums, p.rstd[channel]);
         *this = Affine2(p.mean[channel], input_gradient(p, channel, gradients.first, gradients.second));
     }
-    DEVICE Value of(Value x, Value u) const { return fused(a, u, fused(b, scale * centre.from(x), c)); }
+    DEVICE Value of(Value x, Value u, bool counts = true) const {
+        const Value rest = fused(b, scale * centre.from(x), c);
+        return fused(a, u, counts ? rest : 0);
+    }
 };
 
-// (E9) a * v + b * u + c * (x - mean) + d. a and b go as rstd squared and c as its third power, so each is two factors,
-// as b of Affine2.
+// (E9) a * v + b * u + c * (x - mean) + d, or b * u. a and b go as rstd squared and c as its third power, so each is
+// two factors, as b of Affine2.
 template <class T>
 struct Affine3 {
     typedef typename T::Value Value;
@@ -204,8 +217,10 @@ struct Affine3 {
         power = (Value)half;
         rest = (Value)(coefficient / half);
     }
-    DEVICE Value of(Value x, Value u, Value v) const {
-        return fused(a, of_v * v, fused(b, of_u * u, fused(c, of_x * centre.from(x), d)));
+    DEVICE Value of(Value x, Value u, Value v, bool counts) const {
+        const Value rest = fused(c, of_x * centre.from(x), d);
+        const Value without = fused(b, of_u * u, counts ? rest : 0);
+        return counts ? fused(a, of_v * v, without) : without;
     }
 };
 
@@ -227,8 +242,8 @@ struct MomentSums {
     }
     DEVICE MomentSums() : shift(0), few_s(0), few_q(0), s(0), q(0) {}
     DEVICE void start(const Parameters& p, int64 channel, double first) { shift = (Summed)shift_of(p, channel, first); }
-    DEVICE void add(Summed x, Summed) {
-        const Summed d = x - shift;
+    DEVICE void add(Summed x, Summed, bool counts = true) {
+        const Summed d = counts ? x - shift : 0;
         few_s += d;
         few_q = fused(d, d, few_q);
     }
@@ -283,9 +298,10 @@ struct DotSums {
     DEVICE static double shift_of(const Parameters&, int64, double) { return 0; }
     DEVICE DotSums() : centre(0), few_s(0), few_q(0), s(0), q(0) {}
     DEVICE void start(const Parameters& p, int64 channel, double) { centre = Centre<Summed>(p.mean[channel]); }
-    DEVICE void add(Summed x, Summed u) {
+    DEVICE void add(Summed x, Summed given, bool counts = true) {
+        const Summed u = counts ? given : 0, d = counts ? centre.from(x) : 0;
         few_s += u;
-        few_q = fused(u, centre.from(x), few_q);
+        few_q = fused(u, d, few_q);
     }
     DEVICE void add_few() {
         s += (double)few_s;

@@ -20,6 +20,8 @@ shape, the dtype, the alignment and the GPU alone:
   into the fraction `L2_FRACTION` of the cache. float64 does not go this way, because its sums need a second look;
 - **split**: the two launches of ``cuda/__init__.py`` (three for float64), for what is left.
 
+With a mask, channels-last data goes by ring or rows, and channels-first data by split.
+
 Where x has b bytes, this many bytes move between the GPU and its main memory (L2 here: the values that a sweep
 happens to find in the cache):
 
@@ -45,14 +47,14 @@ import math
 from typing import Any, NamedTuple
 
 from ..._arrays.namespaces import Array
+from ...reference import Mask, Moments
 from . import (
     DTYPES,
+    MASKS,
     MIN_BLOCK_BYTES,
-    NO_VECTORS,
     ROOM,
     THREADS,
     UNDER_WAY,
-    VECTORS,
     WARP,
     LaunchArguments,
     affine,
@@ -76,6 +78,7 @@ from .launch import SWEEPS, Device, Grid, Kernel
 from .training import Launch, Trainer
 
 __all__ = [
+    "MASKS",
     "affine",
     "affine2",
     "affine3",
@@ -83,6 +86,8 @@ __all__ = [
     "dots",
     "evaluate",
     "forward",
+    "masked_backward",
+    "masked_forward",
     "moments",
     "trainer",
     "update_running_stats",
@@ -301,13 +306,15 @@ class FusedArguments(LaunchArguments):
         """Do the whole call with one launch; return False where no plan exists."""
         if not self.size:
             return True
-        address = (self.x | self.u | self.y) % 16
-        found = plan(self.shape, self.dtype, address, 2 if self.u else 1, self.gpu.device(), self.clusters)
-        if found is None:
-            return False
-        pointers = (self.x, self.u, self.y, *map(vectors.get, VECTORS, NO_VECTORS))
-        self.gpu.launch(found.kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
-        return True
+        if self.where:
+            if has_rows(self.shape):
+                self.run("backward" if self.u else "forward", eps=eps, **vectors)
+            return has_rows(self.shape)
+        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), self.clusters
+        found = plan(self.shape, self.dtype, *given)
+        if found is not None:
+            self.launch(found.kernel, found, self.y, eps, vectors)
+        return found is not None
 
 
 def forward(
@@ -322,3 +329,18 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
     return backward_by(FusedArguments, dy, x, mean, rstd, weight, out)
+
+
+def masked_forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
+) -> tuple[Moments, Array, Array]:
+    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
+    mean, m2, rstd, y = forward_by(FusedArguments, x, weight, bias, eps, out, mask)
+    return Moments(mask.n, mean, m2), rstd, y
+
+
+def masked_backward(
+    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
+    return backward_by(FusedArguments, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
