@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 
 from .. import cuda
-from .fused import FusedArguments, launches
+from . import fused
 from .training import Trainer
 
 
-class ClusterArguments(FusedArguments):
+class ClusterArguments(fused.FusedArguments):
     """The arguments of a call that takes clusters where they fit."""
 
     __slots__ = ()
@@ -24,4 +24,4 @@ moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, 
 evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
 forward = functools.partial(cuda.forward_by, ClusterArguments)
 backward = functools.partial(cuda.backward_by, ClusterArguments)
-trainer = functools.partial(Trainer, functools.partial(launches, clusters=True))
+trainer = functools.partial(Trainer, functools.partial(fused.launches, clusters=True))
