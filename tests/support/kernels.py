@@ -111,6 +111,7 @@ CPU_CUTS: Cuts = {
 if not COMPILED:  # the same cuts of less data, because every step is one of Python, and is counted by coverage
     CPU_CUTS |= {
         "channels-last": ((20, 24, 1), {}),
+        "channels-last, wide rows": ((5, 1030, 1), {}),
         "channels-last in tiles": ((40, 24, 1), {"MIN_TILE_BYTES": 1024, "TILE": 1024}),
         "more short planes than a run takes": ((3, 350, 7), {}),
         "planes in tiles": ((20, 3, 40), {"MIN_TILE_BYTES": 512, "TILE": 1024}),
