@@ -252,6 +252,36 @@ def some(cupy: Any, *shape: int) -> list[Any]:
     return [cupy.asarray((RNG.standard_normal(shape) + 2).astype("f4")) for _ in range(2)]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", FAST)
+@pytest.mark.parametrize("name", list(SHAPES)[:-1])
+def test_a_mask_gives_the_same_bits_each_time_and_what_the_reference_gives(
+    cupy: Any, name: str, kernels: str, dtype: str, layout: str
+) -> None:
+    shape = tuple(max(1, size // 16) if ON_FAKE and size > 4 else size for size in SHAPES[name])
+    x, dy = (RNG.standard_normal(shape, dtype="f4").astype(as_dtype(dtype)) for _ in range(2))
+    where = RNG.random((shape[0], shape[2])) < 0.7
+    kept = where[:, None]
+    given = [
+        placed(cupy, np.where(kept, array, as_dtype(dtype).type(fill)), layout)
+        for array, fill in ((x, np.nan), (dy, 0))
+    ]
+
+    def results(chosen: str) -> list[Any]:
+        y, saved = arraybn.batch_norm(given[0], where=cupy.asarray(where), kernels=chosen)
+        return [y, arraybn.batch_norm_backward(given[1], saved)[0], saved.moments.mean, saved.moments.m2]
+
+    found = results(kernels)
+    assert len({bits(*results(kernels)) for _ in range(1 if ON_FAKE else 20)} | {bits(*found)}) == 1
+    unit = np.finfo("f4").eps if as_dtype(dtype).itemsize > 2 else 2.0**-8
+    term = abs(dy.astype("f8")).max() / np.sqrt(found[3].get().min() / np.count_nonzero(where) + 1e-5)  # of dx (N2)
+    for got, want, largest in zip(found, results("reference"), (0, term, 0, 0), strict=True):
+        chosen = np.broadcast_to(kept, got.shape) if got.ndim == 3 else ...
+        got, want = (array.get().astype("f8")[chosen] for array in (got, want))
+        assert abs(got - want).max() <= 12 * unit * max(largest, abs(want).max())
+
+
 @pytest.mark.parametrize("kernels", FAST)
 def test_n4_any_stream_and_several_threads_give_the_same_bits(cupy: Any, kernels: str) -> None:
     arrays = some(cupy, 4, 8, 3000)

@@ -380,21 +380,6 @@ def backward(
     return backward_by(LaunchArguments, dy, x, mean, rstd, weight, out)
 
 
-def masked_forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
-) -> tuple[Moments, Array, Array]:
-    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
-    mean, m2, rstd, y = forward_by(LaunchArguments, x, weight, bias, eps, out, mask)
-    return Moments(mask.n, mean, m2), rstd, y
-
-
-def masked_backward(
-    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
-    return backward_by(LaunchArguments, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
-
-
 def forward_by(
     kind: type[LaunchArguments],
     x: Array,
@@ -439,6 +424,38 @@ def backward_by(
             dbias=gpu.pointer(dbias),
         )
         return dx, dweight, dbias
+
+
+def masked_forward_by(
+    kind: type[LaunchArguments],
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    mask: Mask,
+) -> tuple[Moments, Array, Array]:
+    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y, with that class of arguments."""
+    mean, m2, rstd, y = forward_by(kind, x, weight, bias, eps, out, mask)
+    return Moments(mask.n, mean, m2), rstd, y
+
+
+def masked_backward_by(
+    kind: type[LaunchArguments],
+    dy: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    out: Array | None,
+    where: Array,
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy, x (N, C, S) and a mask, with that class of arguments."""
+    return backward_by(kind, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
+
+
+masked_forward = functools.partial(masked_forward_by, LaunchArguments)
+masked_backward = functools.partial(masked_backward_by, LaunchArguments)
 
 
 def update_running_stats(

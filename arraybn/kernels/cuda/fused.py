@@ -47,7 +47,6 @@ import math
 from typing import Any, NamedTuple
 
 from ..._arrays.namespaces import Array
-from ...reference import Mask, Moments
 from . import (
     DTYPES,
     MASKS,
@@ -65,6 +64,8 @@ from . import (
     evaluate,
     forward_by,
     has_rows,
+    masked_backward_by,
+    masked_forward_by,
     moments,
     numbers_of,
     plan_sweep,
@@ -331,16 +332,5 @@ def backward(
     return backward_by(FusedArguments, dy, x, mean, rstd, weight, out)
 
 
-def masked_forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
-) -> tuple[Moments, Array, Array]:
-    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
-    mean, m2, rstd, y = forward_by(FusedArguments, x, weight, bias, eps, out, mask)
-    return Moments(mask.n, mean, m2), rstd, y
-
-
-def masked_backward(
-    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
-    return backward_by(FusedArguments, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
+masked_forward = functools.partial(masked_forward_by, FusedArguments)
+masked_backward = functools.partial(masked_backward_by, FusedArguments)
