@@ -168,7 +168,8 @@ def batch_norm(
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split", "cuda_cluster"); the backward uses its
+        forward's.
 
     Returns
     -------

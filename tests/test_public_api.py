@@ -161,7 +161,7 @@ def test_every_backend_is_complete(name: str) -> None:
 
 
 def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda", "cuda_cluster"]
     need("numba")
     from arraybn.kernels import cpu
 
