@@ -236,6 +236,26 @@ def test_x2_a_result_over_an_input_has_the_same_bits(name: str) -> None:
         assert same([y, dx], wanted[:2])
 
 
+def test_sums_of_usual_data_are_sure_and_not_left_to_the_integers_of_python(monkeypatch: Any) -> None:
+    """As float64 has 53 bits and many a sum needs one more, a tie is usual: 2^10 + 2^-43 is one."""
+    need("numba")
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(8, 50, 32)), rng.normal(3, 1, (8, 50, 32))]).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    x[:, 0], x[:2, 0, 0] = 0, [2.0**10, 2.0**-43]
+    dy[:, 0], dy[:2, 0, 0] = 0, [1.1 * 2.0**10, 2.0**-43]
+    wanted = run(x, dy, None, None)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    for name in ("mean_and_m2", "sums"):
+        monkeypatch.setattr(exact, name, refuse)
+    assert same(run(x, dy, None, None), wanted)
+    with pytest.raises(AssertionError):  # the control
+        run(np.full((9, 1), 1.1, np.float32), np.ones((9, 1), np.float32), None, None)
+
+
 def test_a_thread_borrows_a_record_that_no_other_thread_has() -> None:
     need("numba")
     from arraybn.kernels.cpu import jobs

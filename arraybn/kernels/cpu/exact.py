@@ -562,26 +562,36 @@ def _nearest(high, low, error):
 
 @plain
 def _divided(high, low, error, n):
-    quotient = high / n
-    product, rest = _two_product(quotient, n)
-    return _nearest(quotient, ((high - product) - rest + low) / n, error / n + abs(quotient) * _ERROR)
+    """Return (high + low)/n as `_nearest` does."""
+    first = high / n
+    product, rest = _two_product(first, n)
+    remainder, lost = _two_sum((high - product) - rest, low)
+    second = remainder / n
+    product, rest = _two_product(second, n)
+    whole = lost == 0.0 and product == remainder and rest == 0.0
+    return _nearest(first, second, error / n + (0.0 if whole else abs(first) * _ERROR))
 
 
 @plain
 def _pairs(record, row, limbs, unit, c0, pairs):
-    """Set the pairs (2, channels) of numbers of the channels from c0 on, from limbs: digits of either sign, added."""
-    high, low, carry = pairs[0], pairs[1], np.zeros(pairs.shape[1], np.int64)
-    high[:], low[:] = 0.0, 0.0
+    """Set pairs and their errors (3, channels), of numbers of the channels from c0 on, given as limbs.
+
+    The limbs are digits of either sign, which are added. Without a rounding the error is 0, so that ties are sure.
+    """
+    high, low, error, carry = pairs[0], pairs[1], pairs[2], np.zeros(pairs.shape[1], np.int64)
+    pairs[:] = 0.0
     for k in range(limbs + 1):
         scale = math.ldexp(1.0, unit + BITS * k)
         line = record[row + min(k, limbs - 1), c0 : c0 + carry.size]
         for j in range(carry.size):
             total = carry[j] + (line[j] if k < limbs else 0)
             carry[j] = (total + (1 << (BITS - 1))) >> BITS
-            high[j], error = _two_sum(high[j], np.float64(total - (carry[j] << BITS)) * scale)
-            low[j] += error
+            high[j], below = _two_sum(high[j], np.float64(total - (carry[j] << BITS)) * scale)
+            low[j], lost = _two_sum(low[j], below)
+            error[j] += abs(lost)
     for j in range(carry.size):
         high[j], low[j] = _two_sum(high[j], low[j])
+        error[j] = 0.0 if error[j] == 0.0 else abs(high[j]) * _ERROR
 
 
 @plain
@@ -597,18 +607,18 @@ def _set_sure(record, c0, sure):
 @plain
 def _finish_moments(record, c0, c1, n, mean, m2, sure):
     """(E1) Set mean and m2, from the record (rows, C) of Σx and Σx²: m2 = (n·Σx² − (Σx)²)/n."""
-    pairs, number = np.empty((4, c1 - c0)), np.float64(n)
+    totals, products, number = np.empty((3, c1 - c0)), np.empty((3, c1 - c0)), np.float64(n)
     mean, m2, sure = mean[c0:c1], m2[c0:c1], sure[c0:c1]
     _set_sure(record, c0, sure)
-    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
-    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
+    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, totals)
+    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, products)
     for j in range(mean.size):
-        total, low = pairs[0, j], pairs[1, j]
-        mean[j], sure_mean = _divided(total, low, abs(total) * _ERROR, number)
-        scaled, scaled_low = _two_product(pairs[2, j], number)
+        total, low = totals[0, j], totals[1, j]
+        mean[j], sure_mean = _divided(total, low, totals[2, j], number)
+        scaled, scaled_low = _two_product(products[0, j], number)
         square, square_low = _two_product(total, total)
         spread, error = _two_sum(scaled, -square)
-        rest = error + ((scaled_low + pairs[3, j] * number) - (square_low + 2 * total * low))
+        rest = error + ((scaled_low + products[1, j] * number) - (square_low + 2 * total * low))
         spread, rest = _two_sum(spread, rest)
         m2[j], sure_m2 = _divided(spread, rest, scaled * _ERROR, number)
         sure[j] &= sure_mean & sure_m2
@@ -617,17 +627,17 @@ def _finish_moments(record, c0, c1, n, mean, m2, sure):
 @plain
 def _finish_sums(record, c0, c1, mean, s, q, sure):
     """(E5) Set Σu and Σu·(x−mean) = Σu·x − mean·Σu, from the record (rows, C) of Σu and Σu·x."""
-    pairs = np.empty((4, c1 - c0))
+    totals, products = np.empty((3, c1 - c0)), np.empty((3, c1 - c0))
     mean, s, q, sure = mean[c0:c1], s[c0:c1], q[c0:c1], sure[c0:c1]
     _set_sure(record, c0, sure)
-    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, pairs[:2])
-    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, pairs[2:])
+    _pairs(record, _V0, VALUE_LIMBS, VALUE_UNIT, c0, totals)
+    _pairs(record, _P0, PRODUCT_LIMBS, PRODUCT_UNIT, c0, products)
     for j in range(mean.size):
-        total, low, product = pairs[0, j], pairs[1, j], pairs[2, j]
-        s[j], sure_s = _nearest(total, low, abs(total) * _ERROR)
+        total, low, product = totals[0, j], totals[1, j], products[0, j]
+        s[j], sure_s = _nearest(total, low, totals[2, j])
         taken, taken_low = _two_product(mean[j], total)
         spread, error = _two_sum(product, -taken)
-        rest = error + (pairs[3, j] - (taken_low + mean[j] * low))
+        rest = error + (products[1, j] - (taken_low + mean[j] * low))
         spread, rest = _two_sum(spread, rest)
         q[j], sure_q = _nearest(spread, rest, (abs(product) + abs(taken)) * _ERROR)
         usual = mean[j] == 0.0 or abs(mean[j]) > 2.0**-230  # otherwise the errors of a product may be 0
