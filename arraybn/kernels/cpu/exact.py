@@ -223,33 +223,6 @@ def _add_steps(record, row, limbs, c, steps, place):
 # ---- Runs: rows of `width` places, `step` apart; each place has its own sums, in the lines of `steps` ----------------
 
 
-@plain
-def _range(u, x, start, step, rows, width, numbers, steps):
-    """Raise the bits of the largest magnitude of u (a line), and lower those of the smallest but 0, less one."""
-    lines = steps.view(np.uint32)
-    for r in range(rows):
-        first = np.uintp(start + r * step)
-        for j in range(np.uintp(width)):
-            bits = _magnitude_bits(u[first + j])
-            lines[j] = _larger(lines[j], bits)
-            lines[LINE + j] = _smaller(lines[LINE + j], _one_less(bits))
-
-
-@plain
-def _range_four(u, x, start, step, rows, width, numbers, steps):
-    """Do as `_range`, four rows at a time."""
-    lines = steps.view(np.uint32)
-    for r in range(0, rows, 4):
-        i0 = np.uintp(start + r * step)
-        i1, i2, i3 = i0 + np.uintp(step), i0 + np.uintp(2 * step), i0 + np.uintp(3 * step)
-        for j in range(np.uintp(width)):
-            b0, b1 = _magnitude_bits(u[i0 + j]), _magnitude_bits(u[i1 + j])
-            b2, b3 = _magnitude_bits(u[i2 + j]), _magnitude_bits(u[i3 + j])
-            least = _smaller(_smaller(_one_less(b0), _one_less(b1)), _smaller(_one_less(b2), _one_less(b3)))
-            lines[j] = _larger(lines[j], _larger(_larger(b0, b1), _larger(b2, b3)))
-            lines[LINE + j] = _smaller(lines[LINE + j], least)
-
-
 def _four(squares: bool) -> Any:
     """Return the run that adds the steps of Σu·x (two lines), or Σu², and Σu (a third), four rows at a time."""
 
@@ -338,7 +311,7 @@ def _over(four: Any, one: Any) -> Any:
     return over
 
 
-_ranges, _windows, _all_kinds = _over(_range_four, _range), _over(_one, _one), _over(_kinds, _kinds)
+_windows, _all_kinds = _over(_one, _one), _over(_kinds, _kinds)
 _squares_of_rows, _products_of_rows = _over(_four_squares, _one), _over(_four_products, _one)
 
 
@@ -376,11 +349,37 @@ _fold_larger, _fold_smaller, _fold_sums = _folded(_larger), _folded(_smaller), _
 
 
 @plain
-def _set_exponents(lines, places, times, high, low, top, bottom):
+def _range_along(x, start, step, rows, length):
+    """Return the bits of the largest magnitude, and those of the smallest but 0, less one."""
+    high, low = np.uint32(0), np.uint32(0xFFFFFFFF)
+    for r in range(rows):
+        first = np.uintp(start + r * step)
+        for i in range(first, first + np.uintp(length)):
+            bits = _magnitude_bits(x[i])
+            high = _larger(high, bits)
+            low = _smaller(low, _one_less(bits))
+    return high, low
+
+
+@plain
+def _range_across(x, start, step, rows, width, lines):
+    """Set two lines to the results of `_range_along` for each place; four rows at a time, the last one repeatedly."""
+    lines[:width], lines[LINE : LINE + width] = 0, 0xFFFFFFFF
+    for r in range(0, rows, 4):
+        i0 = np.uintp(start + r * step)
+        i1, i2 = np.uintp(start + min(r + 1, rows - 1) * step), np.uintp(start + min(r + 2, rows - 1) * step)
+        i3 = np.uintp(start + min(r + 3, rows - 1) * step)
+        for j in range(np.uintp(width)):
+            b0, b1 = _magnitude_bits(x[i0 + j]), _magnitude_bits(x[i1 + j])
+            b2, b3 = _magnitude_bits(x[i2 + j]), _magnitude_bits(x[i3 + j])
+            least = _smaller(_smaller(_one_less(b0), _one_less(b1)), _smaller(_one_less(b2), _one_less(b3)))
+            lines[j] = _larger(lines[j], _larger(_larger(b0, b1), _larger(b2, b3)))
+            lines[LINE + j] = _smaller(lines[LINE + j], least)
+
+
+@plain
+def _set_exponents(high, low, top, bottom):
     """Set the largest and the smallest exponent of each channel; return True if all values are finite."""
-    high[:], low[:] = 0, 0xFFFFFFFF
-    _fold_larger(lines, places, times, high)
-    _fold_smaller(lines[LINE:], places, times, low)
     finite = True
     for j in range(high.size):
         top[j], bottom[j] = _top(high[j]), _bottom(low[j])
@@ -468,10 +467,14 @@ def _add_block(u, x, start, step, rows, length, long, places, times, squares, me
     lines, high, low, finite = steps.view(np.uint32), extremes[0][:channels], extremes[1][:channels], True
     for k in range(2):
         line = x if k == 1 else u
-        if k == 0 or not squares:
-            lines[:width], lines[LINE : LINE + width] = 0, 0xFFFFFFFF
-            _ranges(line, line, start, step, rows, length, long, numbers, steps)
-        finite = _set_exponents(lines, places, times, high, low, exponents[2 * k], exponents[2 * k + 1]) and finite
+        if long and (k == 0 or not squares):
+            high[0], low[0] = _range_along(line, start, step, rows, length)
+        elif k == 0 or not squares:
+            _range_across(line, start, step, rows, length, lines)
+            high[:], low[:] = 0, 0xFFFFFFFF
+            _fold_larger(lines, places, times, high)
+            _fold_smaller(lines[LINE:], places, times, low)
+        finite = _set_exponents(high, low, exponents[2 * k], exponents[2 * k + 1]) and finite
     windows = _number_of_windows(exponents, channels, finite)
     for window in range(max(windows, 1)):
         _set_numbers(exponents, window, windows > 0, means, values)
