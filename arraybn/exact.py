@@ -121,7 +121,7 @@ def mean_and_m2(record: Array, n: int) -> Array:
 
 def sums(record: Array, mean: Array) -> Array:
     """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded float64, from the record of Σu and Σu·x and mean (C,)."""
-    result = np.zeros((2, record.shape[1]))
+    result, mean = np.zeros((2, record.shape[1])), as_numpy("mean", mean)
     for c, (total, product) in enumerate(_totals(record)):
         result[0, c] = _rounded(total, 1, VALUE_UNIT)
         if np.isfinite(mean[c]):
@@ -161,8 +161,8 @@ def _with_kinds(rows: Array, kinds: Array, *, squared: bool = False) -> Array:
 
 
 def _home(rows: Array, like: Array) -> list[Array]:
-    """Return float64 rows (C,) of the host in the namespace and on the device of `like`."""
-    if isinstance(like, np.ndarray):
+    """Return float64 rows (C,), of the host or where `like` is, in the namespace and on the device of `like`."""
+    if isinstance(like, type(rows)):
         return list(rows)
     xp = array_namespace(like)
     return [converted("statistics", row, xp, device(like), xp.float64) for row in rows]
@@ -235,7 +235,7 @@ def dots(sweeps: ExactSweeps, u: Array, x: Array, mean: Array) -> list[Array]:
 
 def sums_of(sweeps: ExactSweeps, record: Array, mean: Array) -> list[Array]:
     """(E5, E10) Σu and Σu·(x−mean), each (C,), of the record of Σu and Σu·x, where mean is."""
-    return _home(sweeps.sums(record, as_numpy("mean", mean)), mean)
+    return _home(sweeps.sums(record, mean), mean)
 
 
 def forward(
@@ -254,7 +254,7 @@ def forward(
         return done  # type: ignore[no-any-return]
     record, n = _squares_and_n(sweeps, x, mask)
     if pool is not None:
-        record, n = pool.record(record, n)
+        record, n = pool.record(as_numpy("record", record), n)
     batch = moments_of(sweeps, record, n, x)
     r, y = reference.forward_of_part(sweeps, x, batch, weight, bias, eps, out)
     if pool is not None:
@@ -285,7 +285,7 @@ def backward(
     sum_dy, sum_dy_x = sums_of(sweeps, record, batch.mean)
     dweight, dbias = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     if pool is not None:
-        sum_dy, sum_dy_x = sums_of(sweeps, pool.record(record)[0], batch.mean)
+        sum_dy, sum_dy_x = sums_of(sweeps, pool.record(as_numpy("record", record))[0], batch.mean)
         totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     a, b, c = reference.input_gradient(*totals, batch.n, rstd, weight)
     if where is None:

@@ -21,6 +21,7 @@ import shim
 from arraybn import reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
+from arraybn.kernels.cuda import exact as exact_sums
 from arraybn.kernels.cuda import fused, launch
 from arraybn.kernels.cuda.launch import Device
 
@@ -316,6 +317,8 @@ def forget_cuts() -> None:
     cuda.cut.cache_clear()
     cuda.plan_sweep.cache_clear()
     fused.plan.cache_clear()
+    exact_sums.plan_sweep.cache_clear()
+    exact_sums.plan_record.cache_clear()
     with contextlib.suppress(ImportError):
         importlib.import_module("arraybn.kernels.cpu")._cut.cache_clear()
 

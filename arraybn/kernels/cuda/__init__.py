@@ -170,6 +170,7 @@ class LaunchArguments:
     """The arrays of a call and their addresses. An array that kernels cannot read in place is copied."""
 
     __slots__ = ("dtype", "gpu", "kept", "shape", "size", "u", "x", "y")
+    plan = staticmethod(plan_sweep)
 
     def __init__(self, gpu: launch.Launcher, x: Array, u: Array | None = None) -> None:
         self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
@@ -221,7 +222,7 @@ class LaunchArguments:
         y = self.y if sweep.startswith("affine") else 0
         address = (self.x | self.u | vectors.get("v", 0) | y) % 16
         given = self.shape, self.dtype.char, self.dtype.itemsize, address, self.gpu.device()
-        kernel, found = plan_sweep(sweep, *given)
+        kernel, found = self.plan(sweep, *given)
         pointers = (self.x, self.u, y, *map(vectors.get, VECTORS, NO_VECTORS))
         self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
 
