@@ -37,7 +37,9 @@ MODULES = {  # imported when first used
 }
 
 
-EXACT = {"cpu": "arraybn.kernels.cpu.exact"} | dict.fromkeys(  # the modules of exact mode; the others take the reference's
+EXACT = {
+    "cpu": "arraybn.kernels.cpu.exact"
+} | dict.fromkeys(  # the modules of exact mode; the others take the reference's
     ("cuda", "cuda_fused", "cuda_split"), "arraybn.kernels.cuda.exact"
 )
 LARGE = 1_000_000  # values, from which on the missing numba is worth a hint

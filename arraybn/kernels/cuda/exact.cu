@@ -5,11 +5,11 @@
 // integer, then count grid steps. Integers add in any order. The grid of values below 2^top has the step 2^(top - 50);
 // it holds values of up to SPAN exponents. A product takes two grids, 2^(2 top - 50) and 2^(2 top - 101).
 //
-// A thread adds the steps of its values in registers. The threads of a warp agree on the grids: each batch of values
-// that they load is looked at first, and where one of them holds a value that fits no grid, the warp hands over its
-// sums and chooses other grids. A batch that spans more than SPAN exponents is gone through once for each SPAN of them.
-// Sums are handed over to limbs of 32 bits in shared memory, and those at the end of a block to the record, an int64 for
-// each row and channel (arraybn/exact.py), where the blocks add by atomics, in any order.
+// A thread adds the steps of its values in registers. The threads of a warp have the same grids. They look at each
+// batch of values first: if a value does not fit, the warp hands over its sums and chooses other grids. A batch that
+// spans more than SPAN exponents is gone through once for each SPAN of them.
+// The sums go to limbs of 32 bits in shared memory. At its end a block adds these limbs to the record, which has an
+// int64 for each row and channel (arraybn/exact.py), by atomics, in any order.
 
 enum {
     VALUE_LIMBS = 9, VALUE_UNIT = -160, PRODUCT_LIMBS = 18, PRODUCT_UNIT = -320, KINDS = 3,
@@ -128,7 +128,8 @@ struct Steps {
     const double* mean;  // of this thread's first channel
     bool spoiled;        // a mean is not finite, so that all is to be counted
 
-    DEVICE Steps(uint64* room, int slots, int columns, int column) : limbs(room + column), slots(slots), columns(columns) {
+    DEVICE Steps(uint64* room, int slots, int columns, int column)
+        : limbs(room + column), slots(slots), columns(columns) {
         limit = columns < WARP ? MOST_STEPS / WARP * columns : MOST_STEPS;
         spoiled = false;
         clear();
@@ -259,7 +260,7 @@ struct Steps {
 
 // ---- The kernels ----------------------------------------------------------------------------------------------------
 
-// Adds the part of this block to the record, which is `out`. LINES: a part is of rows, otherwise of one channel's items.
+// Adds a block's part to the record, which is `out`. LINES: a part has rows, otherwise items of one channel.
 template <class T, int WIDTH, int INPUTS, bool LINES>
 DEVICE void record_of(const Parameters& p) {
     SHARED(uint64, limbs, RECORD_ROWS * (LINES ? TILE : 1));
@@ -456,7 +457,8 @@ DEVICE void dots_of_record(const Parameters& p) {
     const Digits taken = {product.room + WARP * PRODUCT_DIGITS, TAKEN_DIGITS};
     const Digits factor = {taken.room + WARP * TAKEN_DIGITS, 2};
     const bool negative = total.set_limbs(record, apart, VALUE_LIMBS);
-    double sum = special_of(record + VALUE_KINDS * apart, apart), dot = special_of(record + PRODUCT_KINDS * apart, apart);
+    double sum = special_of(record + VALUE_KINDS * apart, apart);
+    double dot = special_of(record + PRODUCT_KINDS * apart, apart);
     if (sum == 0) {
         sum = total.rounded(VALUE_UNIT, false);
         sum = negative ? -sum : sum;
