@@ -32,7 +32,7 @@ DEVICE uint32 magnitude(float value) { return float_to_bits(value) & 0x7fffffffu
 // ---- Grids ----------------------------------------------------------------------------------------------------------
 
 // 1.5 * 2^(exponent + 52): added to a value, its last bit counts 2^exponent.
-DEVICE double magic(int exponent) { return 1.5 * power_of_two(exponent + 52); }
+DEVICE double magic(int exponent) { return words_to_double(0, (uint32)(exponent + 52 + 1023) << 20 | 1u << 19); }
 
 DEVICE int exponent_of(uint32 bits) {  // e with |value| < 2^e
     const uint32 field = bits >> 23;
