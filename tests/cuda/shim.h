@@ -394,6 +394,7 @@ T atomicAdd(T* at, T value) {
     shim::progress = true;
     return before;
 }
+inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }

@@ -327,26 +327,25 @@ struct Digits {
         while (k >= 0 && (*this)[k] == 0) --k;
         return k;
     }
-    // Sets the magnitude of the number whose digits, of either sign, `digit` gives; true where the number is negative.
-    template <class Digit>
-    DEVICE bool set(const Digit& digit) const {
-        int64 carry = 0;
-        for (int k = 0; k < size; ++k) {
-            const int64 total = digit(k) + carry;
-            (*this)[k] = (uint32)total;
-            carry = total >> 32;
-        }
-        if (carry >= 0) return false;
-        uint64 one = 1;
-        for (int k = 0; k < size; ++k) {
-            one += (uint32)~(*this)[k];
-            (*this)[k] = (uint32)one;
-            one >>= 32;
-        }
-        return true;
+    // Sets the magnitude of a sum of limbs, of either sign; true where the sum is negative.
+    template <int COUNT>
+    DEVICE bool set_limbs(const int64* limbs, int64 apart) const {
+        int64 own[COUNT], carry = 0;
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) own[k] = limbs[k * apart];  // all loads are under way at once
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) carry = put(k, own[k] + carry);
+        for (int k = COUNT; k < size; ++k) carry = put(k, carry);
+        return carry < 0 && negate();
     }
-    DEVICE bool set_limbs(const int64* limbs, int64 apart, int count) const {
-        return set([=](int k) { return k < count ? limbs[k * apart] : 0; });
+    DEVICE int64 put(int k, int64 digit) const {  // returns what is carried to the next digit
+        (*this)[k] = (uint32)digit;
+        return digit >> 32;
+    }
+    DEVICE bool negate() const {
+        int64 carry = 1;
+        for (int k = 0; k < size; ++k) carry = put(k, (int64)(uint32)~(*this)[k] + carry);
+        return true;
     }
     DEVICE void set_product(const Digits& a, const Digits& b) const {
         for (int k = 0; k < size; ++k) (*this)[k] = 0;
@@ -362,19 +361,14 @@ struct Digits {
     }
     DEVICE void subtract(const Digits& b) const {  // b is at most this number
         int64 carry = 0;
-        for (int k = 0; k < size; ++k) {
-            carry += (int64)(*this)[k] - b.at(k);
-            (*this)[k] = (uint32)carry;
-            carry >>= 32;
-        }
+        for (int k = 0; k < size; ++k) carry = put(k, (int64)(*this)[k] - b.at(k) + carry);
     }
     // This number, and a little more where `rest`, times 2^exponent, rounded to the nearest float64, on a tie to even.
     DEVICE double rounded(int exponent, bool rest) const {
         const int k = last(size);
         if (k < 0) return 0;
         for (int i = 0; i < k - 2; ++i) rest = rest || (*this)[i];
-        int empty = 0;  // zero bits before the first one
-        while (!((*this)[k] >> (31 - empty))) ++empty;
+        const int empty = __clz((int)(*this)[k]);  // zero bits before the first one
         const uint32 third = at(k - 2);
         const uint64 top = ((uint64)(*this)[k] << 32 | at(k - 1)) << empty | (uint64)third << empty >> 32;
         rest = rest || (uint32)(third << empty);
@@ -430,8 +424,8 @@ DEVICE void moments_of_record(const Parameters& p) {
     const double special = special_of(record + VALUE_KINDS * apart, apart);
     double mean = special, m2 = special - special;
     if (special == 0) {
-        const bool negative = total.set_limbs(record, apart, VALUE_LIMBS);
-        square.set_limbs(record + PRODUCTS * apart, apart, PRODUCT_LIMBS);
+        const bool negative = total.set_limbs<VALUE_LIMBS>(record, apart);
+        square.set_limbs<PRODUCT_LIMBS>(record + PRODUCTS * apart, apart);
         const Digits n = {few.room, 1};
         n[0] = (uint32)p.n;
         scaled.set_product(square, n);
@@ -456,7 +450,7 @@ DEVICE void dots_of_record(const Parameters& p) {
     const Digits total = {room + threadIdx.x, SUM_DIGITS}, product = {total.room + WARP * SUM_DIGITS, PRODUCT_DIGITS};
     const Digits taken = {product.room + WARP * PRODUCT_DIGITS, TAKEN_DIGITS};
     const Digits factor = {taken.room + WARP * TAKEN_DIGITS, 2};
-    const bool negative = total.set_limbs(record, apart, VALUE_LIMBS);
+    const bool negative = total.set_limbs<VALUE_LIMBS>(record, apart);
     double sum = special_of(record + VALUE_KINDS * apart, apart);
     double dot = special_of(record + PRODUCT_KINDS * apart, apart);
     if (sum == 0) {
@@ -465,7 +459,7 @@ DEVICE void dots_of_record(const Parameters& p) {
     }
     const double mean = p.mean[channel];
     if (dot == 0 && is_finite(mean)) {
-        const int64 sign = product.set_limbs(record + PRODUCTS * apart, apart, PRODUCT_LIMBS) ? -1 : 1;
+        const int64 sign = product.set_limbs<PRODUCT_LIMBS>(record + PRODUCTS * apart, apart) ? -1 : 1;
         const uint64 bits = double_to_bits(mean);
         const int field = (int)(bits >> 52 & 0x7ff), exponent = (field ? field : 1) - 1075;
         factor[0] = (uint32)bits;
@@ -478,9 +472,12 @@ DEVICE void dots_of_record(const Parameters& p) {
         const int places = 2 + (PRODUCT_DIGITS + down / 32 > TAKEN_DIGITS + up / 32 ? PRODUCT_DIGITS + down / 32
                                                                                     : TAKEN_DIGITS + up / 32);
         const Digits difference = {factor.room + WARP * 2, places};
-        const bool below = difference.set([=](int k) {
-            return sign * (int64)product.shifted(k, down) + other * (int64)taken.shifted(k, up);
-        });
+        int64 carry = 0;
+        for (int k = 0; k < places; ++k) {
+            carry += sign * (int64)product.shifted(k, down) + other * (int64)taken.shifted(k, up);
+            carry = difference.put(k, carry);
+        }
+        const bool below = carry < 0 && difference.negate();
         dot = difference.rounded(PRODUCT_UNIT - down, false);
         dot = below ? -dot : dot;
     }

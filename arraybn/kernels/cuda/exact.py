@@ -36,7 +36,7 @@ from .launch import Device, Grid, Kernel
 FILE = "exact.cu"
 MOST_VALUES = 2**32  # of a channel: numbers by which the GPU divides
 TILE = 64  # channels at most whose limbs a block keeps, channels-last; 17 KB
-TILE_PART = 2**17  # bytes of a tile of each input that a block sums at most
+TILE_PART = 2**18  # bytes of a tile of each input that a block sums at most
 TILE_THREADS = 128  # of a block, channels-last: three blocks on a multiprocessor leave 168 registers to a thread
 WIDEST = 4  # values that a thread takes at once at most, channels-last: each has three sums
 
@@ -137,9 +137,8 @@ def sums(record: Array, mean: Array) -> Array:
         return exact.sums(record, mean)
     gpu = launch.launcher()
     with gpu.on(record):
-        rows = gpu.empty((2, record.shape[1]), "f8")
-        mean = mean.astype("f8", copy=False)
-        given = {"mean": gpu.pointer(mean), "dbias": gpu.pointer(rows[0]), "dweight": gpu.pointer(rows[1])}
+        work, rows = ExactArguments(gpu, record), gpu.empty((2, record.shape[1]), "f8")
+        given = {"mean": work.vector(mean), "dbias": gpu.pointer(rows[0]), "dweight": gpu.pointer(rows[1])}
         _finish(gpu, "dots_of_record", record, 0, **given)
         return rows
 
