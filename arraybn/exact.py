@@ -5,8 +5,9 @@ bfloat16 and float32 value is an integer times 2⁻¹⁶⁰, and every product o
 kept as *limbs*: the limb k of a sum counts 2^(32·k) of the smallest unit, as an int64. A value adds less than 2³² to a
 limb, so 2³¹ values fit before a limb overflows; the limbs of threads and ranks are added limb by limb, in any order.
 
-The record of a batch is an array of limbs (rows, C) in host memory. Statistics are computed from a record with exact
-integers and rounded once. The maps are sequences of float64 operations, each of which rounds alike everywhere.
+The record of a batch is an array of limbs (rows, C), on the GPU if CUDA kernels made it, otherwise on the host.
+Statistics are computed from a record with exact integers and rounded once. The maps are sequences of float64
+operations, each of which rounds alike everywhere.
 
 Source: D. R. Lutz, N. Burgess, A. Neal, on high-precision anchored accumulators, 2017; U. Kulisch, Computer arithmetic
 and validity, 2013, section 8.
@@ -47,10 +48,10 @@ class ExactSweeps(Protocol):
         """(E10) Return the record of Σu and Σu·x; what is not finite is counted as a part of Σu·(x−mean)."""
 
     def mean_and_m2(self, record: Array, n: int) -> Array:
-        """(E1) Return mean and m2 (2, C) of n values, correctly rounded, on the host."""
+        """(E1) Return mean and m2 (2, C) of n values, correctly rounded, where the record is."""
 
     def sums(self, record: Array, mean: Array) -> Array:
-        """(E5) Return Σu and Σu·(x−mean) (2, C), correctly rounded, on the host."""
+        """(E5) Return Σu and Σu·(x−mean) (2, C), correctly rounded, where the record is."""
 
     def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
         """(E3, E7) Return a·(x−mean) + c."""
