@@ -21,6 +21,7 @@ from ._arrays.devices import check_device, on_device, on_device_of
 from ._arrays.namespaces import (
     Array,
     Namespace,
+    Shaped,
     array_namespace,
     as_dtype,
     as_namespace,
@@ -201,7 +202,7 @@ class _BatchNorm(_NormBase):
         state.pop("_repeat", None)
         return state
 
-    def __call__(self, x: Array, *, where: Array | None = None) -> Array:
+    def __call__(self, x: Shaped, *, where: Shaped | None = None) -> Array:
         """Return `forward(x)`, or `forward(x, where=where)`."""
         return self.forward(x) if where is None else self.forward(x, where=where)
 

@@ -157,6 +157,7 @@ WRONG = (
     "arraybn.moments(3.0)",
     "arraybn.update_running_stats([0.0], x, saved.moments or arraybn.moments(x), 0.1)",
     "layer([[1.0, 2.0]])",
+    "layer(x, where=[True])",
 )
 
 

@@ -98,7 +98,11 @@ CPU_CUTS: Cuts = {
     "more short planes than a run takes": ((5, 350, 7), {}),
     "channels-last": ((150, 24, 1), {}),
     "channels-last in tiles": ((600, 24, 1), {"MIN_TILE_BYTES": 4096, "TILE": 4096}),
-    "channels-last in groups": ((30, 40, 1), {"MIN_TILE_BYTES": 512, "TILE": 4096, "MIN_CONTIGUOUS_BYTES": 16}),
+    "channels-last in groups": (
+        (30, 40, 1),
+        {"MIN_TILE_BYTES": 512, "TILE": 4096, "MIN_CONTIGUOUS_BYTES": 16, "CACHED": 0},
+    ),
+    "channels-last, wide rows": ((11, 2100, 1), {}),
     "planes": ((9, 3, 49), {}),
     "planes in groups": ((9, 7, 33), {"MIN_TILE_BYTES": 2048, "TILE": 4096}),
     "planes in tiles": ((150, 3, 40), {"MIN_TILE_BYTES": 512, "TILE": 2048}),

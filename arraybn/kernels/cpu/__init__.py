@@ -26,6 +26,7 @@ from .tiles import BLOCK, LONG, PIECE, Cut
 
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile in cache
 MIN_CONTIGUOUS_BYTES = 2048  # bytes side by side that memory delivers at full speed
+CACHED = 2**24  # bytes of x, up to which the last-level cache holds x and y, and rows are not cut
 MIN_TILE_BYTES = 2**18  # bytes of a tile at least, so that starting a task does not show
 _F8 = np.dtype(np.float64)
 
@@ -48,20 +49,28 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
     elif group < min(
         run := -(-MIN_CONTIGUOUS_BYTES // width), channels
     ):  # the values of `run` channels in a row are read at full speed
-        whole = run * channel <= 2 * TILE and 4 * run <= channels
+        whole = channels * channel > CACHED and run * channel <= 2 * TILE and 4 * run <= channels
         group = run if whole else min(8 * run, channels)
     height = rows if whole else min(max(tile // (group * width), least), rows)
     groups, tiles = -(-channels // group), -(-rows // height)
     return Cut(channels * plane, plane, n, channels, group, groups, rows, height, tiles)
 
 
+@functools.lru_cache(maxsize=1024)
+def _numbers(cut: Cut) -> Array:
+    numbers = np.array(cut)
+    numbers.flags.writeable = False
+    return numbers
+
+
 class _Job:
     """The arrays of a call as lines, how the work on them is cut, and the helpers."""
 
-    __slots__ = ("code", "cut", "in_place", "result", "u", "v", "words", "x", "y")
+    __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "words", "x", "y")
 
     def __init__(self, x: Array, u: Array | None = None, v: Array | None = None) -> None:
         self.cut = cut = _cut(x.shape, x.itemsize)
+        self.numbers = _numbers(cut)
         self.code = compiled(x.dtype.char)
         self.x = line_of(x)
         self.u = self.x if u is None else line_of(u)
@@ -71,7 +80,7 @@ class _Job:
 
     def write_to(self, x: Array, out: Array | None) -> None:
         """Let the result be `out` where `out` can be written as a line, otherwise a new array like x."""
-        inputs = (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
+        inputs = (self.x,) if self.u is self.x else (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
         self.result, self.y, self.in_place = place_of_result(x, out, *inputs)
 
     def vectors(self, number: int) -> Array:
@@ -92,7 +101,7 @@ def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
     job = _Job(x)
     mean, m2 = job.vectors(2)
     if job.cut.n:
-        job.code.moments(job.words, job.x, job.cut, mean, m2)
+        job.code.moments(job.words, job.x, job.numbers, mean, m2)
     return mean, m2
 
 
@@ -103,7 +112,7 @@ def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros
     job = _Job(x, u)
     s, q = job.vectors(2)
     if job.cut.n:
-        job.code.dots(job.words, job.u, job.x, job.cut, mean, s, q)
+        job.code.dots(job.words, job.u, job.x, job.numbers, mean, s, q)
     return s, q
 
 
@@ -112,7 +121,7 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
     job = _Job(x)
     job.write_to(x, out)
     if job.cut.n:
-        job.code.affine(job.words, job.x, job.cut, mean, a, c, job.y, job.in_place)
+        job.code.affine(job.words, job.x, job.numbers, mean, a, c, job.y, job.in_place)
     return job.result
 
 
@@ -132,7 +141,7 @@ def affine2(
     job = _Job(x, u)
     job.write_to(x, out)
     if job.cut.n:
-        job.code.affine2(job.words, job.u, job.x, job.cut, mean, a, b, c, job.y, job.in_place)
+        job.code.affine2(job.words, job.u, job.x, job.numbers, mean, a, b, c, job.y, job.in_place)
     return job.result
 
 
@@ -154,7 +163,7 @@ def affine3(
     job = _Job(x, u, v)
     job.write_to(x, out)
     if job.cut.n:
-        job.code.affine3(job.words, job.v, job.u, job.x, job.cut, mean, a, b, c, d, job.y, job.in_place)
+        job.code.affine3(job.words, job.v, job.u, job.x, job.numbers, mean, a, b, c, d, job.y, job.in_place)
     return job.result
 
 
@@ -172,7 +181,7 @@ def forward(
     bias = np.zeros(channels) if bias is None else bias
     mean, m2, rstd = job.vectors(3)
     if job.cut.n:
-        job.code.forward(job.words, job.x, job.cut, weight, bias, eps, mean, m2, rstd, job.y, job.in_place)
+        job.code.forward(job.words, job.x, job.numbers, weight, bias, eps, mean, m2, rstd, job.y, job.in_place)
     return mean, m2, rstd, job.result
 
 
@@ -185,7 +194,7 @@ def backward(
     weight = np.ones(job.cut.channels) if weight is None else weight
     dweight, dbias = job.vectors(2)
     if job.cut.n:
-        job.code.backward(job.words, job.u, job.x, job.cut, mean, rstd, weight, dweight, dbias, job.y, job.in_place)
+        job.code.backward(job.words, job.u, job.x, job.numbers, mean, rstd, weight, dweight, dbias, job.y, job.in_place)
     return job.result, dweight, dbias
 
 
@@ -193,12 +202,16 @@ def evaluate(
     x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array | None, Array]:
     """(E3, E7) Copies of mean, rstd and weight (C,), and y = weight·xhat + bias, with fixed statistics."""
+    job = _Job(x)
+    job.write_to(x, out)
     mean, var, weight, bias = widened(mean, var, weight, bias)
-    rstd, a, c = np.empty((3, mean.size))
+    if not job.cut.n:
+        return mean, reference.rstd(var, eps), weight, job.result
+    rstd = np.empty(mean.size)
     ones = np.ones(mean.size) if weight is None else weight
     zeros = np.zeros(mean.size) if bias is None else bias
-    compiled(x.dtype.char).fixed(var, ones, zeros, eps, rstd, a, c)
-    return mean, rstd, weight, affine(x, mean, a, c, out)
+    job.code.evaluation(job.words, job.x, job.numbers, mean, var, ones, zeros, eps, rstd, job.y, job.in_place)
+    return mean, rstd, weight, job.result
 
 
 def widened(*vectors: Array | None) -> list[Array | None]:

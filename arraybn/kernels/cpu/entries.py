@@ -208,6 +208,14 @@ def _normalized(part, group, cut, m2, weight, bias, eps, rstd, a, c):
         a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
 
 
+def _fixed(part, group, cut, var, weight, bias, eps, rstd, a, c):
+    """(E3, E7) rstd, and the coefficients of y, for fixed statistics."""
+    c0, c1 = _span(cut, group, part)
+    for j in range(c0, c1):
+        rstd[j] = _rstd(var[j], eps)
+        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
+
+
 def _gradients(part, group, cut, sums, rstd, weight, dweight, dbias, a, b, c):
     """(E5, E6) dweight, dbias, and the coefficients of dx."""
     c0, c1 = _span(cut, group, part)
@@ -229,6 +237,13 @@ def _do(words, cut, work, stages, board, memory):
     # Numba frees an array after the last line that has its name, and sees no use of an address.
     if board[0] != 0 or len(rows) == len(memory) == 0:
         raise MemoryError
+
+
+@plain
+def _cut_of(numbers):
+    """Return the cut whose numbers these are: an array is handed to compiled code in a tenth of the time of a tuple."""
+    n = numbers
+    return Cut(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
 
 
 @plain
@@ -254,7 +269,8 @@ def _sums(cut, memory):
     return memory[memory.shape[0] - 2 * cut.tiles :].reshape((2, cut.tiles, cut.channels))
 
 
-def _moments(at, words, x, cut, mean, m2):
+def _moments(at, words, x, numbers, mean, m2):
+    cut = _cut_of(numbers)
     work, shift, spread, mean_m2 = at
     memory, board = _work_space(cut, 1), _board(cut)
     near, sums = memory[0], _sums(cut, memory)
@@ -269,7 +285,8 @@ def _moments(at, words, x, cut, mean, m2):
     _do(words, cut, work, stages, board, memory)
 
 
-def _dots_alone(at, words, u, x, cut, mean, s, q):
+def _dots_alone(at, words, u, x, numbers, mean, s, q):
+    cut = _cut_of(numbers)
     work, dots, total = at
     memory, board = _work_space(cut, 0), _board(cut)
     sums = _sums(cut, memory)
@@ -280,29 +297,33 @@ def _dots_alone(at, words, u, x, cut, mean, s, q):
     _do(words, cut, work, stages, board, memory)
 
 
-def _affine_alone(at, words, x, cut, mean, a, c, out, in_place):
+def _affine_alone(at, words, x, numbers, mean, a, c, out, in_place):
+    cut = _cut_of(numbers)
     work, affine = at
     board = _board(cut)
     stages = ((affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),)
     _do(words, cut, work, stages, board, mean)
 
 
-def _affine2_alone(at, words, u, x, cut, mean, a, b, c, out, in_place):
+def _affine2_alone(at, words, u, x, numbers, mean, a, b, c, out, in_place):
+    cut = _cut_of(numbers)
     work, affine2 = at
     board = _board(cut)
     stages = ((affine2, place((u, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),)
     _do(words, cut, work, stages, board, mean)
 
 
-def _affine3_alone(at, words, v, u, x, cut, mean, a, b, c, d, out, in_place):
+def _affine3_alone(at, words, v, u, x, numbers, mean, a, b, c, d, out, in_place):
+    cut = _cut_of(numbers)
     work, affine3 = at
     board = _board(cut)
     stages = ((affine3, place((v, u, x, cut, mean, a, b, c, d, out, in_place)), cut.tiles, BACKWARDS),)
     _do(words, cut, work, stages, board, mean)
 
 
-def _forward(at, words, x, cut, weight, bias, eps, mean, m2, rstd, out, in_place):
+def _forward(at, words, x, numbers, weight, bias, eps, mean, m2, rstd, out, in_place):
     """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
+    cut = _cut_of(numbers)
     work, shift, spread, mean_m2, normalized, affine = at
     memory, board = _work_space(cut, 3), _board(cut)
     near, a, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
@@ -319,8 +340,9 @@ def _forward(at, words, x, cut, weight, bias, eps, mean, m2, rstd, out, in_place
     _do(words, cut, work, stages, board, memory)
 
 
-def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in_place):
+def _backward(at, words, dy, x, numbers, mean, rstd, weight, dweight, dbias, out, in_place):
     """(E5, E6) Set dweight and dbias, and write dx."""
+    cut = _cut_of(numbers)
     work, dots, gradients, affine2 = at
     memory, board = _work_space(cut, 3), _board(cut)
     a, b, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
@@ -333,11 +355,17 @@ def _backward(at, words, dy, x, cut, mean, rstd, weight, dweight, dbias, out, in
     _do(words, cut, work, stages, board, memory)
 
 
-def _fixed(var, weight, bias, eps, rstd, a, c):
-    """(E3) Set rstd, a and c for fixed statistics."""
-    for j in range(rstd.size):
-        rstd[j] = _rstd(var[j], eps)
-        a[j], c[j] = _normalize(rstd[j], weight[j], bias[j], None)
+def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rstd, out, in_place):
+    """(E3, E7) Set rstd, and write y, with fixed statistics."""
+    cut = _cut_of(numbers)
+    work, fixed, affine = at
+    memory, board = np.empty((2, cut.channels)), _board(cut)
+    a, c = memory[0], memory[1]
+    stages = (
+        (fixed, place((cut, var, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
+        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+    )
+    _do(words, cut, work, stages, board, memory)
 
 
 def _running(old_mean, old_var, mean, var, momentum, new_mean, new_var):
@@ -360,7 +388,7 @@ class Compiled:
     def __init__(self, stored: types.Type) -> None:
         x, out = _READ(stored), _WRITE(stored)
         given, found, sums = _READ(types.float64), _WRITE(types.float64), types.Array(types.float64, 3, "C")
-        number, eps = types.intp, types.float64
+        number, eps, numbers = types.intp, types.float64, _READ(types.int64)
         self._stages = {
             "shift": (_shift, (x, _CUT, found)),
             "spread": (_spread, (x, _CUT, found, sums)),
@@ -368,30 +396,35 @@ class Compiled:
             "dots": (_dots, (x, x, _CUT, given, sums)),
             "total": (_total, (_CUT, sums, found, found)),
             "normalized": (_normalized, (_CUT, found, given, given, eps, found, found, found)),
+            "fixed": (_fixed, (_CUT, given, given, given, eps, found, found, found)),
             "affine": (_affine, (x, _CUT, given, given, given, out, number)),
             "gradients": (_gradients, (_CUT, sums, given, given, found, found, found, found, found)),
             "affine2": (_affine2, (x, x, _CUT, given, given, given, given, out, number)),
             "affine3": (_affine3, (x, x, x, _CUT, *(given,) * 5, out, number)),
         }
         self._jobs = {
-            "moments": (_moments, (x, _CUT, found, found), ("shift", "spread", "mean_m2")),
-            "dots": (_dots_alone, (x, x, _CUT, given, found, found), ("dots", "total")),
-            "affine": (_affine_alone, (x, _CUT, given, given, given, out, number), ("affine",)),
-            "affine2": (_affine2_alone, (x, x, _CUT, given, given, given, given, out, number), ("affine2",)),
-            "affine3": (_affine3_alone, (x, x, x, _CUT, *(given,) * 5, out, number), ("affine3",)),
+            "moments": (_moments, (x, numbers, found, found), ("shift", "spread", "mean_m2")),
+            "dots": (_dots_alone, (x, x, numbers, given, found, found), ("dots", "total")),
+            "affine": (_affine_alone, (x, numbers, given, given, given, out, number), ("affine",)),
+            "affine2": (_affine2_alone, (x, x, numbers, given, given, given, given, out, number), ("affine2",)),
+            "affine3": (_affine3_alone, (x, x, x, numbers, *(given,) * 5, out, number), ("affine3",)),
             "forward": (
                 _forward,
-                (x, _CUT, given, given, eps, found, found, found, out, number),
+                (x, numbers, given, given, eps, found, found, found, out, number),
                 ("shift", "spread", "mean_m2", "normalized", "affine"),
+            ),
+            "evaluation": (
+                _evaluation,
+                (x, numbers, given, given, given, given, eps, found, out, number),
+                ("fixed", "affine"),
             ),
             "backward": (
                 _backward,
-                (x, x, _CUT, given, given, given, found, found, out, number),
+                (x, x, numbers, given, given, given, found, found, out, number),
                 ("dots", "gradients", "affine2"),
             ),
         }
         self._others = {
-            "fixed": (_fixed, (given, given, given, eps, found, found, found)),
             "running": (_running, (x, x, given, given, eps, out, out)),
         }
 

@@ -19,7 +19,8 @@ from numba import njit
 from .half import narrow, wide
 
 LONG = 32  # planes of this many values are runs of their own
-WIDE = 1024  # values in a run over short planes: its coefficients stay in the first-level cache
+WIDE = 1024  # values in a run of several rows: its coefficients stay in the first-level cache
+PART = 2048  # values in a run that is a part of a row: memory delivers longer pieces faster
 PIECE = 8192  # values in a run along a long plane
 SHORT = 512  # values in one partial sum, some sixteen for each lane of a vector register
 BLOCK = 64  # runs whose sums are added to each other before the sum of the tile, which keeps rounding small
@@ -150,6 +151,20 @@ def _affine_across(u, x, start, stop, mean, a, b, c, out, o):
 
 
 @_map
+def _affine_across_4(u, x, start, step, size, mean, a, b, c, out):
+    i1 = start + step
+    i2 = i1 + step
+    i3 = i2 + step
+    for j in range(size):
+        m, scale, shift = mean[j], a[j], c[j]
+        d0, d1, d2, d3 = wide(x[start + j]) - m, wide(x[i1 + j]) - m, wide(x[i2 + j]) - m, wide(x[i3 + j]) - m
+        out[start + j] = narrow(scale * d0 + shift, out)
+        out[i1 + j] = narrow(scale * d1 + shift, out)
+        out[i2 + j] = narrow(scale * d2 + shift, out)
+        out[i3 + j] = narrow(scale * d3 + shift, out)
+
+
+@_map
 def _affine2_along(u, x, start, stop, mean, a, b, c, out, o):
     for i in range(start, stop):
         out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
@@ -160,6 +175,20 @@ def _affine2_across(u, x, start, stop, mean, a, b, c, out, o):
     for j in range(stop - start):
         i = start + j
         out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
+
+
+@_map
+def _affine2_across_4(u, x, start, step, size, mean, a, b, c, out):
+    i1 = start + step
+    i2 = i1 + step
+    i3 = i2 + step
+    for j in range(size):
+        m, first, second, shift = mean[j], a[j], b[j], c[j]
+        d0, d1, d2, d3 = wide(x[start + j]) - m, wide(x[i1 + j]) - m, wide(x[i2 + j]) - m, wide(x[i3 + j]) - m
+        out[start + j] = narrow(first * wide(u[start + j]) + (second * d0 + shift), out)
+        out[i1 + j] = narrow(first * wide(u[i1 + j]) + (second * d1 + shift), out)
+        out[i2 + j] = narrow(first * wide(u[i2 + j]) + (second * d2 + shift), out)
+        out[i3 + j] = narrow(first * wide(u[i3 + j]) + (second * d3 + shift), out)
 
 
 @_map
@@ -206,7 +235,7 @@ def _together(channels, sample, plane):
     """Return channels and samples per run over short planes."""
     if channels * plane == sample and sample <= WIDE:  # whole samples lie side by side
         return channels, WIDE // sample
-    return min(channels, max(1, WIDE // plane)), 1
+    return min(channels, max(1, PART // plane)), 1
 
 
 @plain
@@ -335,8 +364,11 @@ def _map_along(run: Any) -> Any:
     return map_
 
 
-def _map_across(run: Any) -> Any:
-    """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on."""
+def _map_across(run: Any, four: Any = None) -> Any:
+    """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on.
+
+    `four` writes four runs, each a part of a row, whose coefficients are then loaded once; not `in_place`.
+    """
 
     @named_after(run)
     def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
@@ -350,7 +382,14 @@ def _map_across(run: Any) -> Any:
             _repeat(a[j : j + k], plane, times, lines[1])
             _repeat(b[j : j + k], plane, times, lines[2])
             _repeat(c[j : j + k], plane, times, lines[3])
-            for r in range(r0, r1, times):
+            first = r0
+            if four is not None and sample > WIDE and not in_place:
+                first = r1 - (r1 - r0) % 4
+                for r in range(r0, first, 4):
+                    start = np.uintp(r * sample + (c0 + j) * plane)
+                    size = np.uintp(k * plane)
+                    four(u, x, start, np.uintp(sample), size, lines[0], lines[1], lines[2], lines[3], out)
+            for r in range(first, r1, times):
                 start = np.uintp(r * sample + (c0 + j) * plane)
                 stop = start + np.uintp(min(times, r1 - r) * k * plane)
                 run(u, x, start, stop, lines[0], lines[1], lines[2], lines[3], target, start * np.uintp(in_place))
@@ -362,8 +401,8 @@ def _map_across(run: Any) -> Any:
 
 moments_of_planes, moments_of_lines = _sums_along(_moments_along), _sums_across(_moments_across, _moments_across_8, 8)
 dots_of_planes, dots_of_lines = _sums_along(_dots_along), _sums_across(_dots_across, _dots_across_4, 4)
-affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across)
-affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across)
+affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across, _affine_across_4)
+affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across, _affine2_across_4)
 
 
 @plain
