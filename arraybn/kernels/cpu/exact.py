@@ -1,6 +1,6 @@
 """Exact sums in compiled code (E10): the records of ``arraybn.exact``, a chunk of values at a time.
 
-A chunk has at most 4088 values of a channel. Adding a power of two that is large enough, a *magic number*, puts a value
+A chunk has at most 4096 values of a channel. Adding a power of two that is large enough, a *magic number*, puts a value
 on a grid: the bits of the sum, read as an integer, then count grid steps from the bits of the magic number. Integers
 add without rounding, in any order, so the compiler may vectorize their sum.
 
@@ -43,7 +43,7 @@ from .half import _conversion, _from_bfloat16, _from_half, narrow, wide
 from .lines import line_of, place_of_result
 from .tiles import LONG, PIECE, _map_across, _map_along, plain
 
-CHUNK = 4088  # values of a channel whose grid steps fit an int64: 2^51 steps each, and a multiple of 8
+CHUNK = 4096  # values of a channel whose grid steps fit an int64: 2^51 steps each
 VALUE_WINDOW, PRODUCT_WINDOW = 28, 56  # exponents that one pass holds
 WIDTH = 512  # places side by side in a chunk of many channels
 ROWS_OF_CHUNK = 512  # rows of such a chunk: with 512 places 1 MB, which the second pass finds in cache
