@@ -173,6 +173,16 @@ def test_x2_other_namespaces_give_the_same_bits(namespace: str) -> None:
         assert same(found, run(*arrays)), name
 
 
+def test_x2_sums_of_as_many_grid_steps_as_can_be_are_exact() -> None:
+    """Each product is half a step of the coarse grid above an even one: 4096 of these are 2⁶³ steps of a fine grid."""
+    u = np.full((1, 1, 4096), 2.0**-2 + 2.0**-25, np.float32)
+    x = u.copy()
+    u[0, 0, 0], x[0, 0, 0] = x[0, 0, 1], u[0, 0, 1] = 1 + 2.0**-23, 2.0**-4 + 2.0**-27  # which choose the grids
+    with served_by("cuda"):
+        found = importlib.import_module("arraybn.kernels.cuda.exact").products(u, x, np.zeros(1))
+    assert exact._totals(found) == exact._totals(exact.products(u, x, np.zeros(1)))
+
+
 def state(layer: Any) -> list[Any]:
     return [np.asarray(value) for value in layer.state_dict().values()]
 

@@ -58,7 +58,7 @@ GPU_CONTESTANTS = (
     Contestant("native", "PyTorch native", "torch", pytorch.device_calls, "torch"),
     Contestant("jax", "JAX", "jax", jax.device_calls, "jax"),
 )
-GPU_PEERS = {"reference": "cupy", "torch": "torch", "jax": "jax", EXACT: "cupy"}  # as --peers has them, and what each needs
+GPU_PEERS = {"reference": "cupy", "torch": "torch", "jax": "jax", EXACT: "cupy"}  # as --peers has them; their needs
 GPU_LAYERS = {"arraybn": ours.layer_calls, "PyTorch": pytorch.layer_calls}  # whose time on the host is taken
 
 
