@@ -155,7 +155,7 @@ def make_problem(case: Case) -> Problem:
         (["--shapes", "1,64,1"], "expected more than one value per channel, or there is no std; got '1,64,1'"),
         (
             ["--peers", "pytorch"],
-            "expected some of reference, numpy, torch, aten, jax, tensorflow, exact, or none; got 'pytorch'",
+            "expected some of reference, numpy, torch, aten, jax, tensorflow, exact, masked, or none; got 'pytorch'",
         ),
         (["--repeats", "0"], "argument --repeats: expected an integer ≥ 1; got '0'"),
         (["--growth", "10"], "argument --growth: expected a number of elements from 1e3 to 1e10; got '10'"),
@@ -273,14 +273,18 @@ def test_quick_is_two_large_shapes_and_the_small_ones_without_the_reference() ->
         "(1, 64, 8, 8) float32, channels-first",
     ]
     names = [library.name for library in section.libraries]
-    assert names == ["arraybn", *(p.name for p in PEERS if p.name not in ("exact", "reference") and not p.missing)]
+    assert names == [
+        "arraybn",
+        *(p.name for p in PEERS if p.name not in ("exact", "masked", "reference") and not p.missing),
+    ]
 
 
 def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
     need("numba")
-    (section,) = cpu.plan(parsed(*["--shapes", "20,6", "--peers", "exact"]))
-    assert [library.name for library in section.libraries] == ["arraybn", "exact"]
-    assert "exact" not in [peer.name for peer in cpu.peers(None)]
+    for name in ("exact", "masked"):
+        (section,) = cpu.plan(parsed(*["--shapes", "20,6", "--peers", name]))
+        assert [library.name for library in section.libraries] == ["arraybn", name]
+        assert name not in [peer.name for peer in cpu.peers(None)]
 
 
 def test_shapes_layouts_dtypes_and_whats_are_multiplied_and_no_case_comes_twice() -> None:
@@ -428,6 +432,7 @@ REFUSED = {"tensorflow": "its fused op takes no float64", "exact": "its sums tak
         ("jax", "JAX"),
         ("tensorflow", "TensorFlow"),
         ("exact", "arraybn exact, out="),
+        ("masked", "arraybn masked, out="),
     ],
 )
 def test_a_peer_passes_the_check_in_every_layout_and_dtype_that_it_takes(name: str, row: str) -> None:

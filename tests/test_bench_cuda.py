@@ -131,6 +131,8 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
     quick = command.plan(parsed("--quick"))
     assert len(quick.cases) == 8
     assert set(quick.contestants) <= {"fused", "split", "torch", "native"}
+    assert "masked" not in command.plan(parsed()).contestants
+    assert "masked" in command.plan(parsed("--peers", "masked")).contestants
     assert command.GpuBench(parsed("--quick")).session.budget.total < session.TOTAL
 
 
@@ -148,7 +150,7 @@ def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
         (["--set", "cache"], "--set: expected --device cpu"),
         (
             ["--peers", "tensorflow"],
-            "--peers: expected some of reference, torch, jax, exact, or none, on a GPU; got tensorflow",
+            "--peers: expected some of reference, masked, exact, torch, jax, or none, on a GPU; got tensorflow",
         ),
         (["--peers", "none", "torch"], "--peers: expected none alone, or names without it; got none torch"),
     ],
@@ -292,7 +294,7 @@ def test_the_cuda_source_passes_the_check(dtype: str, monkeypatch: pytest.Monkey
         found.work.device.kernels = device.CudaDevice.kernels
         for layout in ("first", "last"):
             found.ask("open", case=Case((4, 6, 7, 5), layout, dtype), seed=1)
-            for name in ("split", "reference", "exact")[: 2 if dtype == "float64" else 3]:
+            for name in ("split", "reference", "masked", "exact")[: 3 if dtype == "float64" else 4]:
                 assert set(found.ask("check", contestant=name)["faults"].values()) == {""}, (layout, name)
                 assert (
                     found.ask("time_on_device", contestant=name, operation="backward", calls=2, hold=0.0)["seconds"] > 0

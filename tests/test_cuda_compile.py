@@ -35,8 +35,13 @@ def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(archite
     way = "rows" if architecture == "sm_80" else "ring"
     chosen = [*shim.row_kernels("rows"), *shim.row_kernels("ring")]
     if os.environ.get("ARRAYBN_COMPILE") != "all":
-        near = ("dots", "forward", "backward", "affine3")
-        chosen = [kernel for kernel in shim.row_kernels(way) if kernel.name.split("_")[0] in near]
+        near = {"dots": SIZES, "forward": SIZES, "backward": SIZES, "affine3": SIZES}
+        near |= dict.fromkeys(("forward_masked", "backward_masked", "affine3_masked"), ("float16", "float64"))
+        chosen = [
+            kernel
+            for kernel in shim.row_kernels(way)
+            if kernel.dtype in near.get(kernel.name.removesuffix(f"_{way}"), ())
+        ]
         chosen = [kernel for kernel in chosen if kernel.width == max(cuda.WIDTHS[SIZES[kernel.dtype]])]
     found = resources(compiled(launch.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}

@@ -116,6 +116,20 @@ def test_the_alignment_of_the_values_decides_how_many_are_loaded_at_once(
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 64), (70, 16, 1)])
+def test_a_mask_is_read_at_any_address_with_gaps_and_of_any_bytes(shape: tuple[int, int, int], gpu: shim.Shim) -> None:
+    x = data(shape, "float32")
+    where = np.random.default_rng(1).random((shape[0], 1, shape[2])) < 0.5
+    want = cuda.moments(x, where=where)
+    odd, gaps = shim.guarded(where.shape, "?", 1), np.full((2 * shape[0], 3, 2 * shape[2]), True)
+    odd[...] = gaps[::2, 1:2, ::2] = where
+    for mask in (odd, gaps[::2, 1:2, ::2], np.where(where, np.uint8(0xF0), np.uint8(0)).view("?")):
+        gpu.launches.clear()
+        for got, exact in zip(cuda.moments(x, where=mask), want, strict=True):
+            np.testing.assert_allclose(got, exact, rtol=1e-13)
+        assert gpu.launches[0][0].endswith("_1" if mask is odd else "_4")
+
+
 @pytest.mark.parametrize("name", ["planes", "lines"])
 @pytest.mark.parametrize("width", [1, 8])
 def test_strides_beyond_2_31_are_followed(gpu: shim.Shim, name: str, width: int) -> None:
@@ -476,22 +490,106 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {
     "the last bytes of the rows are left out": ("k < rest /", "k < 0 * rest /", "channels-last, odd", "maps"),
     "counters of shares stay": ("p.tickets[threadIdx.x] = 0;", "(void)p;", "channels-last", "sums"),
     "a store off by one value": ("store_near(out + offset[k])", "store_near(out + offset[k] + 1)", "planes", "maps"),
+    # With a mask
+    "the mask is read a position late": ("Word*)where)[item];", "Word*)where)[item + 1];", "planes", "affine2_masked"),
+    "the mask of a chunk is read at its number": (
+        "p.where + chunk * p.part;",
+        "p.where + chunk;",
+        "channels-last in parts",
+        "moments_masked",
+    ),
+    "the mask of a row is that of the next": (
+        "(where[row] != 0) << k;",
+        "(where[row + 1] != 0) << k;",
+        "channels-last",
+        "affine2_masked",
+    ),
+    "the mask stays at the first rows in the sums": (
+        "        if (CHOICE == MASKED) marks >>= AT_ONCE;\n    }\n#pragma",
+        "    }\n#pragma",
+        "many rows a thread",
+        "dots_masked",
+    ),
+    "the mask stays at the first rows in the map": (
+        "            if (CHOICE == MASKED) marks >>= AT_ONCE;\n",
+        "",
+        "many rows a thread",
+        "affine2_masked",
+    ),
+    "a sum multiplies by 0": ("counts ? x - shift : 0;", "(x - shift) * (Summed)counts;", "planes", "moments_masked"),
+    "a sum of products multiplies by 0": ("counts ? centre.from(x) : 0;", "centre.from(x);", "planes", "dots_nonzero"),
+    "a sum of dy multiplies by 0": ("counts ? given : 0,", "given * (Summed)counts,", "planes", "dots_masked"),
+    "a map multiplies by 0": (
+        "fused(a, u, counts ? rest : 0)",
+        "fused(a, u, rest * (Value)counts)",
+        "planes",
+        "affine2_masked",
+    ),
+    "a map of three multiplies by 0": (
+        "counts ? fused(a, of_v * v, without) : without",
+        "fused(a, of_v * v * (Value)counts, without)",
+        "planes",
+        "affine3_masked",
+    ),
+    "where dy is 0, x counts": ("CHOICE == ALL || of_w != 0;", "true;", "planes", "dots_nonzero"),
+    "where dy is 0, x counts in rows": ("CHOICE != NONZERO || of_u != 0", "true", "channels-last", "dots_nonzero"),
+    "all values are counted": (
+        "if (COUNTS) taken += counts;",
+        "if (COUNTS) taken += 1;",
+        "planes in parts",
+        "moments_masked",
+    ),
+    "the number of a part is lost": (
+        "counts[task.part].first = n;",
+        "counts[task.part].first = 1;",
+        "planes in parts",
+        "moments_masked",
+    ),
+    "the number of a share is lost": (
+        "[unit.share].first = *counted;",
+        "[unit.share].first = 1;",
+        "channels-last in parts",
+        "moments_masked",
+    ),
+    "the shift of a thread that has none": (
+        "(taken ? threadIdx.x : MOST_THREADS,",
+        "(threadIdx.x,",
+        "planes in parts",
+        "shifts",
+    ),
+    "the shift of rows that have none": ("if (taken_by[row]) giver = row;", "", "channels-last", "shifts"),
+    "the origin of a part that has none": (
+        "partials + all.first * slots + slot",
+        "partials + slot",
+        "planes in parts",
+        "shifts",
+    ),
+    "the origin of a share that has none": (
+        "load_shared(partials + all.first * slots)",
+        "load_shared(partials)",
+        "channels-last in parts",
+        "shifts",
+    ),
 }
 CHECKS = {
     "sums": (kernels.assert_sums, ("moments", "dots")),
     "maps": (kernels.assert_maps, ("affine", "affine2", "affine3")),
+    "shifts": (kernels.assert_far_from_zero, ("moments_masked",)),
 }
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_error_of_the_sweeps_is_found(planted: str) -> None:
     old, new, name, sweeps = PLANTED[planted]
-    check, names = CHECKS[sweeps]
-    with kernels.case_of("cuda", name) as case:
+    check, names = CHECKS.get(sweeps, (kernels.assert_masked, (sweeps,)))
+    with kernels.case_of("cuda" if name in CUDA_CUTS else "fused", name) as case:
         changed = tuple(cuda.plan_sweep(sweep, case.shape, "f", 4, 0, case.gpu.has)[0] for sweep in names)
         library = shim.build(changed, changed=(old, new))
         check(case, "float32")  # right without it
-        with kernels.installed(library), pytest.raises((AssertionError, RuntimeError)):
+        with (
+            kernels.installed(library, *kernels.libraries(), has=case.gpu.has),
+            pytest.raises((AssertionError, RuntimeError)),
+        ):
             check(case, "float32")
 
 
@@ -502,6 +600,7 @@ SANITIZED = """
     import numpy as np
     from cuda import shim
     from arraybn.kernels import cuda
+    from arraybn.reference import Moments
     cuda.MIN_BLOCK_BYTES = cuda.PART = cuda.MAP_PART = 512
     with shim.install(Path(sys.argv[1])):
         for dtype in (np.float32, np.float16):
@@ -511,6 +610,9 @@ SANITIZED = """
                 assert x.nbytes > 1024  # less, NumPy keeps to itself when it is freed
                 mean, m2, rstd, y = cuda.forward(x, None, None, 1e-5)
                 cuda.backward(dy, x, mean, rstd, None)
+                where = np.random.default_rng(2).random((shape[0], 1, shape[2])) < 0.5
+                cuda.affine3(dy, dy, x, *[mean] * 5, where=where), cuda.moments(x, where)
+                cuda.masked_backward(dy, x, Moments(9, mean, m2), rstd, None, None, where)
     print("clean")
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import shim
 from support import kernels
-from support.kernels import COMPILED, Case, both, coefficients, cuts_of, data, exact_of
+from support.kernels import COMPILED, Case, assert_map, both, coefficients, cuts_of, data, exact_of
 
 import arraybn
 from arraybn import reference
@@ -88,6 +88,61 @@ def test_e3_e6_two_sweeps_at_once_have_the_bits_of_one_after_the_other(case: Cas
         assert all(map(np.array_equal, (dweight, dbias), sums))
         expected = ops.affine2(dy, x, mean, *reference.input_gradient(dweight, dbias, n, rstd, weight))
         np.testing.assert_array_equal(dx, expected)
+
+
+@of_cuts("cuda", "fused")
+def test_sweeps_with_a_mask_are_exact_to_rounding_however_the_data_is_cut(case: Case, dtype: str) -> None:
+    for mask in kernels.MASKS if case.kind == "cuda" else ("padding",):
+        kernels.assert_masked(case, dtype, mask)
+
+
+@of_cuts("cuda")
+def test_e1_masked_first_values_cost_no_digit(case: Case) -> None:
+    for wide in ("float32", "float64"):
+        kernels.assert_far_from_zero(case, wide)
+
+
+@of_cuts("cuda", "fused")
+def test_whatever_is_masked_changes_no_bit_of_the_rest(case: Case, dtype: str) -> None:
+    first, *others = (kernels.with_mask(case, dtype, "half", fill) for fill in (0.0, np.nan, -np.inf))
+    kept, want = np.broadcast_to(first.where, case.shape), kernels.all_of(case, first)
+    for found in (kernels.all_of(case, t) for t in others):
+        for got, exact in zip(found, want, strict=True):
+            chosen = kept if got.ndim == 3 else ...
+            assert got[chosen].tobytes() == exact[chosen].tobytes()
+            assert np.isfinite(got[chosen].astype("f8")).all()
+
+
+@of_cuts("cuda")
+def test_a_mask_of_all_true_has_the_bits_of_no_mask_in_each_sweep(case: Case, dtype: str) -> None:
+    u, x, v = (data(case.shape, dtype, seed, offset) for seed, offset in ((1, 0.5), (0, 3.0), (2, -0.5)))
+    true, ops, (mean, a, b, c) = np.ones((case.shape[0], 1, case.shape[2]), bool), case.ops, coefficients(case.shape[1])
+    for with_mask, without in (
+        (ops.moments(x, where=true), ops.moments(x)),
+        (ops.dots(u, x, mean, where=true), ops.dots(u, x, mean)),
+        (ops.dots(u, x, mean, skip_zeros=True), ops.dots(u, x, mean)),
+        (ops.affine2(u, x, mean, a, b, c, where=true), ops.affine2(u, x, mean, a, b, c)),
+        (ops.affine3(v, u, x, mean, a, b, c, a, where=true), ops.affine3(v, u, x, mean, a, b, c, a)),
+    ):
+        assert np.asarray(with_mask).tobytes() == np.asarray(without).tobytes()
+
+
+@of_cuts("cuda", "fused")
+def test_two_masked_sweeps_at_once_have_the_bits_of_one_after_the_other(case: Case, dtype: str) -> None:
+    t, ops = kernels.with_mask(case, dtype, "half"), case.ops
+    weight, bias = coefficients(case.shape[1])[:2]
+    mask = reference.Mask(t.where, t.n)
+    batch, rstd, y = ops.masked_forward(t.x, weight, bias, 1e-5, None, mask)
+    dx, dweight, dbias = ops.masked_backward(t.u, t.x, batch, rstd, weight, None, t.where)
+    other, other_rstd, other_y = reference.forward(ops, t.x, weight, bias, 1e-5, mask=mask)
+    others = reference.backward(ops, t.u, t.x, batch, rstd, weight, where=t.where)
+    pairs = zip(
+        (batch.mean, batch.m2, rstd, y, dx, dweight, dbias),
+        (other.mean, other.m2, other_rstd, other_y, *others),
+        strict=True,
+    )
+    assert batch.n == t.n
+    assert all(got.tobytes() == want.tobytes() for got, want in pairs)
 
 
 @of_cuts(*ALL)
@@ -285,12 +340,38 @@ def test_e4_running_statistics_have_the_bits_of_the_reference(case: Case, channe
             np.testing.assert_array_equal(new, want)
 
 
+@of_cuts("cuda")
+def test_e3_e7_an_evaluation_is_one_launch_that_reads_vectors_in_their_dtypes(case: Case, dtype: str) -> None:
+    x, vectors = data(case.shape, dtype), abs(coefficients(case.shape[1])) + 0.5
+    (exact_x,) = exact_of(x)
+    for state, parameters in [("f4", "f4"), ("f8", "f4"), ("f4", "f2"), ("f2", "f8"), ("f4", "")]:
+        mean, var = vectors[:2].astype(state)
+        weight, bias = vectors[2:].astype(parameters or "f4")
+        weight = None if not parameters else np.repeat(weight, 2)[::2] if parameters == "f8" else weight  # with gaps
+        case.gpu.launches.clear()
+        kept_mean, rstd, kept_weight, y = case.ops.evaluate(x, mean, var, weight, bias, 1e-5)
+        assert len(case.gpu.launches) == 1
+        np.testing.assert_array_equal(kept_mean, mean.astype("f8"))
+        np.testing.assert_array_equal(rstd, reference.rstd(var.astype("f8"), 1e-5))
+        if weight is None:
+            assert kept_weight is None
+        else:
+            np.testing.assert_array_equal(kept_weight, weight.astype("f8"))
+        a, d = rstd if weight is None else rstd * weight.astype("f8"), exact_x - mean.astype("f8")[:, None]
+        c = bias.astype("f8")[:, None]
+        terms = abs(a[:, None] * d) + abs(c)
+        assert_map(y, a[:, None] * d + c, terms, x.dtype, case.rounding(dtype))
+    empty = case.ops.evaluate(x[:0], mean, var, weight, bias, 1e-5)
+    np.testing.assert_array_equal(empty[1], reference.rstd(var.astype("f8"), 1e-5))
+    assert empty[3].shape == x[:0].shape
+
+
 STEP, EVALUATION = (
     {  # what is launched in a step of training, and in an evaluation with its backward
         "cuda": ["vectors", "moments", "affine", "running", "dots", "affine2"],
         "fused": ["vectors", "forward_resident", "running", "backward_resident"],
     },
-    ["vectors", "affine", "dots", "affine"],
+    ["affine_fixed", "dots", "affine"],
 )
 
 

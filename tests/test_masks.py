@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.homes import Home
+from support.kernels import case_of
 from support.libraries import need
 
 import arraybn
@@ -25,12 +27,16 @@ NAMES = ("y", "dx", "dweight", "dbias", "y_dot", "ddy", "ddx", "ddweight")
 AWFUL = (np.nan, np.inf, -np.inf, 3e38)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Return each backend for NumPy arrays."""
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Yield each backend for NumPy arrays; the CUDA kernels run on the CPU."""
+    if request.param == "cuda":
+        with case_of("fused") as case:
+            yield case.ops
+        return
     if request.param == "cpu":
         need("numba")
-    return str(request.param)
+    yield request.param
 
 
 def drawn(shape: tuple[int, ...], seed: int = 0, share: float = 0.6) -> SimpleNamespace:
@@ -88,7 +94,7 @@ def same_bits(got: Any, want: Any) -> bool:
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 @pytest.mark.parametrize("shape", [(5, 3, 7), (2, 4, 40), (40, 2, 1), (3, 2, 9000)])
 def test_e5_e6_e8_e9_are_those_of_autograd_on_the_written_out_formula(
-    shape: tuple[int, ...], eps: float, backend: str
+    shape: tuple[int, ...], eps: float, backend: Any
 ) -> None:
     t = drawn(shape)
     for name, got, want in zip(NAMES, all_results(t, eps, kernels=backend), by_autograd(t, eps), strict=True):
@@ -186,7 +192,7 @@ def test_masking_out_is_leaving_out(
 
 
 @pytest.mark.parametrize("channel_axis", [0, 1, 2, 3, -1])
-def test_the_mask_has_the_shape_of_x_without_the_channels(channel_axis: int, backend: str) -> None:
+def test_the_mask_has_the_shape_of_x_without_the_channels(channel_axis: int, backend: Any) -> None:
     t = drawn((4, 3, 2, 5))
     want = all_results(t, kernels=backend)
     for name in ("x", "dy", "v", "x_dot"):
@@ -199,7 +205,7 @@ def test_the_mask_has_the_shape_of_x_without_the_channels(channel_axis: int, bac
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_memory_layout_of_x_and_of_the_mask_gives_the_same_statistics(layout: str, backend: str) -> None:
+def test_any_memory_layout_of_x_and_of_the_mask_gives_the_same_statistics(layout: str, backend: Any) -> None:
     t = drawn((4, 3, 6))
     want = all_results(t, kernels=backend)
     for name in ("x", "dy", "v", "x_dot"):
@@ -235,7 +241,7 @@ def test_many_tiles_on_any_number_of_threads_give_what_the_reference_gives(shape
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (4, 1), (1, 1), (3, 4, 5)])
-def test_a_mask_is_broadcast_to_the_positions(shape: tuple[int, ...], backend: str) -> None:
+def test_a_mask_is_broadcast_to_the_positions(shape: tuple[int, ...], backend: Any) -> None:
     where = np.random.default_rng(0).random(shape) < 0.7
     t = drawn((2, 3, 3, 4, 5) if len(shape) == 3 else (4, 3, 5))
     positions = t.where.shape
@@ -250,7 +256,7 @@ def test_a_mask_is_broadcast_to_the_positions(shape: tuple[int, ...], backend: s
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(5, 3, 7), (9, 4, 1), (2, 3, 600), (2, 300, 5), (70, 1, 3)])
-def test_what_is_masked_changes_no_other_bit(shape: tuple[int, ...], dtype: str, backend: str) -> None:
+def test_what_is_masked_changes_no_other_bit(shape: tuple[int, ...], dtype: str, backend: Any) -> None:
     t = drawn(shape, share=0.5)
     kept = np.broadcast_to(t.where[:, None], shape)
     t.dy = np.where(kept, t.dy, 0)
@@ -345,7 +351,7 @@ def test_a_permutation_of_masked_values_changes_nothing(shape: tuple[int, ...], 
     np.testing.assert_allclose(again.mean, first.mean, rtol=1e-13, atol=1e-13)
 
 
-def test_only_the_values_of_the_mask_count_and_not_its_bytes(backend: str) -> None:
+def test_only_the_values_of_the_mask_count_and_not_its_bytes(backend: Any) -> None:
     t = drawn((4, 3, 6))
     want = all_results(t, kernels=backend)
     bytes_ = np.where(t.where, np.arange(1, 25).reshape(4, 6), 0).astype("u1")  # any byte but 0 is True
@@ -357,7 +363,7 @@ def test_only_the_values_of_the_mask_count_and_not_its_bytes(backend: str) -> No
 
 
 @pytest.mark.parametrize("value", [3e7, 0.1, -1.0 / 3])
-def test_n3_a_channel_that_is_constant_over_the_mask_gives_exactly_bias(value: float, backend: str) -> None:
+def test_n3_a_channel_that_is_constant_over_the_mask_gives_exactly_bias(value: float, backend: Any) -> None:
     t = drawn((7, 3, 11), share=0.5)
     t.x = np.where(t.where[:, None], value, t.x)
     y, saved = arraybn.batch_norm(t.x, t.weight, t.bias, where=t.where, kernels=backend)
@@ -366,7 +372,7 @@ def test_n3_a_channel_that_is_constant_over_the_mask_gives_exactly_bias(value: f
     assert (saved.moments.mean == value).all()
 
 
-def test_a_forward_keeps_a_mask_of_its_own(backend: str) -> None:
+def test_a_forward_keeps_a_mask_of_its_own(backend: Any) -> None:
     t = drawn((4, 3, 6))
     want = all_results(t, kernels=backend)
     mask = t.where.copy()
@@ -375,7 +381,7 @@ def test_a_forward_keeps_a_mask_of_its_own(backend: str) -> None:
     assert same_bits(arraybn.batch_norm_backward(t.dy, saved)[0], want[1])
 
 
-def test_the_mask_and_other_arguments_stay_as_they_are(backend: str) -> None:
+def test_the_mask_and_other_arguments_stay_as_they_are(backend: Any) -> None:
     t = drawn((4, 3, 6))
     before = copy.deepcopy(vars(t))
     all_results(t, kernels=backend)
@@ -383,7 +389,7 @@ def test_the_mask_and_other_arguments_stay_as_they_are(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_results_go_into_out_and_over_x_and_dy(dtype: str, backend: str) -> None:
+def test_results_go_into_out_and_over_x_and_dy(dtype: str, backend: Any) -> None:
     t = drawn((4, 3, 50))
     x, dy = t.x.astype(dtype), t.dy.astype(dtype)
     want = arraybn.batch_norm(x, where=t.where, kernels=backend)
@@ -429,7 +435,7 @@ def test_no_true_at_all_is_an_empty_batch(home: Home) -> None:
         assert home.numpy(got).tolist() == [1, 1, 1]
 
 
-def test_evaluation_does_not_look_at_the_mask(backend: str) -> None:
+def test_evaluation_does_not_look_at_the_mask(backend: Any) -> None:
     t = drawn((4, 3, 6))
     fixed = {"mean": t.v_weight, "var": abs(t.v_bias), "kernels": backend}
     y, saved = arraybn.batch_norm(t.x, t.weight, where=t.where, **fixed)
@@ -508,7 +514,7 @@ def test_float32_namespaces_over_ranks_pool_masked_moments() -> None:
     np.testing.assert_allclose(np.concatenate(ThreadComm.run(2, work)), one[0], rtol=1e-5, atol=1e-5)
 
 
-def test_parts_with_masks_give_what_the_whole_gives(backend: str) -> None:
+def test_parts_with_masks_give_what_the_whole_gives(backend: Any) -> None:
     t = drawn((9, 3, 4))
     t.where[:2] = False
     parts = parts_of(t, [0, 2, 2, 7, 9])

@@ -18,7 +18,7 @@ from ..kernels.threads import get_num_threads
 from . import growth, ladder, machine, networks, report
 from .cases import PASSES, RESNET, Case, choose
 from .contestants import Library
-from .contestants.registry import ARRAYBN, COPYTO, EXACT, OPERATORS, PEERS, has_numba
+from .contestants.registry import ARRAYBN, COPYTO, ON_REQUEST, OPERATORS, PEERS, has_numba
 from .output import RefusedError, Run, check_peers
 from .session import BUDGET, Session, memory_needed
 from .timing import Result
@@ -68,10 +68,10 @@ def plan(arguments: argparse.Namespace) -> list[Section]:
 
 
 def peers(names: Sequence[str] | None, quick: bool = False) -> list[Library]:
-    """Return those named, or all that are installed but exact mode; the reference takes too long for a quick run."""
+    """Return those named, or all that are installed but `ON_REQUEST`; the reference takes too long for a quick run."""
     if names is None:
         dull = quick or not has_numba()  # without Numba, arraybn is its reference
-        left_out = {EXACT, "reference"} if dull else {EXACT}
+        left_out = {*ON_REQUEST, "reference"} if dull else {*ON_REQUEST}
         return [peer for peer in PEERS if not peer.missing and peer.name not in left_out]
     check_peers(names, {peer.name: peer.pip for peer in PEERS if peer.missing})
     return [peer for peer in PEERS if peer.name in names]

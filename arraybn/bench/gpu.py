@@ -20,7 +20,7 @@ from .._install import requirement
 from .._version import __version__
 from . import jobs, machine, report
 from .cases import Case, choose_gpu, choose_host
-from .contestants.registry import EXACT, GPU_CONTESTANTS, GPU_PEERS
+from .contestants.registry import GPU_CONTESTANTS, GPU_PEERS, ON_REQUEST
 from .gpu_ranks import SHAPES
 from .gpu_session import QUICK_TOTAL, SHARES, TOTAL, Budget, GpuSession, gpu_worker
 from .output import RefusedError, Run, check_peers
@@ -65,8 +65,8 @@ def peers(names: Sequence[str] | None, quick: bool) -> tuple[list[str], list[str
     """Return the libraries beside arraybn that take part, and those that are not installed."""
     missing = [name for name, package in GPU_PEERS.items() if importlib.util.find_spec(package) is None]
     if names is None:
-        usual = [name for name in GPU_PEERS if name not in missing and name != EXACT]
-        return [name for name in usual if not quick or name == "torch"], missing
+        left_out = set(GPU_PEERS) - {"torch"} if quick else set(ON_REQUEST)
+        return [name for name in GPU_PEERS if name not in (*missing, *left_out)], missing
     for name in names:
         if name not in (*GPU_PEERS, "none"):
             raise RefusedError(f"--peers: expected some of {', '.join(GPU_PEERS)}, or none, on a GPU; got {name}")

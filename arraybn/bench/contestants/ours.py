@@ -12,9 +12,12 @@ import numpy as np
 from array_api_compat import to_device
 
 from ..._arrays.copies import as_numpy
+from ..._arrays.layout import Layout
 from ...functional import batch_norm, batch_norm_backward
+from ...kernels import for_masks, select
 from ...kernels.threads import get_num_threads
 from ...layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ...reference import Mask
 from ...testing.scenarios import Batch
 from ..device import Array, HostDevice
 from ..process import UnsupportedError
@@ -60,6 +63,26 @@ def exact_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     if problem.case.dtype == "float64":
         raise UnsupportedError("its sums take no float64")
     return function_calls(device, problem, name, exact=True)
+
+
+def masked_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
+    """Return the calls of the kernels with a mask of all True, which the functions would take for no mask."""
+    case, x, dy, target, weight, bias, _, _, eps = problem
+    found, layout = function_calls(device, problem, name), Layout.of(x, case.channel_axis)
+    backend = for_masks(select(x, device.kernels.get("fused")))
+    view, given, out = (layout.view(array) for array in (x, dy, target))
+    scale, shift = backend.widened(weight, bias)
+    mask = Mask(layout.view_of_mask(device.xp.ones(layout.positions, dtype=bool)), layout.n)
+    batch, rstd, _ = backend.forward(view, scale, shift, eps, None, out, mask=mask)
+
+    def backward() -> tuple[Any, ...]:
+        dx, *gradients = backend.backward(given, view, batch, rstd, scale, None, out, where=mask.where)
+        return layout.restore(dx), *gradients
+
+    def forward() -> Any:
+        return layout.restore(backend.forward(view, scale, shift, eps, None, out, mask=mask)[2])
+
+    return Calls({**found.operations, "forward": forward, "backward": backward}, found.read, found.poison)
 
 
 def layer_calls(device: HostDevice, problem: Problem) -> dict[str, Call]:

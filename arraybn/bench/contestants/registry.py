@@ -30,7 +30,7 @@ def _peer(name: str, title: str, package: str, held: int, build: Any, **options:
     return Library(name, title, (package,), package, held, (Contestant(name, title, name, build, **options),))
 
 
-EXACT = "exact"  # takes part where it is asked for
+EXACT, MASKED = ON_REQUEST = ("exact", "masked")  # take part where they are asked for
 PEERS = (
     _peer("reference", "arraybn reference", "numpy", 2, ours.reference_calls),
     _peer("numpy", "NumPy formulas", "numpy", 3, formulas.host_calls),
@@ -39,6 +39,7 @@ PEERS = (
     _peer("jax", "JAX", "jax", 4, jax.host_calls),
     _peer("tensorflow", "TensorFlow", "tensorflow", 3, tensorflow.host_calls),
     _peer(EXACT, "arraybn exact, out=", "numpy", 2, ours.exact_calls, operations=LARGE_OPERATIONS),
+    _peer(MASKED, "arraybn masked, out=", "numpy", 2, ours.masked_calls, operations=LARGE_OPERATIONS),
 )
 
 
@@ -54,11 +55,13 @@ GPU_CONTESTANTS = (
     Contestant("split", "arraybn split", "arraybn", ours.function_calls),
     Contestant("reference", "arraybn reference", "reference", ours.function_calls),
     Contestant(EXACT, "arraybn exact", EXACT, ours.exact_calls),
+    Contestant(MASKED, "arraybn masked", MASKED, ours.masked_calls),
     Contestant("torch", "PyTorch", "torch", pytorch.device_calls, "torch"),
     Contestant("native", "PyTorch native", "torch", pytorch.device_calls, "torch"),
     Contestant("jax", "JAX", "jax", jax.device_calls, "jax"),
 )
-GPU_PEERS = {"reference": "cupy", "torch": "torch", "jax": "jax", EXACT: "cupy"}  # as --peers has them; their needs
+# As --peers has them, and what each needs
+GPU_PEERS = {"reference": "cupy", MASKED: "cupy", EXACT: "cupy", "torch": "torch", "jax": "jax"}
 GPU_LAYERS = {"arraybn": ours.layer_calls, "PyTorch": pytorch.layer_calls}  # whose time on the host is taken
 
 

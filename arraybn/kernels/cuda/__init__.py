@@ -5,6 +5,9 @@ channel, and the map, which goes over the data backwards, to find in the cache w
 for the GPU, so a call can be captured in a CUDA graph, once a call like it on that stream has built the kernels and the
 workspace. float64 has one launch more, whose sums are about the mean of the first.
 
+A mask chooses other kernels of the same source, which add in the same order. They read the mask beside the data, a byte
+a position, and count its values.
+
 Channels-first, work is cut into parts of a channel (sweeps.cu) by shape, dtype and alignment of the data alone.
 Channels-last, it is cut into chunks of whole rows (rows.cu), with a share for each multiprocessor. Parts are pooled in
 a fixed order. So results have the same bits each time on GPUs of one kind.
@@ -14,12 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ... import reference
 from ..._arrays.namespaces import Array
+from ...reference import Mask, Moments
 from . import launch
 from .launch import Device, Grid, Kernel
 
@@ -41,6 +45,7 @@ WARP = 32
 UNDER_WAY = 4  # loads that a thread has in flight
 WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
 ROWS = (*launch.SWEEPS, "rows.cu")
+KINDS = {"d": 0, "f": 1, "e": 2, "E": 3}  # of a vector, as struct Parameters numbers the types
 DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
@@ -76,7 +81,10 @@ def cut(sweep: str, shape: tuple[int, int, int], itemsize: int, address: int, de
         return _cut_rows(sweep, samples, channels, width, itemsize, address, device)
     if channels == 1:
         samples, plane = 1, samples * plane
-    return _cut_planes(samples, channels, plane, width, itemsize, MAP_PART if sweep.startswith("affine") else PART)
+    found = _cut_planes(samples, channels, plane, width, itemsize, MAP_PART if sweep.startswith("affine") else PART)
+    if sweep != "moments_masked":
+        return found
+    return found._replace(grid=found.grid._replace(partials=2 * found.grid.partials))  # the numbers of values as well
 
 
 def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int, most: int) -> Cut:
@@ -94,7 +102,8 @@ def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: i
 
 def _cut_rows(sweep: str, rows: int, channels: int, width: int, itemsize: int, address: int, device: Device) -> Cut:
     """Cut tiles of at most THREADS·width channels into shares, and those into chunks of whole rows."""
-    inputs, sums = INPUTS[sweep], not sweep.startswith("affine")
+    inputs, sums = INPUTS[sweep.partition("_")[0]], not sweep.startswith("affine")
+    counts = sweep in ("moments_masked", "forward_masked")
     columns = min(power_of_two(-(-channels // width)), MOST_THREADS)
     groups = -(-channels // (columns * width))
     row = min(channels, columns * width) * itemsize  # bytes of a row in a tile
@@ -108,7 +117,8 @@ def _cut_rows(sweep: str, rows: int, channels: int, width: int, itemsize: int, a
     ring = device.capability >= 9 and aligned and stages > 1
     shared = max(stages * inputs * height * row * ring, 24 * MOST_THREADS * width * sums)  # or the sums of all threads
     units = groups * shares
-    grid = Grid(units, MOST_THREADS + WARP * ring, 16 * units * columns * width * sums, 6 * sums, shared)
+    partials = 16 * units * (columns * width * sums + counts)
+    grid = Grid(units, MOST_THREADS + WARP * ring, partials, 6 * sums, shared)
     shape = (rows, height, height * row, channels, columns)
     numbers = numbers_of(rows, channels, groups, shares, shape, stages)
     return Cut("ring" if ring else "rows", width, grid, numbers)
@@ -169,19 +179,24 @@ def _usable(array: Array, address: int) -> bool:
 class LaunchArguments:
     """The arrays of a call and their addresses. An array that kernels cannot read in place is copied."""
 
-    __slots__ = ("dtype", "gpu", "kept", "shape", "size", "u", "x", "y")
+    __slots__ = ("dtype", "gpu", "kept", "n", "shape", "size", "u", "where", "x", "y")
     plan = staticmethod(plan_sweep)
 
-    def __init__(self, gpu: launch.Launcher, x: Array, u: Array | None = None) -> None:
+    def __init__(
+        self, gpu: launch.Launcher, x: Array, u: Array | None = None, where: Array | None = None, n: int | None = None
+    ) -> None:
+        """`n` is the number of values of a channel, where they are not all of x."""
         self.gpu, self.shape, self.dtype = gpu, x.shape, x.dtype
         self.size = x.size
         self.kept: list[Array] = []
         self.x = self.data(x)
         self.u = 0 if u is None else self.data(u)
+        self.where = 0 if where is None else self.data(where)
+        self.n = n if n is None else max(n, 1)
         self.y = 0
 
     def data(self, array: Array) -> int:
-        """Return the address of an array like x, or of its copy."""
+        """Return the address of an array like x or of a mask, or of its copy."""
         address = self.gpu.pointer(array)
         if _usable(array, address):
             return address
@@ -215,16 +230,37 @@ class LaunchArguments:
         self.y = self.gpu.pointer(result)
         return result
 
-    def run(self, sweep: str, *, eps: float = 0.0, **vectors: int) -> None:
-        """Launch one sweep, unless x is empty."""
+    def alike(self, *vectors: Array | None) -> tuple[list[int], int]:
+        """Return the addresses of vectors (C,), of float64 copies unless all have one dtype; and their kind."""
+        found = {vector.dtype.char if vector.flags.c_contiguous else "" for vector in vectors if vector is not None}
+        kind = KINDS.get(found.pop()) if len(found) == 1 else None
+        if kind is None:
+            return [self.vector(vector) for vector in vectors], 0
+        return [0 if vector is None else self.gpu.pointer(vector) for vector in vectors], kind
+
+    def run(
+        self, sweep: str, *, eps: float = 0.0, parameter_kind: int = 0, state_kind: int = 0, **vectors: int
+    ) -> None:
+        """Launch one sweep, unless x is empty; with a mask, the masked sweep of that name where there is one."""
         if not self.size:
             return
-        y = self.y if sweep.startswith("affine") else 0
-        address = (self.x | self.u | vectors.get("v", 0) | y) % 16
-        given = self.shape, self.dtype.char, self.dtype.itemsize, address, self.gpu.device()
-        kernel, found = self.plan(sweep, *given)
+        y = 0 if sweep.startswith(("moments", "dots")) else self.y
+        sweep = f"{sweep}_masked" if self.where and sweep in WITH_MASK else sweep
+        given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(vectors.get("v", 0) | y)
+        kernel, found = self.plan(sweep, *given, self.gpu.device())
+        numbers = with_kinds(found.numbers, parameter_kind, state_kind)
+        self.launch(kernel, found._replace(numbers=numbers), y, eps, vectors)
+
+    def address(self, others: int) -> int:
+        """Return the last four bits of all addresses; as many marks as values are loaded at once, each of one byte."""
+        return int((self.x | self.u | others | self.where * self.dtype.itemsize) % 16)
+
+    def launch(self, kernel: Kernel, found: Any, y: int, eps: float, vectors: dict[str, int]) -> None:
+        """Launch a kernel over data cut so."""
+        vectors["where"] = self.where
+        numbers = found.numbers if self.n is None else (self.n, *found.numbers[1:])
         pointers = (self.x, self.u, y, *map(vectors.get, VECTORS, NO_VECTORS))
-        self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *found.numbers))
+        self.gpu.launch(kernel, found.grid, pointers, (eps, 0.0, *numbers))
 
     def moments(self, mean: int, m2: int, rstd: int = 0, eps: float = 0.0) -> None:
         """(E1, E3) Set mean and m2, and rstd where its address is given."""
@@ -241,10 +277,11 @@ class LaunchArguments:
 
     def differentiate(self, **given: int) -> None:
         """(E5, E6) Set dweight and dbias among the given, and write dx."""
-        self.run("dots", **given)
+        self.run("dots_nonzero" if self.where else "dots", **given)
         self.run("affine2", **given)
 
 
+WITH_MASK = ("moments", "dots", "affine2", "affine3", "forward", "backward")
 INPUTS = {"moments": 1, "dots": 2, "affine": 1, "affine2": 2, "affine3": 3, "forward": 1, "backward": 2}
 VECTORS = launch.POINTERS[3:-2]
 NO_VECTORS = (0,) * len(VECTORS)
@@ -252,24 +289,27 @@ NO_VECTORS = (0,) * len(VECTORS)
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
 
+MASKS = True
 
-def moments(x: Array) -> tuple[Array, Array]:
-    """(E1) mean and m2 (C,) of x (N, C, S), float64."""
+
+def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
+    """(E1) mean and m2 (C,) of x (N, C, S), float64, over `where`."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x)
+        work = LaunchArguments(gpu, x, where=where)
         mean, m2 = work.vectors(2)
         work.moments(gpu.pointer(mean), gpu.pointer(m2))
         return mean, m2
 
 
-def dots(u: Array, x: Array, mean: Array) -> tuple[Array, Array]:
-    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
+def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
+    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, over `where`; `skip_zeros` lets 0·NaN be 0."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x, u)
+        work = LaunchArguments(gpu, x, u, where)
         s, q = work.vectors(2)
-        work.run("dots", mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
+        sweep = "dots_nonzero" if skip_zeros else "dots"
+        work.run(sweep, mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
         return s, q
 
 
@@ -283,23 +323,41 @@ def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) 
         return result
 
 
-def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
-    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+def affine2(
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    out: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), or a·u if not `where`, written to a contiguous `out`."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x, u)
+        work = LaunchArguments(gpu, x, u, where)
         result = work.writes(out)
         work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
         return result
 
 
 def affine3(
-    v: Array, u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, d: Array, out: Array | None = None
+    v: Array,
+    u: Array,
+    x: Array,
+    mean: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    d: Array,
+    out: Array | None = None,
+    where: Array | None = None,
 ) -> Array:
-    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), or b·u if not `where`, written to a contiguous `out`."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x, u)
+        work = LaunchArguments(gpu, x, u, where)
         result = work.writes(out)
         vectors = {"mean": mean, "a": a, "b": b, "c": c, "d": d}
         work.run("affine3", v=work.data(v), **{name: work.vector(vector) for name, vector in vectors.items()})
@@ -324,12 +382,18 @@ def backward(
 
 
 def forward_by(
-    kind: type[LaunchArguments], x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    kind: type[LaunchArguments],
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Carry out `forward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = kind(gpu, x)
+        work = kind(gpu, x, None, *(mask or (None, None)))
         y = work.writes(out)
         mean, m2, rstd = work.vectors(3)
         given = {"mean": gpu.pointer(mean), "rstd": gpu.pointer(rstd)}
@@ -338,12 +402,19 @@ def forward_by(
 
 
 def backward_by(
-    kind: type[LaunchArguments], dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
+    kind: type[LaunchArguments],
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    out: Array | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Array, Array, Array]:
     """Carry out `backward` with that class of arguments, which chooses the kernels."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = kind(gpu, x, dy)
+        work = kind(gpu, x, dy, *(mask or (None, None)))
         dx = work.writes(out)
         dweight, dbias = work.vectors(2)
         work.differentiate(
@@ -354,6 +425,38 @@ def backward_by(
             dbias=gpu.pointer(dbias),
         )
         return dx, dweight, dbias
+
+
+def masked_forward_by(
+    kind: type[LaunchArguments],
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    mask: Mask,
+) -> tuple[Moments, Array, Array]:
+    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y, with that class of arguments."""
+    mean, m2, rstd, y = forward_by(kind, x, weight, bias, eps, out, mask)
+    return Moments(mask.n, mean, m2), rstd, y
+
+
+def masked_backward_by(
+    kind: type[LaunchArguments],
+    dy: Array,
+    x: Array,
+    batch: Moments,
+    rstd: Array,
+    weight: Array | None,
+    out: Array | None,
+    where: Array,
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy, x (N, C, S) and a mask, with that class of arguments."""
+    return backward_by(kind, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
+
+
+masked_forward = functools.partial(masked_forward_by, LaunchArguments)
+masked_backward = functools.partial(masked_backward_by, LaunchArguments)
 
 
 def update_running_stats(
@@ -390,36 +493,39 @@ def widened(*vectors: Array | None) -> list[Array | None]:
 def evaluate(
     x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array | None, Array]:
-    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
+    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics.
+
+    One launch, which reads statistics and parameters in their own dtypes.
+    """
     gpu = launch.launcher()
     with gpu.on(x):
         work = LaunchArguments(gpu, x)
         y = work.writes(out)
-        rows = _rows((mean, var, weight, bias), eps)
-        if rows is None:
-            mean, var, weight, bias = widened(mean, var, weight, bias)
-            rstd = reference.rstd(var, eps)
-        else:
-            mean, rstd = rows[0], rows[4]
-            weight, bias = None if weight is None else rows[2], None if bias is None else rows[3]
-        given = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-        work.run("affine", **{name: work.vector(vector) for name, vector in given.items()})
-        return mean, rstd, weight, y
+        if not x.size:
+            mean, var, weight = widened(mean, var, weight)
+            return mean, reference.rstd(var, eps), weight, y
+        (first, second), state_kind = work.alike(mean, var)
+        (w, b), kind = work.alike(weight, bias)
+        kept = gpu.empty((3, mean.size), "f8")
+        place, row = gpu.pointer(kept), 8 * mean.size  # bytes
+        rows = {"mean": place, "rstd": place + row, "kept_weight": place + 2 * row}
+        given = {"first": first, "second": second, "weight": w, "bias": b, **rows}
+        work.run("affine_fixed", eps=eps, parameter_kind=kind, state_kind=state_kind, **given)
+        return kept[0], kept[1], None if weight is None else kept[2], y
 
 
-def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array | None:
-    """Return the four vectors as rows of float64, and a fifth row, rstd, for `eps`; None where their dtypes differ."""
+def _rows(vectors: tuple[Array | None, ...]) -> Array | None:
+    """Return the four vectors as rows of float64; None where their dtypes differ."""
     there = [vector for vector in vectors if vector is not None]
     if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
         return None
     gpu, size = launch.launcher(), there[0].size
     with gpu.on(there[0]):
-        rows = gpu.empty((5, size), "f8")
+        rows = gpu.empty((4, size), "f8")
         x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
         out = gpu.pointer(rows)
         pointers = dict.fromkeys(VECTORS, 0) | {"weight": weight, "bias": bias}
-        pointers["rstd"] = 0 if eps is None else out + 4 * 8 * size
         grid, numbers = Grid(-(-size // THREADS), THREADS), numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
         kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
-        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (eps or 0.0, 0.0, *numbers))
+        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (0.0, 0.0, *numbers))
         return rows

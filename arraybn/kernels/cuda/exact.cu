@@ -481,9 +481,10 @@ DEVICE void dots_of_record(const Parameters& p) {
         dot = difference.rounded(PRODUCT_UNIT - down, false);
         dot = below ? -dot : dot;
     }
-    if (p.rstd) parameter_gradients(sum, dot, p.rstd[channel], dot, sum);
-    p.dbias[channel] = sum;
-    p.dweight[channel] = dot;
+    const Pair sums = {sum, dot};
+    const Pair found = p.rstd ? parameter_gradients(sums, p.rstd[channel]) : sums;
+    p.dbias[channel] = found.first;
+    p.dweight[channel] = found.second;
 }
 
 // ---- Maps: float64 operations, each of which rounds by itself, and one rounding to the type -------------------------
@@ -497,13 +498,15 @@ struct ExactAffine {
     DEVICE ExactAffine() {}
     DEVICE ExactAffine(const Parameters& p, int64 channel) : mean(p.mean[channel]) {
         if (p.rstd) {
-            normalize(p, channel, a, c);
+            const Coefficients found = normalize(p, channel, p.rstd[channel]);
+            a = found.a;
+            c = found.c;
         } else {
             a = p.a[channel];
             c = p.c[channel];
         }
     }
-    DEVICE float of(float x, float) const { return double_to_float(a * (float_to_double(x) - mean) + c); }
+    DEVICE float of(float x, float, bool = true) const { return double_to_float(a * (float_to_double(x) - mean) + c); }
 };
 
 // (E6) a * u + (b * (x - mean) + c)
@@ -515,31 +518,29 @@ struct ExactAffine2 {
     DEVICE ExactAffine2() {}
     DEVICE ExactAffine2(const Parameters& p, int64 channel) : mean(p.mean[channel]) {
         if (p.rstd) {
-            input_gradient(p, channel, a, b, c);
+            const Coefficients found = input_gradient(p, channel, p.dbias[channel], p.dweight[channel]);
+            a = found.a;
+            b = found.b;
+            c = found.c;
         } else {
             a = p.a[channel];
             b = p.b[channel];
             c = p.c[channel];
         }
     }
-    DEVICE float of(float x, float u) const {
+    DEVICE float of(float x, float u, bool = true) const {
         return double_to_float(a * float_to_double(u) + (b * (float_to_double(x) - mean) + c));
     }
 };
 
-KERNEL(exact_affine_planes, map_of_planes, ExactAffine, map_task)
-KERNEL(exact_affine2_planes, map_of_planes, ExactAffine2, map_task)
+KERNEL(exact_affine_planes, map_of_planes, ExactAffine, map_task, ALL)
+KERNEL(exact_affine2_planes, map_of_planes, ExactAffine2, map_task, ALL)
 
 #ifdef ROWS  // the maps over whole rows, where this file follows rows.cu
 
-#define EXACT_ROWS(name, map, way, ring)                                                                               \
-    template <class T, int WIDTH> DEVICE void name##_##way(const Parameters& p) {                                      \
-        map_rows<T, WIDTH, map<T>, ring>(p);                                                                           \
-    }
-
-EXACT_ROWS(exact_affine, ExactAffine, rows, false)
-EXACT_ROWS(exact_affine, ExactAffine, ring, true)
-EXACT_ROWS(exact_affine2, ExactAffine2, rows, false)
-EXACT_ROWS(exact_affine2, ExactAffine2, ring, true)
+ROW_MAP(exact_affine, ExactAffine, rows, false, ALL)
+ROW_MAP(exact_affine, ExactAffine, ring, true, ALL)
+ROW_MAP(exact_affine2, ExactAffine2, rows, false, ALL)
+ROW_MAP(exact_affine2, ExactAffine2, ring, true, ALL)
 
 #endif

@@ -53,14 +53,14 @@ def plan_sweep(
 @functools.lru_cache(maxsize=4096)
 def plan_record(
     sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device
-) -> tuple[Kernel, Grid, tuple[int, ...]]:
-    """Return the kernel of a record, its blocks, and the numbers of the launch."""
+) -> tuple[Kernel, Cut]:
+    """Return the kernel of a record, and the cut of the data."""
     rows = has_rows(shape)
     found = _cut_rows(shape, itemsize, address) if rows else cut("moments", shape, itemsize, address, device)
     name = f"{sweep}_{'rows' if rows else 'planes'}"
     files = ROWS if rows else launch.SWEEPS  # rows.cu gives a thread more registers
     kernel = Kernel(name, DTYPES[dtype], found.width, (*files, FILE))
-    return kernel, Grid(found.grid.blocks, found.grid.threads), found.numbers
+    return kernel, found._replace(grid=Grid(found.grid.blocks, found.grid.threads))
 
 
 def _cut_rows(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
@@ -86,11 +86,8 @@ class ExactArguments(LaunchArguments):
         """(E10) Return the record of Σx and Σx² ("squares"), or of Σu and Σu·x ("products")."""
         record = self.gpu.zeros((exact.ROWS, self.shape[1]), "i8")
         if self.size:
-            address = (self.x | self.u) % 16
-            given = self.shape, self.dtype.char, self.dtype.itemsize, address, self.gpu.device()
-            kernel, grid, numbers = plan_record(sweep, *given)
-            vectors = map({"mean": mean}.get, VECTORS, NO_VECTORS)
-            self.gpu.launch(kernel, grid, (self.x, self.u, self.gpu.pointer(record), *vectors), (0.0, 0.0, *numbers))
+            given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(0), self.gpu.device()
+            self.launch(*plan_record(sweep, *given), self.gpu.pointer(record), 0.0, {"mean": mean})
         return record
 
 

@@ -26,7 +26,7 @@ SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
 # The fields of struct Parameters in values.cuh.
 POINTERS = (
     "x", "u", "out", "mean", "m2", "rstd", "shift", "weight", "bias", "kept_weight", "dweight", "dbias",
-    "a", "b", "c", "d", "v", "first", "second", "new_first", "new_second", "partials", "tickets",
+    "a", "b", "c", "d", "v", "where", "first", "second", "new_first", "new_second", "partials", "tickets",
 )  # fmt: skip
 FLOATS = ("eps", "momentum")
 NUMBERS = (

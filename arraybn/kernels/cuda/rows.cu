@@ -169,36 +169,55 @@ struct Chunks<T, WIDTH, INPUTS, true> {
 
 // ---- Both sweeps over a unit ----------------------------------------------------------------------------------------
 
-template <class Sums, class T, int WIDTH, class Source>
-DEVICE void add_chunk(const Source& source, const InRow<T, WIDTH>& place, int rows, Sums* sums, int& taken) {
+// The rows of a chunk that a thread takes and that count: a bit for each, from the lowest bit on. The thread has
+// MOST_ROWS at most, as __init__.py has it. Read before the chunk is waited for.
+template <class T, int WIDTH, int CHOICE>
+DEVICE uint32 marks_of(const Parameters& p, const InRow<T, WIDTH>& place, int64 chunk, int rows) {
+    if (CHOICE != MASKED) return 0xffffffffu;
+    const uint8* where = p.where + chunk * p.part;
+    uint32 marks = 0;
+#pragma unroll 4
+    for (int row = place.row, k = 0; row < rows; row += place.rows, ++k) marks |= (uint32)(where[row] != 0) << k;
+    return marks;
+}
+
+template <int CHOICE, class Sums, class T, int WIDTH, class Source>
+DEVICE void add_chunk(
+    const Source& source, const InRow<T, WIDTH>& place, int rows, uint32 marks, Sums* sums, int& taken) {
     // Loads under way, as many as registers suffice for.
     enum { AT_ONCE = WIDTH == 8 ? 4 / (Sums::INPUTS * Sums::INPUTS) : 8 / Sums::INPUTS };
     for (int row = place.row; row < rows; row += AT_ONCE * place.rows) {
         Item<T, WIDTH> x[AT_ONCE], u[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
-            if (row + k * place.rows < rows) {
+            if (row + k * place.rows < rows && (CHOICE != MASKED || marks >> k & 1)) {
                 x[k] = source.item(0, row + k * place.rows);
                 if (Sums::INPUTS == 2) u[k] = source.item(1, row + k * place.rows);
             }
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
-            if (row + k * place.rows < rows) {
+            if (row + k * place.rows < rows && (CHOICE != MASKED || marks >> k & 1)) {
 #pragma unroll
-                for (int j = 0; j < WIDTH; ++j) sums[j].add(x[k][j], Sums::INPUTS == 2 ? u[k][j] : 0);
+                for (int j = 0; j < WIDTH; ++j) {
+                    const typename T::Value of_u = Sums::INPUTS == 2 ? u[k][j] : 0;
+                    sums[j].add(x[k][j], of_u, CHOICE != NONZERO || of_u != 0);
+                }
                 ++taken;
             }
         }
+        if (CHOICE == MASKED) marks >>= AT_ONCE;
     }
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) sums[j].add_few();
 }
 
 // Sums the chunks of a unit, and stores a Pair for each of its channels.
-template <class T, int WIDTH, class Sums, class Source>
+template <class T, int WIDTH, class Sums, int CHOICE, class Source>
 DEVICE void sums_of_unit(const Parameters& p, const Unit& unit, Source& source) {
+    enum { COUNTS = CHOICE == MASKED && Sums::INPUTS == 1 };
     DYNAMIC_SHARED(memory);
+    SHARED(int, counted, 1);  // rows of the unit that count
     Pair* room = (Pair*)memory;  // for each j, the sums of the j-th channel of every thread
     double* shifts = (double*)(room + WIDTH * CONSUMERS);  // for each j, of every column
     const InRow<T, WIDTH> place(p, unit.group);
@@ -209,21 +228,39 @@ DEVICE void sums_of_unit(const Parameters& p, const Unit& unit, Source& source) 
         for (int64 i = 0; i < unit.chunks; ++i) {
             const int64 chunk = unit.chunk(p, i);
             const int rows = items_in(p, chunk);
+            const uint32 marks = marks_of<T, WIDTH, CHOICE>(p, place, chunk, rows);
             source.take(place, chunk);
             if (place.inside) {
-                if (i == 0 && place.row < rows) {
-                    const Item<T, WIDTH> own = source.item(0, place.row);
+                if (COUNTS ? taken == 0 && marks != 0 : i == 0 && place.row < rows) {
+                    int first = place.row;
+                    for (uint32 left = marks; COUNTS && !(left & 1); left >>= 1) first += place.rows;
+                    const Item<T, WIDTH> own = source.item(0, first);
 #pragma unroll
                     for (int j = 0; j < WIDTH; ++j) sums[j].start(p, place.channel + j, (double)own[j]);
                 }
-                add_chunk<Sums, T, WIDTH>(source, place, rows, sums, taken);
+                add_chunk<CHOICE, Sums, T, WIDTH>(source, place, rows, marks, sums, taken);
             }
             source.leave();
         }
         wait_for_consumers();  // all have read the ring
+        int giver = 0;  // the row of threads that give the shifts: the first that has taken any
+        if (COUNTS) {
+            int* taken_by = (int*)room;
+            if (threadIdx.x % threads == 0) taken_by[place.row] = taken;
+            wait_for_consumers();
+            int n = 0;
+            for (int row = place.rows - 1; row >= 0; --row) {
+                n += taken_by[row];
+                if (taken_by[row]) giver = row;
+            }
+            *counted = n;
+        }
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
-            if (place.row == 0) shifts[j * threads + threadIdx.x] = place.inside ? sums[j].nearby(p, taken) : 0;
+            if (place.row == giver) {
+                const int column = COUNTS ? threadIdx.x % threads : threadIdx.x;
+                shifts[j * threads + column] = place.inside ? sums[j].nearby(p, taken) : 0;
+            }
         }
         wait_for_consumers();
 #pragma unroll
@@ -249,12 +286,15 @@ DEVICE void sums_of_unit(const Parameters& p, const Unit& unit, Source& source) 
         if (unit.group * slots + slot >= p.channels) break;
         const Pair& sums = room[slot % WIDTH * CONSUMERS + slot / WIDTH];
         const double shift = shifts[slot % WIDTH * threads + slot / WIDTH];
-        partials[slot] = Sums::part(Unit::rows(p, unit.share), shift, sums.first, sums.second);
+        const double n = COUNTS ? *counted : Unit::rows(p, unit.share);
+        const Pair part = Sums::part(n, shift, sums.first, sums.second);
+        partials[slot] = COUNTS ? unless_empty(n, part) : part;
     }
+    if (COUNTS && threadIdx.x == 0) counts_of(p, unit.group, slots)[unit.share].first = *counted;
     fence_async();  // before bulk copies write where these sums were
 }
 
-template <class T, int WIDTH, class Map, class Source>
+template <class T, int WIDTH, class Map, int CHOICE, class Source>
 DEVICE void map_of_unit(const Parameters& p, const Unit& unit, Source& source, const uint32* ready, uint32 when) {
     enum { AT_ONCE = Map::INPUTS == 3 || (Map::INPUTS == 2 && WIDTH == 8) ? 2 : 4 };
     if (source.produce(unit) || threadIdx.x >= CONSUMERS) return;
@@ -269,6 +309,7 @@ DEVICE void map_of_unit(const Parameters& p, const Unit& unit, Source& source, c
         const int64 chunk = unit.chunk(p, i);
         const int rows = items_in(p, chunk);
         typename T::Stored* out = (typename T::Stored*)p.out + chunk * p.part * p.stride + place.channel;
+        uint32 marks = marks_of<T, WIDTH, CHOICE>(p, place, chunk, rows);
         source.take(place, chunk);
         for (int row = place.row; place.inside && row < rows; row += AT_ONCE * place.rows) {
             Item<T, WIDTH> x[AT_ONCE], u[AT_ONCE], v[AT_ONCE];
@@ -287,19 +328,21 @@ DEVICE void map_of_unit(const Parameters& p, const Unit& unit, Source& source, c
 #pragma unroll
                     for (int j = 0; j < WIDTH; ++j) {
                         const typename T::Value of_u = Map::INPUTS >= 2 ? u[k][j] : 0;
-                        result[j] = mapped(map[j], x[k][j], of_u, Map::INPUTS == 3 ? v[k][j] : 0);
+                        const bool counts = CHOICE == ALL || (marks >> k & 1);
+                        result[j] = mapped(map[j], x[k][j], of_u, Map::INPUTS == 3 ? v[k][j] : 0, counts);
                     }
                     x[k].set(result);
                     x[k].store_near(out + (row + k * place.rows) * p.stride);
                 }
             }
+            if (CHOICE == MASKED) marks >>= AT_ONCE;
         }
         source.leave();
     }
 }
 
 // Pools the parts of SLICE channels, and applies the formulas.
-template <class Sums, int WIDTH>
+template <class Sums, int WIDTH, bool COUNTS>
 DEVICE void pool_slice(const Parameters& p, int64 slice) {
     enum { ROWS = CONSUMERS / SLICE };
     SHARED(Pair, room, CONSUMERS);
@@ -307,12 +350,16 @@ DEVICE void pool_slice(const Parameters& p, int64 slice) {
     const int64 channel = slice * SLICE + thread % SLICE;
     const bool inside = thread < CONSUMERS && channel < p.channels;
     double origin = 0, s = 0, q = 0;
+    const Pair* counts = counts_of(p, 0, slots);  // those of each group, as a row is one position
+    Counted all = {(double)p.n, 0};
+    if (COUNTS) all = count_parts(p, counts, room);
     if (inside) {
         const int64 group = channel / slots;
         const Pair* partials = (const Pair*)p.partials + group * p.parts * slots + (channel - group * slots);
-        origin = Sums::origin(p, channel, load_shared(partials));
+        origin = Sums::origin(p, channel, load_shared(partials + all.first * slots));
         for (int64 share = thread / SLICE; share < p.parts; share += ROWS) {
-            Sums::pool(Unit::rows(p, share), origin, load_shared(partials + share * slots), s, q);
+            const double n = COUNTS ? load_shared(counts + share).first : Unit::rows(p, share);
+            Sums::pool(n, origin, load_shared(partials + share * slots), s, q);
         }
         room[thread].first = s;
         room[thread].second = q;
@@ -323,7 +370,8 @@ DEVICE void pool_slice(const Parameters& p, int64 slice) {
             s += room[row * SLICE + thread].first;
             q += room[row * SLICE + thread].second;
         }
-        Sums::finish(p, channel, Sums::pooled((double)p.n, origin, s, q));
+        const Pair sums = Sums::pooled(all.n, origin, s, q);
+        Sums::finish(p, channel, COUNTS ? unless_empty(all.n, sums) : sums);
     }
 }
 
@@ -341,7 +389,7 @@ DEVICE Parameters of_pass(const Parameters& p, bool again) {
     return q;
 }
 
-template <class T, int WIDTH, class Sums, class Map, bool MAP, bool RING>
+template <class T, int WIDTH, class Sums, class Map, bool MAP, bool RING, int CHOICE, int MAP_CHOICE>
 DEVICE void rows_in_turn(const Parameters& p) {
     enum { PASSES = MAP && Sums::INPUTS == 1 && sizeof(typename T::Stored) == 8 ? 2 : 1 };
     SHARED(uint32, ticket, 1);
@@ -356,47 +404,53 @@ DEVICE void rows_in_turn(const Parameters& p) {
         const Parameters q = of_pass<PASSES == 2>(p, again);
         if (task < units) {
             if (again) wait_until(p.tickets + POOLED, slices);
-            sums_of_unit<T, WIDTH, Sums>(q, Unit(p, task, false), source);
+            sums_of_unit<T, WIDTH, Sums, CHOICE>(q, Unit(p, task, false), source);
             count_up(counts + SUMMED);
         } else if (task < units + slices) {
             wait_until(counts + SUMMED, units);
-            pool_slice<Sums, WIDTH>(q, task - units);
+            pool_slice<Sums, WIDTH, CHOICE == MASKED && Sums::INPUTS == 1>(q, task - units);
             count_up(counts + POOLED);
         } else if constexpr (MAP) {
-            map_of_unit<T, WIDTH, Map>(p, Unit(p, task - units - slices, true), source, counts + POOLED, slices);
+            const Unit unit(p, task - units - slices, true);
+            map_of_unit<T, WIDTH, Map, MAP_CHOICE>(p, unit, source, counts + POOLED, slices);
         }
     }
     if (last_to_arrive(p.tickets + LEFT, gridDim.x, ticket) && threadIdx.x < LEFT) p.tickets[threadIdx.x] = 0;
 }
 
-template <class T, int WIDTH, class Map, bool RING>
+template <class T, int WIDTH, class Map, bool RING, int CHOICE>
 DEVICE void map_rows(const Parameters& p) {
     Chunks<T, WIDTH, Map::INPUTS, RING> source(p);
-    map_of_unit<T, WIDTH, Map>(p, Unit(p, blockIdx.x, true), source, nullptr, 0);
+    map_of_unit<T, WIDTH, Map, CHOICE>(p, Unit(p, blockIdx.x, true), source, nullptr, 0);
 }
 
-#define ROWS(way, ring)                                                                                                \
-    template <class T, int WIDTH> DEVICE void moments_##way(const Parameters& p) {                                     \
-        rows_in_turn<T, WIDTH, MomentSums<T>, Affine<T>, false, ring>(p);                                              \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void dots_##way(const Parameters& p) {                                        \
-        rows_in_turn<T, WIDTH, DotSums<T>, Affine2<T>, false, ring>(p);                                                \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void forward_##way(const Parameters& p) {                                     \
-        rows_in_turn<T, WIDTH, MomentSums<T>, Affine<T>, true, ring>(p);                                               \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void backward_##way(const Parameters& p) {                                    \
-        rows_in_turn<T, WIDTH, DotSums<T>, Affine2<T>, true, ring>(p);                                                 \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void affine_##way(const Parameters& p) {                                      \
-        map_rows<T, WIDTH, Affine<T>, ring>(p);                                                                        \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void affine2_##way(const Parameters& p) {                                     \
-        map_rows<T, WIDTH, Affine2<T>, ring>(p);                                                                       \
-    }                                                                                                                  \
-    template <class T, int WIDTH> DEVICE void affine3_##way(const Parameters& p) {                                     \
-        map_rows<T, WIDTH, Affine3<T>, ring>(p);                                                                       \
+#define ROW_SUMS(name, sums, map, both, way, ring, choice, of_map)                                                     \
+    template <class T, int WIDTH> DEVICE void name##_##way(const Parameters& p) {                                      \
+        rows_in_turn<T, WIDTH, sums<T>, map<T>, both, ring, choice, of_map>(p);                                        \
     }
+#define ROW_MAP(name, map, way, ring, choice)                                                                          \
+    template <class T, int WIDTH> DEVICE void name##_##way(const Parameters& p) {                                      \
+        map_rows<T, WIDTH, map<T>, ring, choice>(p);                                                                   \
+    }
+#define ROWS(way, ring)                                                                                                \
+    template <class T, int WIDTH> DEVICE void affine_fixed_##way(const Parameters& p) {                                \
+        AffineFixed<T>::keep(p);                                                                                       \
+        map_rows<T, WIDTH, AffineFixed<T>, ring, ALL>(p);                                                              \
+    }                                                                                                                  \
+    ROW_SUMS(moments, MomentSums, Affine, false, way, ring, ALL, ALL)                                                  \
+    ROW_SUMS(dots, DotSums, Affine2, false, way, ring, ALL, ALL)                                                       \
+    ROW_SUMS(forward, MomentSums, Affine, true, way, ring, ALL, ALL)                                                   \
+    ROW_SUMS(backward, DotSums, Affine2, true, way, ring, ALL, ALL)                                                    \
+    ROW_MAP(affine, Affine, way, ring, ALL)                                                                            \
+    ROW_MAP(affine2, Affine2, way, ring, ALL)                                                                          \
+    ROW_MAP(affine3, Affine3, way, ring, ALL)                                                                          \
+    ROW_SUMS(moments_masked, MomentSums, Affine, false, way, ring, MASKED, ALL)                                        \
+    ROW_SUMS(dots_masked, DotSums, Affine2, false, way, ring, MASKED, ALL)                                             \
+    ROW_SUMS(dots_nonzero, DotSums, Affine2, false, way, ring, NONZERO, ALL)                                           \
+    ROW_SUMS(forward_masked, MomentSums, Affine, true, way, ring, MASKED, ALL)                                         \
+    ROW_SUMS(backward_masked, DotSums, Affine2, true, way, ring, NONZERO, MASKED)                                      \
+    ROW_MAP(affine2_masked, Affine2, way, ring, MASKED)                                                                \
+    ROW_MAP(affine3_masked, Affine3, way, ring, MASKED)
 
 ROWS(rows, false)
 ROWS(ring, true)

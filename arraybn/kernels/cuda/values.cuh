@@ -8,6 +8,7 @@
 // Multiplications and additions are fused where fma() is written and nowhere else (the option -fmad=false), so the
 // bits are the same whoever compiles.
 
+typedef unsigned char uint8;
 typedef unsigned short uint16;
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
@@ -44,6 +45,7 @@ struct Parameters {
     const double* c;
     const double* d;
     const void* v;     // (N, C, S): the third input, of affine3
+    const uint8* where;  // (N, S): 0 for a position that is no part of the batch; not read by kernels without a mask
     const void* first;   // (C,) of `state_kind`: the running mean before this batch, or the gradient of weight or null
     const void* second;  // the running var, or the gradient of bias or null
     void* new_first;     // the same after this batch; null where it is not asked for
@@ -88,6 +90,11 @@ struct alignas(BYTES) Words {
 #define BOUNDS __launch_bounds__(MOST_THREADS, 2)
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
+        kernel<type, width>(p);                                                                                        \
+    }
+#define CLUSTER_KERNEL(kernel, type, width, blocks)                                                                    \
+    extern "C" __global__ void __cluster_dims__(blocks, 1, 1)                                                          \
+        BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                                       \
         kernel<type, width>(p);                                                                                        \
     }
 
@@ -219,6 +226,30 @@ DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Blocks of a cluster, which run at the same time: the number of this block among them, and how many they are.
+DEVICE uint32 cluster_rank() {
+    uint32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE uint32 cluster_blocks() {
+    uint32 blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
+// Who has waited sees what all threads of the cluster wrote before.
+DEVICE void wait_for_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Stores into the shared memory of another block of the cluster, where this block has `place`.
+DEVICE void store_in_block(uint32 rank, Pair* place, Pair value) {
+    uint32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(address), "d"(value.first), "d"(value.second)
                  : "memory");
 }
 #else  // never called: `cuda.rows` chooses no ring there
@@ -413,6 +444,22 @@ struct Item<T, 1> {
     DEVICE void set(const typename T::Value* value) { stored = T::rounded(*value); }
 };
 
+// The mask of WIDTH positions side by side, as it is loaded at once; true where the position counts.
+template <int BYTES> struct Loaded;
+template <> struct Loaded<1> { typedef uint8 Word; };
+template <> struct Loaded<2> { typedef uint16 Word; };
+template <> struct Loaded<4> { typedef uint32 Word; };
+template <> struct Loaded<8> { typedef uint64 Word; };
+
+template <int WIDTH>
+struct Marks {
+    typedef typename Loaded<WIDTH>::Word Word;
+    Word word;
+
+    DEVICE void load(const uint8* where, int64 item) { word = ((const Word*)where)[item]; }
+    DEVICE bool operator[](int i) const { return (word >> 8 * i & 0xff) != 0; }
+};
+
 // ---- Sums over a block, and the last block of several ---------------------------------------------------------------
 
 // Sums s and q over the threads whose numbers are equal modulo `columns`, a power of two; each thread gets the sums of
@@ -438,6 +485,19 @@ DEVICE void sum_over_block(double& s, double& q, int columns, Pair* room) {
         q += place.second;
     }
     __syncthreads();  // before the room is used again
+}
+
+// The least value of all threads of the block, which must be here. `room` has a place for each warp.
+DEVICE uint32 least_of_block(uint32 value, uint32* room) {
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        const uint32 other = __shfl_xor_sync(0xffffffffu, value, step);
+        value = other < value ? other : value;
+    }
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = value;
+    __syncthreads();
+    for (int warp = 0; warp < (int)blockDim.x / WARP; ++warp) value = room[warp] < value ? room[warp] : value;
+    __syncthreads();  // before the room is used again
+    return value;
 }
 
 // Whether this block is the last of `parts` to come here; it then sees what the others wrote before they came, and
