@@ -38,11 +38,8 @@ MODULES = {  # imported when first used
 }
 
 
-EXACT = {
-    "cpu": "arraybn.kernels.cpu.exact"
-} | dict.fromkeys(  # the modules of exact mode; the others take the reference's
-    ("cuda", "cuda_fused", "cuda_split"), "arraybn.kernels.cuda.exact"
-)
+# The modules of exact mode; ``arraybn.exact`` has the sweeps for other arrays.
+EXACT = {name: f"arraybn.kernels.{name.partition('_')[0]}.exact" for name in MODULES if name != "reference"}
 LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
 
 
