@@ -69,6 +69,12 @@ def squares(x: Array) -> Array:
     return _record(finite, finite * finite, kinds, 0 * kinds)
 
 
+def values(x: Array) -> Array:
+    """(E10) The record (VALUE_LIMBS + KINDS, C) of Σx alone, of x (N, C, S)."""
+    finite, kinds = _finite(_as_float64(x))
+    return np.concatenate([_limbs(finite, VALUE_LIMBS, VALUE_UNIT), kinds])
+
+
 def products(u: Array, x: Array, mean: Array) -> Array:
     """(E10) The record (rows, C) of Σu and Σu·x, of u and x (N, C, S); mean (C,) is that of x."""
     xp, u, x = array_namespace(x), _as_float64(u), _as_float64(x)
@@ -133,15 +139,23 @@ def sums(record: Array, mean: Array) -> Array:
     return result
 
 
+def mean_of_values(record: Array, n: int) -> Array:
+    """(E10) Σx/n (C,), correctly rounded float64, from the record of Σx alone."""
+    limbs, kinds = np.split(record, [VALUE_LIMBS])
+    return _with_kinds(np.asarray([[_rounded(total, n, VALUE_UNIT) for total in _integers(limbs)]]), kinds)[0]
+
+
 def _totals(record: Array) -> list[tuple[int, int]]:
     """Return the two sums of each channel, as integers."""
-    totals = []
-    for rows in (record[VALUES], record[PRODUCTS]):
-        whole = [0] * record.shape[1]
-        for row in rows[::-1].tolist():
-            whole = [(number << BITS) + limb for number, limb in zip(whole, row, strict=True)]
-        totals.append(whole)
-    return list(zip(*totals, strict=True))
+    return list(zip(_integers(record[VALUES]), _integers(record[PRODUCTS]), strict=True))
+
+
+def _integers(limbs: Array) -> list[int]:
+    """Return the integer of each channel."""
+    whole = [0] * limbs.shape[1]
+    for row in limbs[::-1].tolist():
+        whole = [(number << BITS) + limb for number, limb in zip(whole, row, strict=True)]
+    return whole
 
 
 def _rounded(top: int, bottom: int, exponent: int) -> float:
@@ -194,6 +208,8 @@ def _narrowed(result: Array, like: Array) -> Array:
 
 class Totals(Protocol):
     """The parts of a batch, whose records add."""
+
+    gradients: tuple[Array, Array]  # dweight and dbias of all parts together
 
     def record(self, part: Array, n: int = 0) -> tuple[Array, int]:
         """Return the record and n of all parts together."""
@@ -286,7 +302,7 @@ def backward(
     dweight, dbias = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     if pool is not None:
         sum_dy, sum_dy_x = sums_of(sweeps, pool.record(record)[0], batch.mean)
-        totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
+        pool.gradients = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     a, b, c = reference.input_gradient(*totals, batch.n, rstd, weight)
     if where is None:
         return sweeps.affine2(dy, x, batch.mean, a, b, c, out), dweight, dbias

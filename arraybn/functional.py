@@ -65,6 +65,7 @@ class Saved:
     _is_part: bool  # True where the moments of the whole batch were given
     _mask: Mask | None = None  # of batch statistics alone
     _shown: Moments | None = None
+    _gradients: tuple[Array, Array] | None = None  # dweight and dbias of all parts, after an exact backward over them
 
     @property
     def moments(self) -> Moments | None:
@@ -81,6 +82,16 @@ class Saved:
         n = self._layout.n if self._moments is None else self._moments.n
         dtype = "" if self._x is None else f" dtype={dtype_name(self._x.dtype)},"
         return f"Saved(shape={self._layout.shape},{dtype} n={n}, backend={self._backend.name!r})"
+
+    def share_of_gradients(self, *own: Array) -> Sequence[list[Array]]:
+        """Return the terms of this rank in dweight and dbias of the whole batch, after an exact backward gave `own`.
+
+        The exact sums over all ranks are known on each rank, so the first one has them as its terms, and no other any.
+        """
+        if self._pool is None or self._gradients is None:
+            return [[gradient] for gradient in own]
+        first = self._pool.call.exchange.reducer.rank == 0
+        return [[gradient] if first else [] for gradient in self._gradients]
 
     def _backward_call(self, operation: str = sync.BACKWARD) -> Call | None:
         return None if self._pool is None else self._pool.call.backward(operation)
@@ -149,13 +160,16 @@ def batch_norm(
         the whole. The backward is then a call of all ranks as well. Not used with fixed statistics.
     exact : bool
         True for sums without rounding (E10), here and in the backward, of float16, bfloat16 or float32: y, dx, all
-        statistics and gradients have the same bits for any order of the samples, any split into parts or ranks, any
-        number of threads and any kernels. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary sums.
+        statistics and gradients have the same bits for any order of the samples, any number of threads and any
+        kernels. A split into parts or ranks changes no bit of y, dx or the statistics, nor of dweight and dbias after
+        `average_gradients(…, weight=None, exact=True)`. `batch_norm_jvp` and `batch_norm_double_backward` take ordinary
+        sums.
     out : array, optional
         Takes y: of the shape, dtype and device of y, disjoint from the inputs or x itself. A forward in place has no
         backward.
     kernels : str or module, optional
-        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split"); the backward uses its forward's.
+        Forces a kernel module ("reference", "cpu", "cuda", "cuda_split", "cuda_cluster"); the backward uses its
+        forward's.
 
     Returns
     -------
@@ -322,8 +336,8 @@ def _check_statistics(mean: Array | None, var: Array | None, moments: Moments | 
         given, missing = ("mean", "var") if var is None else ("var", "mean")
         raise ValueError(f"{missing}: expected an array, because {given} is given; got None")
     if moments is not None and (mean is not None or call is not None):
-        other = "mean and var" if mean is not None else "comm"
-        raise ValueError(f"moments: expected None, because {other} is given; got Moments. Pass one of them")
+        other = "mean and var are" if mean is not None else "comm is"
+        raise ValueError(f"moments: expected None, because {other} given; got Moments. Pass one of them")
 
 
 def batch_norm_backward(
@@ -394,6 +408,8 @@ def backward_in(
         given = saved._moments, saved._rstd, weight, totals, result.place
         masked = {} if saved._mask is None else {"where": saved._mask.where}
         dx, dweight, dbias = saved._backend.backward(dy, x, *given, **masked)
+        if totals is not None and saved._backend.exact is not None:
+            saved._gradients = totals.gradients
     dx = result.write(dx, "an earlier backward wrote dx")
     return dx, None if weight is None else dweight, dbias if saved._has_bias else None
 
@@ -467,7 +483,7 @@ def batch_norm_sums(
             (v, dy, x), _ = prepared(saved, None, None, v=v, dy=dy)
             (v_weight,) = widened_vectors(saved, v_weight=v_weight)
             sums = reference.second_sums(backend, v, dy, x, mean, v_weight, where)
-        return Sums(n, array_namespace(x).stack(sums), tangent, record)
+        return Sums(n, array_namespace(x).stack(sums), tangent, record, None if record is None else mean)
 
 
 # ---- The common steps of all that follows a forward ------------------------------------------------------------------
@@ -541,7 +557,7 @@ class Result:
         return result
 
 
-def totals_of(saved: Saved, call: Call | None, sums: Sums | None, rows: int = 2) -> Totals | None:
+def totals_of(saved: Saved, call: Call | None, sums: Sums | None, rows: int = 2) -> RankPool | _GivenTotals | None:
     """Return the `rows` sums over all parts: over ranks in a call, or those given; None where x is the whole."""
     if sums is None and saved._is_part:
         raise ValueError(f"sums: expected those of all parts, because the forward had moments=; got None{_PARTS}")
@@ -554,6 +570,8 @@ def totals_of(saved: Saved, call: Call | None, sums: Sums | None, rows: int = 2)
 
 class _GivenTotals(Totals):
     """The sums over all parts that the caller has added up."""
+
+    gradients: tuple[Array, Array]
 
     def __init__(self, sums: Sums, saved: Saved, rows: int) -> None:
         assert saved._moments is not None

@@ -271,9 +271,11 @@ class _BatchNorm(_NormBase):
         """Carry out `backward` as a part of `call`, or alone."""
         if type(dy) is not np.ndarray:
             check_values("dy", dy)
-        dx, dweight, dbias = backward_in(call, dy, self._recall())
+        saved = self._recall()
+        dx, dweight, dbias = backward_in(call, dy, saved)
         weight, bias = self._own_parameters()
-        self._finish_backward((weight, dweight), (bias, dbias))
+        terms = saved.share_of_gradients(dweight, dbias) if self.exact else ()
+        self._finish_backward((weight, dweight), (bias, dbias), terms=terms)
         return dx
 
     def _check_channels(self, x: Array) -> None:
@@ -425,7 +427,7 @@ class _Repeat:
 
     def _gradient(self, parameter: Parameter | None) -> int:
         """Return the address of the gradient that is there; 0 for none, -1 for one that the kernels cannot take."""
-        if parameter is None or self.trainer.vector(parameter.data) == -1:
+        if parameter is None or parameter.terms is not None or self.trainer.vector(parameter.data) == -1:
             return 0 if parameter is None else -1
         gradient = parameter._grad
         if gradient is None:
@@ -653,7 +655,8 @@ class SyncBatchNorm(_BatchNorm, OfRanks):
     Attributes
     ----------
     weight, bias, running_mean, running_var, num_batches_tracked
-        As in `BatchNorm1d`. The gradients of weight and bias are local sums, as in PyTorch.
+        As in `BatchNorm1d`. The gradients of weight and bias are local sums, as in PyTorch; `average_gradients` adds
+        those of all ranks, with exact=True in both places without rounding.
     process_group, timeout
         As given; both may be changed.
 

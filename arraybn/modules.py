@@ -6,9 +6,10 @@ A new value replaces an old one; no array is ever written into. A module remembe
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -94,6 +95,9 @@ class Parameter:
         The values; the step of an optimizer replaces them.
     grad : array or None
         The sum of the gradients since the last `zero_grad`, in the shape and dtype of `data`; None before the first.
+    terms : list of arrays or None
+        In exact mode, arrays like `data`: the sum of the terms of all ranks, without rounding, is the gradient of the
+        whole batch. `average_gradients(…, exact=True)` adds them. A new `grad` has none.
 
     Examples
     --------
@@ -104,8 +108,9 @@ class Parameter:
     array([2., 2.])
     """
 
-    __slots__ = ("_grad", "data")
+    __slots__ = ("_grad", "data", "terms")
     _grad: Array | Row | None
+    terms: list[Array] | None
 
     def __init__(self, data: Array) -> None:
         self.data = data
@@ -122,7 +127,7 @@ class Parameter:
     def grad(self, gradient: Array | None) -> None:
         if gradient is not None:
             check_like("grad", gradient, self.data, "data")
-        self._grad = gradient
+        self._grad, self.terms = gradient, None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
@@ -189,9 +194,17 @@ class Parameter:
             check_values("gradient", gradient)
         return add_as(self.grad, gradient, self.data.dtype)
 
-    def accumulate(self, gradient: Array) -> None:
-        """Add `gradient`, of the shape of `data`, to `grad`."""
-        self.grad = self.plus(gradient)
+    def plus_terms(self, terms: Iterable[Array] | None) -> list[Array] | None:
+        """Return `terms` after those that are there; None where a gradient came without terms."""
+        before = [] if self.grad is None else self.terms
+        if terms is None or before is None:
+            return None
+        return [*before, *(add_as(None, term, self.data.dtype) for term in terms)]
+
+    def accumulate(self, gradient: Array, terms: Iterable[Array] | None = None) -> None:
+        """Add `gradient`, of the shape of `data`, to `grad`, and `terms` of the same shape to `terms`."""
+        total, together = self.plus(gradient), self.plus_terms(terms)
+        self.grad, self.terms = total, together
 
 
 _inference_depth: ContextVar[int] = ContextVar("arraybn.inference_mode", default=0)
@@ -309,12 +322,18 @@ class Module:
     def _forget(self) -> None:
         object.__setattr__(self, "_remembered", None)
 
-    def _finish_backward(self, *gradients: tuple[Parameter | None, Array | None]) -> None:
+    def _finish_backward(
+        self, *gradients: tuple[Parameter | None, Array | None], terms: Sequence[Iterable[Array] | None] = ()
+    ) -> None:
         """Add to the gradients of the parameters, all or none if one does not fit, and forget the forward."""
-        sums = [(p, p.plus(gradient)) for p, gradient in gradients if p is not None and gradient is not None]
+        sums = [
+            (p, p.plus(gradient), p.plus_terms(own))
+            for (p, gradient), own in itertools.zip_longest(gradients, terms)
+            if p is not None and gradient is not None
+        ]
         self._forget()
-        for parameter, total in sums:
-            parameter.grad = total
+        for parameter, total, together in sums:
+            parameter.grad, parameter.terms = total, together
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle: new tables, so that a copy shares none, and no forward."""

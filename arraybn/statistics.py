@@ -277,6 +277,8 @@ class Sums:
         True for the sums of x_dot, over the positions of the batch alone.
     record : array (rows, C) or None
         In exact mode, the integers of the first two sums, which do not round when they are added (E10).
+    mean : array (C,) or None
+        In exact mode, that of the whole batch: with it, the values of a total are computed from its record.
 
     Examples
     --------
@@ -293,6 +295,7 @@ class Sums:
     values: Array
     tangent: bool = field(default=False, repr=False)
     record: Array | None = field(default=None, repr=False)
+    mean: Array | None = field(default=None, repr=False)
 
     def __add__(self, other: Sums) -> Sums:
         if not isinstance(other, Sums):
@@ -302,8 +305,12 @@ class Sums:
             raise ValueError("tangent: expected the same in all sums; got True and False")
         records: list[Any] = [self.record, other.record]
         with on_device_of(self.values):
-            total = None if any(record is None for record in records) else sum(records)
-            return replace(self, n=self.n + other.n, values=self.values + other.values, record=total)
+            if any(record is None for record in records):
+                return replace(self, n=self.n + other.n, values=self.values + other.values, record=None)
+            total = sum(records)
+            sweeps: Any = with_exact_sums(select(self.values)).exact
+            values = array_namespace(self.values).stack(exact_sums.sums_of(sweeps, total, self.mean))
+            return replace(self, n=self.n + other.n, values=values, record=total)
 
     def __radd__(self, other: object) -> Sums:
         """Return these sums for 0 + sums, with which `sum` begins."""

@@ -54,7 +54,7 @@ def test_each_cut_goes_the_way_that_the_table_says(case: Case, dtype: str) -> No
     for direction, of_direction in sweeps.items():
         split = case.way == "split" or (case.way == "pipeline" and dtype == "float64")
         expected += of_direction if split else [f"{direction}_{case.way}"]
-    assert [re.sub(f"(_planes|_lines)?_{dtype}_.*", "", name) for name in names] == expected
+    assert [re.sub(f"(_planes|_lines|_\\d)?_{dtype}_.*", "", name) for name in names] == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -183,16 +183,17 @@ def test_cupy_is_asked_for_the_shared_memory_that_a_block_may_have(
 # ---- The choice ------------------------------------------------------------------------------------------------------
 
 # On an H200, at 32 images: what becomes of a forward and a backward, channels-first and channels-last. KiB of a channel
-# (or of 32 bytes of each row) decide whether a block keeps it: it has 227, of which the sums take 5.
+# (or of 32 bytes of each row) decide whether a block keeps it: it has 227, of which the sums take 5. A cluster of 2, 4
+# or 8 blocks has so many times 222.
 RESNET = {
     # channels, side, bytes of a value: channels-first forward, backward; channels-last forward, backward
-    (64, 112, 4): "pipeline pipeline ring ring",  # 1568 KiB; channels-last 32 bytes of all rows are 12 MiB, or 25
-    (256, 56, 4): "pipeline pipeline ring ring",  # 392 KiB
+    (64, 112, 4): "cluster pipeline ring ring",  # 1568 KiB; channels-last 32 bytes of all rows are 12 MiB, or 25
+    (256, 56, 4): "cluster pipeline ring ring",  # 392 KiB
     (512, 28, 4): "resident resident ring ring",  # 98 KiB and 196; channels-last 784
     (1024, 14, 4): "resident resident ring ring",  # 24.5 and 49 KiB; channels-last 196 and 392
     (2048, 7, 4): "resident resident resident resident",  # 6 and 12 KiB; channels-last 49 and 98
-    (64, 112, 2): "pipeline pipeline ring ring",  # 784 KiB
-    (256, 56, 2): "resident pipeline ring ring",  # 196 and 392 KiB
+    (64, 112, 2): "cluster pipeline ring ring",  # 784 KiB
+    (256, 56, 2): "cluster pipeline ring ring",  # 196 and 392 KiB
     (512, 28, 2): "resident resident ring ring",  # 49 and 98 KiB; channels-last 784
     (1024, 14, 2): "resident resident ring ring",  # channels-last 196 KiB, but only 64 blocks for 132
     (2048, 7, 2): "resident resident resident resident",  # channels-last 49 and 98 KiB, 128 blocks
@@ -210,12 +211,56 @@ def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> N
     assert " ".join(ways) == RESNET[key]
 
 
+# Blocks of a cluster forward and backward, and how many clusters, where clusters are asked for.
+IN_CLUSTERS = {
+    (64, 112, 4): "8×32, pipeline",
+    (256, 56, 4): "2×64, 4×64",
+    (512, 28, 4): "1×128, 1×128",
+    (1024, 14, 4): "1×128, 1×128",
+    (2048, 7, 4): "1×512, 1×512",  # four planes of 196 bytes side by side: bulk copies are of 16 bytes
+    (64, 112, 2): "4×64, 8×32",
+    (256, 56, 2): "1×128, 2×64",
+    (512, 28, 2): "1×128, 1×128",
+    (1024, 14, 2): "1×512, 1×512",  # two planes of 392 bytes
+    (2048, 7, 2): "1×256, 1×256",  # eight planes of 98 bytes
+    (2044, 7, 2): "resident, resident",  # no multiple of eight channels
+    (64, 112, 8): "pipeline, pipeline",  # split, as there is no pipeline for float64
+    (256, 56, 8): "4×64, 8×32",
+}
+
+
+@pytest.mark.parametrize("key", IN_CLUSTERS)
+def test_the_clusters_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> None:
+    channels, side, itemsize = key
+    shape, kind, found = (32, channels, side * side), np.dtype(f"f{itemsize}"), []
+    for inputs in (1, 2):
+        plan = fused.plan(shape, kind, 0, inputs, H200, clusters=True)
+        if plan is not None and "cluster" in plan.kernel.name:
+            blocks = int(plan.kernel.name.split("_")[-1])
+            found.append(f"{blocks}×{plan.grid.blocks // blocks}")
+        else:
+            found.append("pipeline" if plan is None else plan.kernel.name.split("_")[1])
+        older = fused.plan(shape, kind, 0, inputs, H200._replace(capability=8), clusters=True)
+        assert older is None or "cluster" not in older.kernel.name
+    assert ", ".join(found) == IN_CLUSTERS[key]
+
+
+def test_few_channels_get_no_clusters_that_leave_half_of_the_gpu_idle() -> None:
+    for channels, way in ((8, "pipeline"), (9, "cluster")):  # clusters of 8 blocks for 132 multiprocessors
+        plan = fused.plan((32, channels, 112 * 112), np.dtype("f4"), 0, 1, H200)
+        assert plan is not None
+        assert plan.kernel.name.split("_")[1] == way
+
+
 def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
     for channels, side, itemsize in RESNET:
         for inputs in (1, 2):
             plan = fused.plan((32, channels, side * side), np.dtype(f"f{itemsize}"), 0, inputs, H200)
             assert plan is not None  # channels-first
-            if "resident" in plan.kernel.name:
+            if "cluster" in plan.kernel.name:
+                assert plan.grid.threads == 512
+                assert 128 <= plan.grid.blocks <= 2 * 132
+            elif "resident" in plan.kernel.name:
                 together = H200.shared_in_all // (plan.grid.shared + fused.ROOM)
                 assert together >= (2 if plan.grid.shared < 100 * 2**10 else 1)
                 assert min(together, 2048 // plan.grid.threads) * plan.grid.threads >= 256
@@ -242,16 +287,39 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
         assert plan.grid.shared >= stages * height * min(channels, tile) * itemsize
 
 
+def assert_clusters_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
+    """Assert that every item of a channel has a place, and every channel a cluster; `itemsize` is of all inputs."""
+    n, channels, groups, parts, items, part, plane, stride, side, pieces = plan.numbers[:10]
+    width, blocks = plan.kernel.width, int(plan.kernel.name.split("_")[-1])
+    assert (n, channels, groups * side, parts) == (shape[0] * shape[2], shape[1], shape[1], 1)
+    assert items * width == n * side
+    assert stride == plane * width * (groups if channels > 1 else 1)
+    assert plane * width * itemsize % 16 == part * width * itemsize % 16 == 0
+    assert (side, part % plane) == (1, part % plane) if width > 1 else (side in (2, 4, 8), part % plane == 0)
+    warps = fused.WARPS if side == 1 else fused.SIDE_WARPS
+    assert (pieces, plan.grid.threads) == (fused.PIECES, 32 * warps)
+    assert blocks * warps * pieces * (part - plane) < items <= blocks * warps * pieces * part
+    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - fused.ROOM
+    clusters = plan.grid.blocks // blocks
+    assert plan.grid.blocks == clusters * blocks
+    most = groups if side > 1 else max(fused.WAVES[blocks] * has.multiprocessors // blocks, 1)
+    assert 1 <= clusters <= min(groups, most)
+    assert (plan.grid.partials, plan.grid.tickets) == (0, 0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str) -> None:
     rng = np.random.default_rng(3)
-    kind, found = data((1,), dtype).dtype, dict.fromkeys(("resident", "pipeline", "ring", "rows", "split"), 0)
-    for _ in range(1500):
+    kind = data((1,), dtype).dtype
+    found = dict.fromkeys(("resident", "cluster", "pipeline", "ring", "rows", "split"), 0)
+    for _ in range(4000):
         shape = tuple(int(2 ** rng.uniform(0, high)) for high in (14, 13, 16))
+        shape = shape if rng.random() < 0.5 else (*shape[:2], -(-shape[2] // 8) * 8)  # multiples of 16 bytes
         shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
         inputs, has = int(rng.integers(1, 3)), [H200, SMALL, LONELY, NARROW][rng.integers(4)]
         address = int(rng.choice([0, kind.itemsize, 8]))
-        plan = fused.plan.__wrapped__(shape, kind, address, inputs, has)
+        has, clusters = has._replace(capability=int(rng.integers(8, 10))), bool(rng.random() < 0.3)
+        plan = fused.plan.__wrapped__(shape, kind, address, inputs, has, clusters)
         if plan is None:
             found["split"] += 1
             continue
@@ -261,6 +329,9 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         found[way] += 1
         if way in ("ring", "rows"):
             assert_rows_are_whole(plan, shape, kind.itemsize * inputs, has)
+            continue
+        if way == "cluster":
+            assert_clusters_are_whole(plan, shape, kind.itemsize * inputs, has)
             continue
         width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
         slots = columns * width if lines else 1
@@ -316,6 +387,26 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "values are kept a place on": ("(&kept.x(place.slot),", "(&kept.x(place.slot + 1),", "planes of an odd size"),
     "no barrier before the map": ("    __syncthreads();\n    map_of_part", "    map_of_part", "planes"),
     "another number of values": ("+ threads - 1) / threads : 0;", "+ threads) / threads : 0;", "channels-last"),
+    "no barrier of the cluster": ("    wait_for_cluster();\n    const double", "    const double", "two blocks"),
+    "blocks that may not have begun": ("    wait_for_cluster();  // all", "    // all", "two blocks"),
+    "no barrier of the block": ("    __syncthreads();\n    if (warp == 0) {", "    if (warp == 0) {", "two blocks"),
+    "the sums of another rank": ("of_blocks[rank], s, q)", "of_blocks[0], s, q)", "two blocks"),
+    "sums that stay at home": ("store_in_block(lane,", "store_in_block(cluster_rank(),", "two blocks"),
+    "in the place of another rank": ("of_blocks + cluster_rank(), b", "of_blocks + lane, b", "two blocks"),
+    "one place for both turns": ("of_blocks + turn * MOST_BLOCKS", "of_blocks", "two blocks"),
+    "pieces of another phase": ("phase ^= 1) {", "phase ^= 0) {", "two blocks"),
+    "a piece is read before it is there": ("    wait_for_phase(pieces.full + k, phase);\n", "", "one block"),
+    "bytes of a whole piece are expected": ("(end - begin) * sizeof(Kept)));", "bytes()));", "short pieces"),
+    "a plane too few": ("plane * p.plane < end; plane", "plane * p.plane + p.plane <= end; plane", "one block"),
+    "dy is not copied behind x": ("&item(k, 1, (int)(from", "&item(k, 0, (int)(from", "two blocks"),
+    "a piece is filled before it is mapped": (
+        "            map_piece<T, WIDTH>(pieces, channel, k, map);\n", "", "two blocks"
+    ),
+    "empty blocks count": ("        if (n > 0) Sums::pool(n, origin, of_b", "        Sums::pool(n, origin, of_b",
+                           "blocks without values"),
+    "another channel of the group": ("(int)(channel % p.columns) * plane", "0", "planes side by side"),
+    "a run too short": ("item += run - plane;", "item += run - plane - 1;", "planes side by side"),
+    "values of a whole group": ("values / p.columns : values", "values : values", "odd planes side by side"),
     "a channel too far": ("(start.inside && start.row < Place", "(start.row < Place", "channels-last in groups"),
 }  # fmt: skip
 
@@ -325,7 +416,7 @@ def test_a_planted_error_of_the_fused_kernels_is_found(planted: str) -> None:
     old, new, name = PLANTED[planted]
     inputs, check = (2, kernels.assert_backward) if "dy" in planted else (1, kernels.assert_forward)
     with kernels.case_of("fused", name) as case:
-        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has)
+        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has, case.way == "cluster")
         assert plan is not None
         library = shim.build((plan.kernel,), "-O0", changed=(old, new))
         found = 0
@@ -347,11 +438,12 @@ SANITIZED = """
     from pathlib import Path
     import numpy as np
     from cuda import shim
-    from arraybn.kernels.cuda import fused
+    from arraybn.kernels.cuda import cluster, fused
     from arraybn.kernels.cuda import launch as launching
     fused.MIN_BLOCK_BYTES = fused.TASK = 512
     resident = fused._resident
-    with shim.install(Path(sys.argv[1])) as installed:
+    fused.WARPS, fused.PIECES, fused.CLUSTERS = 2, 3, (2,)
+    with shim.install(*map(Path, sys.argv[1:])) as installed:
         installed.device = lambda: launching.Device(3, 2**40, 2**18, 2**18)
         for fused._resident in (resident, lambda *_: None):
             fused.plan.cache_clear()
@@ -360,8 +452,10 @@ SANITIZED = """
                 size = int(np.prod(shape))
                 x, dy = (np.random.default_rng(k).standard_normal(size).astype("f4").reshape(shape) for k in (0, 1))
                 mean, m2, rstd, y = fused.forward(x, None, None, 1e-5)
-                if len(sys.argv) == 2:
+                if len(sys.argv) == 3:
                     fused.backward(dy, x, mean, rstd, None)
+                    cluster.forward(x, None, None, 1e-5)
+                    cluster.backward(dy, x, mean, rstd, None)
     print("clean", len(set(name for name, _ in installed.launches)))
 """
 
@@ -374,15 +468,20 @@ def test_address_sanitizer_finds_nothing_in_the_fused_kernels_but_what_is_plante
     asan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(asan).is_absolute():
         pytest.skip("g++ has no libasan here")
-    chosen = shim.fused_kernels("forward") + (shim.fused_kernels("backward") if changed is None else ())
-    chosen = tuple(kernel for kernel in chosen if kernel.dtype == "float32")
-    library = shim.build(chosen, "-O0", "-fsanitize=address", changed=changed)
+    chosen = [shim.fused_kernels("forward")]
+    if changed is None:
+        in_clusters = tuple(kernel for kernel in shim.cluster_kernels() if kernel.name.endswith("_2"))
+        chosen = [chosen[0] + shim.fused_kernels("backward"), in_clusters]
+    libraries = [
+        shim.build(tuple(k for k in some if k.dtype == "float32"), "-O0", "-fsanitize=address", changed=changed)
+        for some in chosen
+    ]
     code = textwrap.dedent(SANITIZED).format(tests=str(ROOT / "tests"), root=str(ROOT))
     environment = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-    command = [sys.executable, "-c", code, str(library), *(["forward"] if changed else [])]
+    command = [sys.executable, "-c", code, *map(str, libraries)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     if changed is None:
-        assert (run.returncode, run.stdout.strip()) == (0, "clean 12"), run.stderr[-3000:]
+        assert (run.returncode, run.stdout.strip()) == (0, "clean 14"), run.stderr[-3000:]
     else:
         assert run.returncode != 0
         assert "AddressSanitizer: heap-buffer-overflow" in run.stderr or "out of place" in run.stderr
@@ -412,8 +511,21 @@ def test_the_fused_kernels_compile_and_keep_to_their_registers(architecture: str
     assert max(of["registers"] for of in found.values()) <= REGISTERS
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_the_kernels_of_clusters_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
+    """All of them where ARRAYBN_COMPILE=all; otherwise those of one size, because the sizes have one body."""
+    chosen = list(shim.cluster_kernels())
+    if os.environ.get("ARRAYBN_COMPILE") != "all":
+        chosen = [kernel for kernel in chosen if kernel.name.endswith("_8") and kernel.dtype != "bfloat16"]
+    found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
+    assert set(found) == {kernel.entry for kernel in chosen}
+    assert in_local_memory(found) == []
+    assert max(of["registers"] for of in found.values()) <= 65536 // (32 * fused.WARPS)
+
+
 def test_the_fused_source_includes_nothing_and_has_no_ptx() -> None:
-    text = launching._text("fused.cu")
-    assert text.isascii()
-    assert not re.search(r"^\s*#\s*include|\basm\b", text, re.MULTILINE)
-    assert max(map(len, text.splitlines())) <= 120
+    for file in ("fused.cu", "cluster.cu"):
+        text = launching._text(file)
+        assert text.isascii()
+        assert not re.search(r"^\s*#\s*include|\basm\b", text, re.MULTILINE)
+        assert max(map(len, text.splitlines())) <= 120

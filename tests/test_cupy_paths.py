@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ import numpy as np
 import pytest
 from support.commands import as_installed
 from support.gpu import FAKE_CUPY, cupy_here
+from support.kernels import serve_all_by, set_sizes
 from support.libraries import need
 from support.ranks import mpi_of, passes, variables
 
@@ -36,6 +38,7 @@ import arraybn
 from arraybn import kernels
 from arraybn._arrays.copies import as_numpy
 from arraybn.commands import info
+from arraybn.kernels.cuda import cluster, fused
 from arraybn.testing import ThreadComm
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +96,7 @@ def test_a_layer_call_waits_for_nothing_and_launches_little(cupy: Any, dtype: st
     for log in (forward, backward, evaluation, back):
         assert waits(log) == []
     if cupy.kernels == "cuda":
-        assert [launches(log) for log in (forward, backward, evaluation)] == [1, 1, 2]
+        assert [launches(log) for log in (forward, backward, evaluation)] == [1, 1, 1]
         assert launches(back) <= 7
     with pytest.raises(AssertionError):
         assert waits(logged(cupy, lambda: float(x.sum()))[1]) == []  # the control
@@ -173,12 +176,33 @@ def all_checks() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    "given", [{}, {"affine": False}, {"bias": False}, {"momentum": None}, {"dtype": "float64"}, {"eps": 0.5}]
-)
+STEPS: tuple[dict[str, Any], ...] = (
+    {}, {"affine": False}, {"bias": False}, {"momentum": None}, {"dtype": "float64"}, {"eps": 0.5}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("given", STEPS)
 def test_a_short_step_has_the_bits_of_one_with_all_checks_and_writes_into_no_old_array(
     cupy: Any, given: dict[str, Any]
 ) -> None:
+    assert_short_steps(cupy, given)
+
+
+def test_a_step_in_clusters_is_one_launch_each_way(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no clusters")
+    serve_all_by(cluster, monkeypatch)
+    set_sizes(monkeypatch, fused, {"WARPS": 2, "PIECES": 2, "CLUSTERS": (2,)})
+    cupy._fake.log.clear()
+    for given in STEPS:
+        assert_short_steps(cupy, given)
+    log = [re.sub(r"_\d_float.*", "", entry) for entry in cupy._fake.log if entry.startswith("launch")]
+    assert log.count("launch forward_cluster") == log.count("launch backward_cluster") == 2 * 4 * len(STEPS)
+    steps = sum(pair == ("launch forward_cluster", "launch backward_cluster") for pair in itertools.pairwise(log))
+    assert steps == 3 * len(STEPS)  # the short ones; the first call of a layer makes the checks
+
+
+def assert_short_steps(cupy: Any, given: dict[str, Any]) -> None:
     found: list[list[Any]] = []
     for context in (contextlib.nullcontext(), all_checks()):
         layer, results, kept = arraybn.BatchNorm2d(3, xp=cupy, **given), [], []
@@ -192,6 +216,13 @@ def test_a_short_step_has_the_bits_of_one_with_all_checks_and_writes_into_no_old
     for short, checked in zip(*found, strict=True):
         assert short.dtype == checked.dtype
         np.testing.assert_array_equal(short.get(), checked.get())
+
+
+def with_terms(parameter: Any, gradient: Any) -> None:
+    """Give the parameter a gradient that has a term, as an exact backward does."""
+    parameter.grad = None
+    parameter.accumulate(gradient, [gradient])
+    assert parameter.terms
 
 
 CHANGES: dict[str, Any] = {  # between two steps
@@ -210,6 +241,7 @@ CHANGES: dict[str, Any] = {  # between two steps
     "loaded": lambda layer, cupy: layer.load_state_dict(arraybn.BatchNorm2d(3, eps=7).state_dict()),
     "a gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2, dtype="f4")),
     "a wide gradient": lambda layer, cupy: setattr(layer.weight, "grad", cupy.full(3, 2.0)),
+    "a gradient with terms": lambda layer, cupy: with_terms(layer.weight, cupy.full(3, 2, dtype="f4")),
     "a shared bias": lambda layer, cupy: setattr(layer, "bias", layer.weight),
     "another size": lambda layer, cupy: layer(cupy.asarray(X[:2])),
     "another dtype": lambda layer, cupy: layer(cupy.asarray(X.astype("f2"))),
@@ -229,6 +261,7 @@ def test_whatever_changes_between_two_steps_is_seen(cupy: Any, change: str) -> N
                 if step == 1:
                     CHANGES[change](layer, cupy)
         grads = [p.grad for p in layer.parameters()]
+        assert all(p.terms is None for p in layer.parameters())
         found.append([*results, *layer.state_dict().values(), *grads])
     for short, checked in zip(*found, strict=True):
         assert (short.dtype, short.strides) == (checked.dtype, checked.strides)
@@ -334,7 +367,6 @@ def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
         pytest.skip("the reference has no constants")
     from arraybn.bench import tune
     from arraybn.kernels import cuda
-    from arraybn.kernels.cuda import fused
 
     monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
     present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
@@ -371,10 +403,10 @@ def test_kernels_are_chosen_by_stated_conditions(cupy: Any) -> None:
         assert kernels.select(x).name == cupy.kernels
     assert kernels.select(cupy.empty(3, dtype="int32")).name == "reference"
     assert kernels.select(x, "reference").name == "reference"
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda", "cuda_cluster"]
     with pytest.raises(TypeError, match=r'kernels: expected a NumPy array for "cpu"; got a cupy array.*cupy.asnumpy'):
         arraybn.batch_norm(x, kernels="cpu")
-    for name in ("cuda", "cuda_fused", "cuda_split"):
+    for name in ("cuda", "cuda_fused", "cuda_split", "cuda_cluster"):
         with pytest.raises(TypeError, match=rf'expected a CuPy array for "{name}"; got a numpy array.*cupy.asarray'):
             arraybn.moments(X, kernels=name)
     if cupy.kernels == "reference":  # as on GPUs that do not take the kernels
@@ -684,6 +716,23 @@ def test_parameters_and_gradients_travel_through_the_host(cupy: Any) -> None:
             return layer.weight.data.tolist(), layer.bias.grad.tolist(), layer.weight.grad
 
     assert ThreadComm.run(2, work) == [([1.0] * 3, [3.0] * 3, None)] * 2
+
+
+def test_exact_gradients_of_ranks_have_the_bits_of_the_host(cupy: Any) -> None:
+    x, dy = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)
+
+    def work(comm: Any, xp: Any = np) -> Any:
+        with cupy.cuda.Device(comm.rank % 2):
+            layer = arraybn.SyncBatchNorm(3, exact=True, comm=comm, xp=xp)
+            part = slice(0, 2) if comm.rank == 0 else slice(2, None)
+            for _ in range(2):
+                layer(xp.asarray(x[part]))
+                layer.backward(xp.asarray(dy[part]))
+            arraybn.average_gradients(layer, comm, weight=None, exact=True)
+            assert xp is np or layer.bias.grad.device.id == comm.rank % 2
+            return layer.weight.grad.tolist(), layer.bias.grad.tolist()
+
+    assert ThreadComm.run(2, lambda comm: work(comm, cupy)) == ThreadComm.run(2, work)
 
 
 @pytest.mark.parametrize("served", ["reference", "cuda"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import pickle
 import shutil
@@ -161,6 +162,12 @@ def state(layer: Any) -> list[Any]:
     return [np.asarray(value) for value in layer.state_dict().values()]
 
 
+def gradients(model: Any, comm: Any) -> list[Any]:
+    """Return the gradients of the whole batch."""
+    arraybn.average_gradients(model, comm, weight=None, exact=True)
+    return [parameter.grad for parameter in model.parameters()]
+
+
 @settings(max_examples=30)  # each runs on several backends, thread counts and ranks
 @given(st.data())
 def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.DataObject) -> None:
@@ -170,6 +177,7 @@ def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.Data
     shape = (samples, *data.draw(st.sampled_from([(3,), (2, 50), (4, 3, 3)])))
     name, values = data.draw(st.sampled_from(list(kinds(rng, shape))))
     x, dy, weight, bias = drawn(1, shape, values)
+    bias = bias.astype(np.float32)  # the gradient of a float64 parameter is no sum of float32 terms
     order = np.asarray(data.draw(st.permutations(range(samples))))
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=4)))
     wanted = run(x, dy, weight, bias)
@@ -188,15 +196,17 @@ def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.Data
     done = [arraybn.batch_norm(part, weight, bias, moments=whole, exact=True) for part, _ in parts]
     sums = sum(arraybn.batch_norm_sums(g, saved) for (_, g), (_, saved) in zip(parts, done, strict=True))
     dxs = [arraybn.batch_norm_backward(g, s, sums=sums)[0] for (_, g), (_, s) in zip(parts, done, strict=True)]
-    found = [np.concatenate([y for y, _ in done]), np.concatenate(dxs), whole.mean, whole.m2]
-    assert same(found, [wanted[0][order], wanted[1][order], *wanted[4:]]), name
+    dbias, dweight = sums.values  # of which the second is without rstd
+    dweight = dweight * (1 / np.sqrt(whole.var() + 1e-5))
+    found = [np.concatenate([y for y, _ in done]), np.concatenate(dxs), dweight, dbias, whole.mean, whole.m2]
+    assert same(found, [wanted[0][order], wanted[1][order], *wanted[2:]]), name
 
     def work(comm: Any) -> list[Any]:
         part, g = parts[comm.rank]
         layer = arraybn.SyncBatchNorm(shape[1], exact=True, process_group=comm)
         layer.weight.data, layer.bias.data = weight, bias
-        with np.errstate(over="ignore"):  # of the running variance
-            return [layer(part), layer.backward(g), *state(layer)]
+        with np.errstate(over="ignore"):  # of the running variance, and of gradients in float32
+            return [layer(part), layer.backward(g), *state(layer), *gradients(layer, comm)]
 
     results = ThreadComm.run(len(parts), work)
     y, dx = (np.concatenate([result[index] for result in results]) for index in (0, 1))
@@ -205,7 +215,10 @@ def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.Data
     alone.weight.data, alone.bias.data = weight, bias
     with np.errstate(over="ignore"):
         alone(x)
-    assert all(same(result[2:], state(alone)) for result in results), name
+        alone.backward(dy)
+        wanted = [*state(alone), *gradients(alone, None)]
+        assert same(wanted[-2:], [gradient.astype(np.float32) for gradient in run(x, dy, weight, bias)[2:4]])
+    assert all(same(result[2:], wanted) for result in results), name
 
 
 def test_x2_control_the_usual_mode_depends_on_the_order() -> None:
@@ -243,11 +256,11 @@ def test_x2_fixed_statistics_give_the_same_bits_on_each_backend(evaluation: bool
     assert same(*results)
 
 
-def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
+def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks(monkeypatch: Any) -> None:
     need("numba")
     need("sklearn")
     digits = load_digits(0)
-    digits = digits._replace(train_images=digits.train_images[:90], train_labels=digits.train_labels[:90])
+    digits = digits._replace(train_images=digits.train_images[:60], train_labels=digits.train_labels[:60])
 
     def work(comm: Any) -> str:
         return checksum(trained(digits, 0, 1, comm.rank, comm.size, comm))
@@ -259,6 +272,12 @@ def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks() -> None:
     assert len(sums) == 1
     other = digits._replace(train_images=digits.train_images + np.float32(1e-6))
     assert checksum(trained(other, 0, 1, 0, 1, None)) not in sums  # the control
+
+    def rounded(model: Any, comm: Any, **options: Any) -> None:
+        arraybn.average_gradients(model, comm, weight=None)
+
+    monkeypatch.setattr("arraybn.commands._demo_exact.average_gradients", rounded)
+    assert not sums.intersection(ThreadComm.run(3, work))
 
 
 @settings(max_examples=30)
@@ -324,6 +343,105 @@ def test_x2_running_statistics_take_no_backend_that_may_fuse_a_product_and_a_sum
     assert np.array_equal(var, (0.9 + 0.1 * exact_moments.var(1)).astype(np.float32))
     with pytest.raises(AssertionError):  # the control
         arraybn.update_running_stats(*running, usual, 0.1)
+
+
+# ---- Gradients over ranks --------------------------------------------------------------------------------------------
+
+
+def averaged(parts: list[Any], weights: list[Any], *, exact: bool = True) -> list[Any]:
+    """Return the gradient on each rank after an average of `parts`, one for each rank; None is no gradient."""
+
+    def work(comm: Any) -> Any:
+        layer = arraybn.BatchNorm1d(4)
+        layer.bias.grad = parts[comm.rank]
+        with np.errstate(all="ignore"):
+            arraybn.average_gradients(layer, comm, weight=weights[comm.rank], exact=exact)
+        return layer.bias.grad
+
+    return ThreadComm.run(len(parts), work)
+
+
+def test_x2_gradients_are_added_exactly_for_any_order_of_ranks() -> None:
+    rng, differ, none = np.random.default_rng(0), 0, [None] * 5
+    for _ in range(10):
+        parts = (rng.normal(size=(5, 4)) * 2.0 ** rng.integers(-60, 60, (5, 4))).astype(np.float32)
+        weights = rng.integers(1, arraybn.sync.replicas.MOST_SAMPLES, 5, endpoint=True)
+        columns = [[Fraction(value) for value in column] for column in parts.astype(float).T]
+        means = [sum(map(operator.mul, weights.tolist(), column)) / int(weights.sum()) for column in columns]
+        for wanted, counts in ((map(sum, columns), none), (means, weights)):
+            rounded = np.asarray([nearest(value) for value in wanted]).astype(np.float32)
+            for order in (range(5), rng.permutation(5)):
+                assert same(averaged([parts[i] for i in order], [counts[i] for i in order]), [rounded] * 5)
+        cancelling = [*parts[:2], -parts[0], *parts[2:4]]
+        orders = [cancelling, cancelling[::-1]]
+        differ += not same(*(averaged(order, none, exact=False) for order in orders))
+        assert same(*(averaged(order, none) for order in orders))
+    assert differ  # a bit of the usual sums
+
+
+def test_gradients_that_are_none_weightless_or_not_finite_count_as_in_the_usual_mode() -> None:
+    one, bad = np.asarray([1.0, 2.0, -0.0, 3e38], np.float32), np.asarray([np.nan, np.inf, -np.inf, 3e38], np.float32)
+    for parts, weights in [
+        ([one, None, bad], [None] * 3),
+        ([one, None, bad], [1, 2, 0]),
+        ([one, bad, -bad], [1, 2, 3]),
+        ([None, None], [1, 1]),
+        ([one, one], [0, 0]),
+    ]:
+        for ours, theirs in zip(averaged(parts, weights), averaged(parts, weights, exact=False), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"exact": (True, False)}, {"weight": (1, None)}])
+def test_ranks_agree_on_the_way_in_which_gradients_are_added(options: dict[str, Any]) -> None:
+    def work(comm: Any) -> str:
+        own = {"weight": 1, **{name: values[comm.rank] for name, values in options.items()}}
+        with pytest.raises(arraybn.SyncError) as caught:
+            arraybn.average_gradients(arraybn.BatchNorm1d(2), comm, **own)
+        return str(caught.value)
+
+    (name,) = options
+    assert all(f"disagree on {name}" in text for text in ThreadComm.run(2, work))
+
+
+def test_x2_gradients_of_several_backwards_are_those_of_one_rank() -> None:
+    """Three batches, their gradients added up: each sum and each sum of sums is independent of the split."""
+    x, dy, weight, bias = drawn(1, (30, 3), np.random.default_rng(0).normal(size=(30, 3)))
+
+    def work(comm: Any, halve: bool = False) -> Any:
+        layer = arraybn.SyncBatchNorm(3, exact=True, process_group=comm)
+        layer.weight.data, layer.bias.data = weight, bias.astype(np.float32)
+        rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
+        for start in (0, 10, 20):
+            mine = np.array_split(np.arange(start, start + 10), size)[rank]
+            layer(x[mine])
+            layer.backward(dy[mine])
+        if halve:
+            layer.bias.grad = layer.bias.grad / 2
+            assert layer.bias.terms is None
+        return gradients(layer, comm)
+
+    wanted = work(None)
+    assert all(same(found, wanted) for size in (2, 3, 11) for found in ThreadComm.run(size, work))
+    for found in ThreadComm.run(2, lambda comm: work(comm, halve=True)):  # a gradient that the user has changed counts
+        assert same(found[:1], wanted[:1])
+        np.testing.assert_allclose(found[1], wanted[1] / 2, rtol=1e-6)
+
+
+def test_terms_go_where_a_gradient_comes_without_them() -> None:
+    parameter = arraybn.Parameter(np.zeros(2, np.float32))
+    one = np.ones(2)
+    parameter.accumulate(one, [one, 0 * one])
+    parameter.accumulate(one, [])
+    assert [term.tolist() for term in parameter.terms] == [[1, 1], [0, 0]]
+    assert pickle.loads(pickle.dumps(parameter)).grad.tolist() == [2, 2]
+    parameter.accumulate(one)
+    assert parameter.terms is None
+    parameter.accumulate(one, [one])  # the terms would not be all of the gradient
+    assert parameter.terms is None
+    parameter.grad = None
+    parameter.accumulate(one, [one])
+    assert len(parameter.terms) == 1
 
 
 # ---- NaN and infinity: as in the usual mode --------------------------------------------------------------------------

@@ -162,6 +162,7 @@ SHAPES = {  # several blocks in a channel, many channels, odd planes, few values
     "(N, C, H, W) of a stem": (2, 64, 112 * 112),
     "odd planes": (32, 512, 49),
     "few channels, long": (3, 3, 200_003),
+    "channels for clusters of 2 to 8 blocks": (5, 9, 40_000),
     "lines": (50_000, 48, 1),
     "wide lines": (70, 2048, 1),
     "two values": (2, 4099, 1),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import shim
 from support import kernels
-from support.kernels import COMPILED, Case, both, coefficients, cuts_of, data, exact_of
+from support.kernels import COMPILED, Case, assert_map, both, coefficients, cuts_of, data, exact_of
 
 import arraybn
 from arraybn import reference
@@ -340,12 +340,38 @@ def test_e4_running_statistics_have_the_bits_of_the_reference(case: Case, channe
             np.testing.assert_array_equal(new, want)
 
 
+@of_cuts("cuda")
+def test_e3_e7_an_evaluation_is_one_launch_that_reads_vectors_in_their_dtypes(case: Case, dtype: str) -> None:
+    x, vectors = data(case.shape, dtype), abs(coefficients(case.shape[1])) + 0.5
+    (exact_x,) = exact_of(x)
+    for state, parameters in [("f4", "f4"), ("f8", "f4"), ("f4", "f2"), ("f2", "f8"), ("f4", "")]:
+        mean, var = vectors[:2].astype(state)
+        weight, bias = vectors[2:].astype(parameters or "f4")
+        weight = None if not parameters else np.repeat(weight, 2)[::2] if parameters == "f8" else weight  # with gaps
+        case.gpu.launches.clear()
+        kept_mean, rstd, kept_weight, y = case.ops.evaluate(x, mean, var, weight, bias, 1e-5)
+        assert len(case.gpu.launches) == 1
+        np.testing.assert_array_equal(kept_mean, mean.astype("f8"))
+        np.testing.assert_array_equal(rstd, reference.rstd(var.astype("f8"), 1e-5))
+        if weight is None:
+            assert kept_weight is None
+        else:
+            np.testing.assert_array_equal(kept_weight, weight.astype("f8"))
+        a, d = rstd if weight is None else rstd * weight.astype("f8"), exact_x - mean.astype("f8")[:, None]
+        c = bias.astype("f8")[:, None]
+        terms = abs(a[:, None] * d) + abs(c)
+        assert_map(y, a[:, None] * d + c, terms, x.dtype, case.rounding(dtype))
+    empty = case.ops.evaluate(x[:0], mean, var, weight, bias, 1e-5)
+    np.testing.assert_array_equal(empty[1], reference.rstd(var.astype("f8"), 1e-5))
+    assert empty[3].shape == x[:0].shape
+
+
 STEP, EVALUATION = (
     {  # what is launched in a step of training, and in an evaluation with its backward
         "cuda": ["vectors", "moments", "affine", "running", "dots", "affine2"],
         "fused": ["vectors", "forward_resident", "running", "backward_resident"],
     },
-    ["vectors", "affine", "dots", "affine"],
+    ["affine_fixed", "dots", "affine"],
 )
 
 

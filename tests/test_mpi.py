@@ -39,7 +39,8 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_everything_holds_on_two_and_three_ranks(mpi: Mpi, ranks: int) -> None:
-    parts = ("exact", "control", "bits", "counts", "wrong", "users", "copies", "patience", "interrupts", "begun")
+    parts = ("exact", "control", "bits", "counts", "integers", "wrong", "users", "copies", "patience")
+    parts += ("interrupts", "begun")
     passes(mpi, ranks, "checks.py", *parts)
 
 
@@ -50,7 +51,7 @@ def test_e8_e9_over_ranks_are_those_of_one_rank(mpi: Mpi, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [4, 5, 7])
 def test_n4_more_ranks_are_exact_and_have_the_same_bits(mpi: Mpi, ranks: int) -> None:
-    passes(mpi, ranks, "checks.py", "exact", "bits", "counts")
+    passes(mpi, ranks, "checks.py", "exact", "bits", "counts", "integers")
 
 
 def test_compiled_kernels_are_exact_over_ranks(mpi: Mpi) -> None:

@@ -82,7 +82,7 @@ SIGNATURES = {
     " process_group=None, *, comm=None, bias=True, exact=False, channel_axis=1, dtype=None, device=None, xp=None,"
     " timeout=600.0)",
     "broadcast_state": "(model, comm, *, timeout=600.0)",
-    "average_gradients": "(model, comm, *, weight, timeout=600.0)",
+    "average_gradients": "(model, comm, *, weight, exact=False, timeout=600.0)",
     "fold": "(layer)",
     "inference_mode": "()",
     "recompute_running_stats": "(model, batches, *, comm=None, layer_by_layer=False)",
@@ -161,7 +161,7 @@ def test_every_backend_is_complete(name: str) -> None:
 
 
 def test_kernels_are_chosen_by_the_array_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda"]
+    assert list(kernels.MODULES) == ["reference", "cpu", "cuda_split", "cuda_fused", "cuda", "cuda_cluster"]
     need("numba")
     from arraybn.kernels import cpu
 
@@ -228,7 +228,7 @@ ROOMS = {
     "kernels": "_install _arrays _checks reference exact",
     "statistics": "_arrays _checks reference exact kernels",
     "modules": "_arrays _checks",
-    "sync": "_arrays _checks reference kernels modules",
+    "sync": "_arrays _checks reference exact kernels modules",
     "functional": "_arrays _checks _plan reference exact kernels statistics sync",
     "derivatives": "_arrays statistics sync functional",
     "layers": "_arrays _checks reference statistics modules sync functional",

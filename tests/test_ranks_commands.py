@@ -194,7 +194,9 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
     assert [job["ranks"] for job in found["jobs"]] == [1, 2, 3]
     for job in found["jobs"]:
         kinds = {(row["scheme"], row["what"]) for row in job["rows"]}
-        exchanges = {(scheme, what) for scheme in ("arraybn", "all-gather") for what in ("forward", "backward")}
+        exchanges = {
+            (scheme, what) for scheme in ("arraybn", "exact", "all-gather") for what in ("forward", "backward")
+        }
         exchanges |= {("Allreduce", "forward"), ("Iallreduce + Test", "forward")}  # of as many bytes, and nothing else
         assert kinds == {("arraybn", "layer"), ("arraybn", "step")} | (exchanges if job["ranks"] > 1 else set())
         for row in job["rows"]:
@@ -202,9 +204,12 @@ def test_every_exchange_is_timed_and_counted(timed: tuple[Result, Path]) -> None
             assert row["seconds"][0] == row["fastest"] == row["median"] > 0
             if row["traffic"] is not None:
                 collectives, c, ranks = row["traffic"]["collectives"], row["channels"], job["ranks"]
-                assert collectives == (2 if row["scheme"] == "arraybn" and c > 256 else 1)
+                two = row["scheme"] == "exact" or (row["scheme"] == "arraybn" and c > 256)
+                assert collectives == (2 if two else 1)
                 if row["scheme"] == "arraybn":
                     assert row["traffic"]["received"] == 88 * collectives + 16 * max(c, 256)
+                elif row["scheme"] == "exact":
+                    assert row["traffic"]["received"] == 88 + 16 * 256 + 33 * 8 * c
                 elif row["what"] == "forward":
                     assert row["traffic"]["received"] == ranks * row["traffic"]["sent"] == ranks * 4 * (2 * c + 1)
 

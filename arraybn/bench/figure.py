@@ -14,7 +14,7 @@ from . import growth, ladder, networks
 from .cases import LARGE_OPERATIONS, LAYOUTS, OPERATIONS, SMALL_OPERATIONS
 from .contestants.registry import COPYTO
 from .report import TITLES, floors
-from .sync_ranks import BACKWARD, FORWARD, GATHER, OURS, fastest
+from .sync_ranks import BACKWARD, EXACT, FORWARD, GATHER, OURS, fastest
 from .timing import Result
 
 STYLES = {  # colour, mark, filled; the later ones lie below
@@ -221,7 +221,7 @@ def _draw_ladder(axes: Axes, rungs: Sequence[Mapping[str, Any]]) -> None:
 
 
 CHANNELS: Any = {256: "-o", 2048: "--s"}  # those that are drawn, and how
-SCHEME_COLORS = {OURS: FAMILIES["arraybn"], GATHER: FAMILIES["PyTorch"]}
+SCHEME_COLORS = {OURS: FAMILIES["arraybn"], EXACT: STYLES["arraybn reference"][0], GATHER: FAMILIES["PyTorch"]}
 
 
 def draw_sync(jobs: Sequence[Mapping[str, Any]], here: Mapping[str, Any], path: Path) -> None:
@@ -239,7 +239,7 @@ def draw_sync(jobs: Sequence[Mapping[str, Any]], here: Mapping[str, Any], path: 
         left.set_title("forward and backward, ranks share cores [µs]", **BOLD)
         _draw_sync(right, jobs, received)
         right.set_title("bytes that a rank receives, forward", **BOLD)
-        add_legend(figure, ncols=4, handlelength=3.2)
+        add_legend(figure, ncols=3, handlelength=3.2)
 
     subtitle = f"{here['processor']}, {here['cores']} cores, {jobs[0]['mpi']}. The exchanges of one layer"
     draw_picture(path, (10.5, 5.0), "What synchronizing over ranks costs", subtitle, fill)
@@ -247,8 +247,8 @@ def draw_sync(jobs: Sequence[Mapping[str, Any]], here: Mapping[str, Any], path: 
 
 def _draw_sync(axes: Axes, jobs: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> None:
     found = {job["ranks"]: job["rows"] for job in jobs if job["ranks"] > 1}
-    for channels, style in CHANNELS.items():
-        for scheme, color in SCHEME_COLORS.items():
+    for scheme, color in SCHEME_COLORS.items():
+        for channels, style in CHANNELS.items():
             wanted = channels, scheme
             values = [
                 value([row for row in rows if (row["channels"], row["scheme"]) == wanted]) for rows in found.values()

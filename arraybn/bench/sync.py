@@ -19,7 +19,7 @@ from .._install import requirement
 from .._version import __version__
 from . import jobs, machine
 from .output import RefusedError, Run
-from .sync_ranks import BACKWARD, BARE, FORWARD, GATHER, LAYER, OURS, POLLED, ROWS, STEP, fastest, measure
+from .sync_ranks import BACKWARD, BARE, EXACT, FORWARD, GATHER, LAYER, OURS, POLLED, ROWS, STEP, fastest, measure
 
 RANKS = (1, 2, 4, 8)
 TURNS, QUICK_TURNS = 9, 3
@@ -99,26 +99,25 @@ class SyncBench(Run):
         print(f"\n{path}: times, and bytes received", file=self.stream)
 
 
-NOTES = f"""Whole layer: of x ({ROWS}, channels) on each rank, float32; with one rank a plain one. Exchange: what is
-between the two sweeps of a forward or a backward. Arraybn's frames are float64, with a header and agreement on errors.
-All-gather, as in PyTorch: mean, 1/std and count of all ranks in float32, pooled by each of them; its backward is an
-allreduce. Sum: MPI's own allreduce of as many
-float64 numbers as arraybn sends, and nothing else; blocking (Allreduce), or polled as both schemes do (Iallreduce and
-Test). Both schemes wait in the same way, and make one collective each way; arraybn two beyond 256 channels. The
-fastest turn is shown: where ranks share cores, one that loses its core to another program keeps all waiting."""
+NOTES = f"""Whole layer: of x ({ROWS}, C) on each rank, float32; with one rank a plain one. The next columns are
+exchanges: what is between the two sweeps of a forward or a backward. Arraybn's frames are float64, with a header and
+agreement on errors. Exact: a record of integers follows the frame, in the same call. All-gather, as in PyTorch: mean,
+1/std and count of all ranks in float32, pooled by each of them; its backward is an allreduce. Sum: MPI's own
+allreduce of as many float64 numbers as arraybn sends, and nothing else; blocking (Allreduce), or polled as all
+schemes do (Iallreduce and Test). All wait in the same way, and make one collective each way; arraybn two beyond 256
+channels, and in exact mode. The fastest turn is shown: where ranks share cores, one that loses its core to another
+program keeps all waiting."""
 
 
 def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
     """Return the table, and what it means."""
     turns = len(found[0]["rows"][0]["seconds"])
-    both = f"{FORWARD:>12}{BACKWARD:>10}"
+    both = f"{FORWARD:>9}{BACKWARD:>9}"
     lines = [
         f"{here['processor']}, {here['cores']} cores; {found[0]['mpi']}; microseconds, the fastest of {turns} turns",
         "",
-        f"{'':14}{'whole layer':>21}{'exchange of arraybn':>22}{'all-gather':>22}{'sum of MPI':>20}"
-        f"{'bytes received':>22}",
-        f"{'ranks':>5}{'channels':>9}{'layer(x)':>10}{'+ backward':>11}{both}{both}{'blocking':>12}{'polled':>8}"
-        f"{OURS:>10}{GATHER:>12}",
+        f"{'whole layer':>30}{OURS:>18}{EXACT:>18}{GATHER:>18}{'sum of MPI':>16}{'bytes received':>25}",
+        f"ranks    C layer(x) + backward{3 * both} blocking polled{OURS:>9}{EXACT:>8}{'gather':>8}",
     ]
     for job in found:
         lines += [_line(job, channels) for channels in dict.fromkeys(row["channels"] for row in job["rows"])] + [""]
@@ -128,11 +127,11 @@ def report(here: Mapping[str, Any], found: Sequence[jobs.Found]) -> str:
 def _line(job: jobs.Found, channels: int) -> str:
     rows = {(row["scheme"], row["what"]): row for row in job["rows"] if row["channels"] == channels}
     micro = {key: f"{fastest(row) * 1e6:.0f}" for key, row in rows.items()}
-    text = f"{job['ranks']:>5}{channels:>9}{micro[OURS, LAYER]:>10}{micro[OURS, STEP]:>11}"
-    for scheme in (OURS, GATHER):
-        text += f"{micro.get((scheme, FORWARD), '–'):>12}{micro.get((scheme, BACKWARD), '–'):>10}"
-    text += f"{micro.get((BARE, FORWARD), '–'):>12}{micro.get((POLLED, FORWARD), '–'):>8}"
-    for scheme, width in ((OURS, 10), (GATHER, 12)):
+    text = f"{job['ranks']:>5}{channels:>5}{micro[OURS, LAYER]:>9}{micro[OURS, STEP]:>11}"
+    for scheme in (OURS, EXACT, GATHER):
+        text += f"{micro.get((scheme, FORWARD), '–'):>9}{micro.get((scheme, BACKWARD), '–'):>9}"
+    text += f"{micro.get((BARE, FORWARD), '–'):>9}{micro.get((POLLED, FORWARD), '–'):>7}"
+    for scheme, width in ((OURS, 9), (EXACT, 8), (GATHER, 8)):
         row = rows.get((scheme, FORWARD))
         text += f"{'–' if row is None else format(row['traffic']['received'], ','):>{width}}"
     return text

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import exact as exact_sums
 from .. import sync
 from ..kernels.threads import set_num_threads
 from ..layers import BatchNorm1d, SyncBatchNorm
@@ -28,7 +29,7 @@ CHANNELS = (64, 128, 256, 512, 1024, 2048)
 ROWS = 2  # of x on each rank: what is timed is the synchronization, not the sweeps
 SAMPLE = 0.01  # seconds that a sample takes at least
 EPS = 1e-5
-OURS, GATHER = "arraybn", "all-gather"
+OURS, EXACT, GATHER = "arraybn", "exact", "all-gather"
 BARE, POLLED = "Allreduce", "Iallreduce + Test"  # a predefined sum of as many bytes as arraybn sends, and nothing else
 FORWARD, BACKWARD = "forward", "backward"  # the exchange alone
 LAYER, STEP = "layer", "step"  # layer(x); layer(x) and layer.backward(dy)
@@ -36,7 +37,7 @@ LAYER, STEP = "layer", "step"  # layer(x); layer(x) and layer.backward(dy)
 Array = np.ndarray[Any, Any]
 Comm = Any  # mpi4py's
 Timed = Callable[[], object]
-COLLECTIVES = ("allreduce", "Iallgather", "Iallreduce")
+COLLECTIVES = ("allreduce", "add", "Iallgather", "Iallreduce")
 HOST = HostDevice()
 
 
@@ -78,6 +79,11 @@ class Ours:
         with self._begin(sync.BACKWARD) as call:
             a, b = sync.RankPool(call).sums(a, b)
         return a, b
+
+    def add(self, operation: str, record: Array, n: int) -> tuple[Array, int]:
+        """Add records, as exact mode does."""
+        with self._begin(operation) as call:
+            return sync.RankPool(call).record(record, n)
 
 
 class AllGather:
@@ -181,19 +187,31 @@ def _timed_calls(comm: Comm, c: int) -> list[tuple[Timed, dict[str, Any]]]:
         return found
     a, b = x.sum(axis=0, dtype=np.float64), dy.sum(axis=0, dtype=np.float64)
     moments = Moments(ROWS, a / ROWS, ((x - a / ROWS) ** 2).sum(axis=0))
-    results = []
-    schemes: dict[str, Ours | AllGather] = {OURS: Ours(comm), GATHER: AllGather(comm)}
-    for name, scheme in schemes.items():
-        forward, backward = partial(scheme.forward, moments), partial(scheme.backward, a, b)
-        add(name, FORWARD, forward, traffic(scheme, forward))
-        add(name, BACKWARD, backward, traffic(scheme, backward))
-        results.append([*forward(), *backward()])
-    bare = Bare(comm, traffic(schemes[OURS], partial(schemes[OURS].forward, moments))["received"])
+    record = exact_sums.squares(x[:, :, None])
+    ours, gather = Ours(comm), AllGather(comm)
+    calls: dict[tuple[str, str], tuple[Any, Timed]] = {
+        (OURS, FORWARD): (ours, partial(ours.forward, moments)),
+        (OURS, BACKWARD): (ours, partial(ours.backward, a, b)),
+        (EXACT, FORWARD): (ours, partial(ours.add, sync.FORWARD, record, ROWS)),
+        (EXACT, BACKWARD): (ours, partial(ours.add, sync.BACKWARD, record, 0)),
+        (GATHER, FORWARD): (gather, partial(gather.forward, moments)),
+        (GATHER, BACKWARD): (gather, partial(gather.backward, a, b)),
+    }
+    for key, (scheme, timed) in calls.items():
+        add(*key, timed, traffic(scheme, timed))
+    bare = Bare(comm, traffic(*calls[OURS, FORWARD])["received"])
     add(BARE, FORWARD, bare.blocking)
     add(POLLED, FORWARD, bare.polled)
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # they do the same
+    _check_alike({key: timed() for key, (_, timed) in calls.items()})
     return found
+
+
+def _check_alike(results: dict[tuple[str, str], Any]) -> None:
+    """Raise unless the schemes have the same results."""
+    for operation in (FORWARD, BACKWARD):
+        np.testing.assert_allclose(results[OURS, operation], results[GATHER, operation], rtol=1e-4, atol=1e-4)
+    moments = exact_sums.mean_and_m2(*results[EXACT, FORWARD])
+    np.testing.assert_allclose(moments, results[OURS, FORWARD], rtol=1e-6, atol=1e-6)
 
 
 def fastest(row: Mapping[str, Any]) -> float:

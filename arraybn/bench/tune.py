@@ -32,6 +32,13 @@ CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the c
     "ITEMS": (fused, (8, 16, 32)),
     "TASK": (fused, (2**15, 3 * 2**14, 2**16)),
     "BLOCKS": (fused, (2, 3, 4)),
+    "clusters": (fused.FusedArguments, (False, True)),  # wherever they fit
+    "CLUSTERS": (fused, ((1, 2, 4, 8), (2, 4, 8), (4, 8), (8,))),
+    "IN_CLUSTERS": (fused, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
+    "WARPS": (fused, (8, 16)),
+    "SIDE_WARPS": (fused, (4, 8)),
+    "PIECES": (fused, (2, 4, 8)),
+    "WAVES": (fused, ({1: 1, 2: 1, 4: 1, 8: 1}, {1: 1, 2: 1, 4: 2, 8: 2}, {1: 2, 2: 2, 4: 2, 8: 2})),
     "L2_FRACTION": (fused, (0.4, 0.6, 0.8)),
 }
 SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))

@@ -1,9 +1,7 @@
 """``python -m arraybn demo --data-parallel --exact``: a training that has the same bits for any number of ranks.
 
-The batch norms are `SyncBatchNorm(exact=True)`. All other sums of a network depend on the order too, so they are made
-to depend on one sample alone: a layer with weights treats each image by itself, and rounds the gradients of an image to
-multiples of 2⁻⁴⁰, of which float64 adds some thousand without rounding. The batch norms have no weight and bias here;
-the layers after them have.
+The batch norms are `SyncBatchNorm(exact=True)`. All other sums of a network depend on the order too: a layer with
+weights here treats each image by itself, and gives the gradients of each image to `average_gradients(exact=True)`.
 """
 
 from __future__ import annotations
@@ -21,12 +19,11 @@ from ..kernels.threads import set_num_threads
 from ..layers import SyncBatchNorm
 from ..modules import Module, Sequential
 from ..network import SGD, Conv2d, Flatten, Linear, ReLU, cross_entropy
-from ..sync import Comm, frames
+from ..sync import Comm, average_gradients
 from . import _demo_ranks
 from ._demo_training import Digits, accuracy, load_digits
 
 BATCH, RATE, EPOCHS = 30, 0.1, 2  # images of all ranks in a step
-GRID = 2.0**40
 
 
 class EachSample(Module):
@@ -42,18 +39,17 @@ class EachSample(Module):
         return np.concatenate([self.inner(x[i : i + 1]) for i in range(len(x))])
 
     def backward(self, dy: Array) -> Array:
-        """Return the gradients by all samples, and add those by the parameters, on a grid."""
-        x, parameters = self._recall(), list(self.inner.parameters())
-        totals: list[Any] = [np.zeros(parameter.data.shape) for parameter in parameters]
-        gradients = []
+        """Return the gradients by all samples; those by the parameters are terms of an exact sum."""
+        x, parameters, gradients = self._recall(), list(self.inner.parameters()), []
+        terms: list[list[Any]] = [[] for _ in parameters]
         for i in range(len(x)):
             self.inner(x[i : i + 1])
             gradients.append(self.inner.backward(dy[i : i + 1]))
-            for k, parameter in enumerate(parameters):
-                totals[k] += np.round(np.asarray(parameter.grad, np.float64) * GRID) / GRID
+            for found, parameter in zip(terms, parameters, strict=True):
+                found.append(parameter.grad)
                 parameter.grad = None
-        for parameter, total in zip(parameters, totals, strict=True):
-            parameter.grad = total
+        for parameter, found in zip(parameters, terms, strict=True):
+            parameter.accumulate(np.sum(found, axis=0), found)
         self._forget()
         return np.concatenate(gradients)
 
@@ -68,7 +64,7 @@ def ranks(arguments: argparse.Namespace) -> Comm | None:
 def build(seed: int, comm: Comm | None) -> Sequential:
     """Return the network of the demo, with batch norms in exact mode."""
     rng = np.random.default_rng(seed)
-    options: Any = {"affine": False, "exact": True, "process_group": comm}
+    options: Any = {"exact": True, "process_group": comm}
     convolution, hidden, output = Conv2d(1, 8, 3, padding=1, rng=rng), Linear(512, 32, rng=rng), Linear(32, 10, rng=rng)
     first, second = SyncBatchNorm(8, **options), SyncBatchNorm(32, **options)
     hidden_part = EachSample(hidden), second, ReLU(), EachSample(output)
@@ -81,16 +77,7 @@ def step(network: Sequential, optimizer: SGD, images: Array, labels: Array, whol
     rows = [cross_entropy(logits[i : i + 1], labels[i : i + 1])[1] for i in range(len(images))]
     optimizer.zero_grad()
     network.backward(np.concatenate(rows) / np.float32(whole))
-    gradients = np.concatenate([np.asarray(parameter.grad).reshape(-1) for parameter in network.parameters()])
-    call = sync.begin(sync.exchange_over("comm", comm), frames.AVERAGE, "the network", {}) if comm is not None else None
-    if call is not None:
-        with call:
-            call.add(len(images), gradients)  # multiples of 2⁻⁴⁰, whose sums do not round
-    start = 0
-    for parameter in network.parameters():
-        size = parameter.data.size
-        parameter.grad = gradients[start : start + size].reshape(parameter.data.shape).astype(np.float32)
-        start += size
+    average_gradients(network, comm, weight=None, exact=True)
     optimizer.step()
 
 

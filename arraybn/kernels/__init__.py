@@ -34,6 +34,7 @@ MODULES = {  # imported when first used
     "cuda_split": "arraybn.kernels.cuda",
     "cuda_fused": "arraybn.kernels.cuda.fused",  # the name of before "cuda" chose these kernels
     "cuda": "arraybn.kernels.cuda.fused",
+    "cuda_cluster": "arraybn.kernels.cuda.cluster",
 }
 
 
@@ -216,8 +217,9 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
     """Return the backend that serves the array `x`: the one asked for, otherwise the fastest that takes x.
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
-    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta, and so does "cuda_split",
-    two launches each way, which has to be asked for. "reference" takes all arrays.
+    nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta. So do "cuda_split", two
+    launches each way, and "cuda_cluster", clusters of blocks wherever they fit; both have to be asked for. "reference"
+    takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):

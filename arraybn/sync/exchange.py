@@ -219,7 +219,7 @@ class Exchange:
         self._checksum = zlib.crc32(self._frame, self._checksum)
         first, second = self._numbers
         result = first[:channels].copy(), second[:channels].copy()
-        if (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
+        if more is None and (beyond := channels - frames.FIRST_FRAME_CHANNELS) > 0:
             frame = frames.frame(fields, 0, n, [row[-beyond:] for row in rows], beyond)
             self.reducer.allreduce(frame, deadline)
             self._checksum = zlib.crc32(frame, self._checksum)
@@ -414,7 +414,7 @@ class Call:
 
     def add_records(self, record: Array, n: int = 0) -> tuple[Array, int]:
         """(E10) Return the record (rows, C) of integers and n of all ranks together."""
-        total = np.ascontiguousarray(record)
+        total = np.array(record, order="C")
 
         def more(reducer: Reducer, deadline: float | None) -> Array:
             reducer.add(total, deadline)

@@ -18,6 +18,7 @@ class RankPool(Pool):
     """The ranks of one call: vectors (C,) are staged to the host, exchanged in float64, and staged home."""
 
     kept: tuple[Array, Array | None]  # rstd and mean_low on the host, from a forward to its backward
+    gradients: tuple[Array, Array]  # dweight and dbias of all parts, after an exact backward
     _staging: Staging
 
     def __init__(self, call: Call, forward: RankPool | None = None) -> None:

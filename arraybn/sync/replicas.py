@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
+from .. import exact as exact_sums
 from .._arrays.copies import as_numpy, converted
 from .._arrays.namespaces import Array, array_namespace, device, dtype_name
-from .._checks import as_number
+from .._checks import as_flag, as_integer, as_number
 from ..modules import Module, Parameter
 from . import frames
 from .communicators import exchange_over
-from .exchange import TIMEOUT, Comm, as_timeout, begin
+from .exchange import TIMEOUT, Comm, as_timeout, begin, settings_text
+
+MOST_SAMPLES = 2**20  # of a rank in an exact mean: the limbs of 2,048 ranks with as many have room in 64 bits
 
 
 def broadcast_state(model: Module, comm: Comm | None, *, timeout: float | None = TIMEOUT) -> None:
@@ -68,8 +73,10 @@ def broadcast_state(model: Module, comm: Comm | None, *, timeout: float | None =
         _replace(state, [_like(name, array, value) for array, (name, _, value) in zip(arrays, state, strict=True)])
 
 
-def average_gradients(model: Module, comm: Comm | None, *, weight: float, timeout: float | None = TIMEOUT) -> None:
-    """Replace every gradient by Σw·g / Σw over the ranks, w being the weight of each.
+def average_gradients(
+    model: Module, comm: Comm | None, *, weight: float | None, exact: bool = False, timeout: float | None = TIMEOUT
+) -> None:
+    """Replace every gradient by Σw·g / Σw over the ranks, w being the weight of each; by Σg if w is None.
 
     Parameters
     ----------
@@ -77,16 +84,19 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float, timeou
         A model with the same parameters on all ranks.
     comm : mpi4py communicator or None
         The ranks; None for all ranks.
-    weight : float
-        This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not read.
+    weight : float or None
+        This rank's w ≥ 0, the number of samples behind its gradients. With 0 its gradients are not read. None, on all
+        ranks, adds the gradients up.
+    exact : bool
+        True for sums without rounding (E10), of float16, bfloat16 or float32; w is None or an integer ≤ 2²⁰.
     timeout : float or None
         Seconds to wait for the other ranks, None for ever.
 
     Raises
     ------
     TypeError, ValueError
-        model is no Module; comm is no communicator, is null or an intercommunicator; weight is no number ≥ 0; timeout
-        is no number of seconds > 0.
+        model is no Module, or has float64 parameters where exact is set; comm is no communicator, is null or an
+        intercommunicator; weight or timeout is not what is said above.
     SyncError
         On every rank: one of these on some rank, the parameters differ in names, shapes or dtypes, or the ranks are not
         in the same call.
@@ -102,8 +112,12 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float, timeou
     is the gradient of the mean loss over all batches, as long as no rank's output depends on the batch of another rank.
     With `SyncBatchNorm` every output does. The loss gradients that enter `backward` then need one scale on all ranks:
     divide the loss of each rank by the size of all batches together, not by the size of its own. The gradients of the
-    ranks then have to be added up: use `weight=1` and the loss times the number of ranks. With batches of one size
-    there is no difference.
+    ranks then have to be added up: use `weight=None`. With batches of one size there is no difference.
+
+    With exact=True the order of the ranks changes no bit: the sum is rounded once, to float64 and then to the dtype of
+    the parameter. With weight=None the split of a batch into ranks, and their number, change no bit either of a
+    parameter that has `Parameter.terms`. The layers with exact=True give their parameters terms; the gradient of any
+    other layer is a rounded sum over the batch of a rank. A rank sends 96 bytes for each number of a gradient.
 
     Examples
     --------
@@ -118,26 +132,41 @@ def average_gradients(model: Module, comm: Comm | None, *, weight: float, timeou
     [([3.0], None), ([3.0], None)]
     """
     parameters = dict(model.named_parameters()) if isinstance(model, Module) else {}
-    settings = {name: _dtype_and_shape(parameter.data) for name, parameter in parameters.items()}
+    settings: dict[str, Any] = {name: _dtype_and_shape(parameter.data) for name, parameter in parameters.items()}
+    settings |= {"exact": settings_text(exact), "weights": weight is not None}
     call = begin(exchange_over("comm", comm), frames.AVERAGE, "the model", settings)
-    if call is None:
+    with call or nullcontext():  # an error inside goes to all ranks
+        timeout = as_timeout(timeout)
+        if call is not None:
+            call.timeout = timeout
         _check_module(model)
-        _as_weight(weight)
-        as_timeout(timeout)
-        return
-    with call:  # an error inside goes to all ranks
-        call.timeout = as_timeout(timeout)
-        _check_module(model)
-        weight = _as_weight(weight)
-        there = np.asarray([parameter.grad is not None for parameter in parameters.values()], np.float64)
-        own = [_weighted(name, parameter, weight) for name, parameter in parameters.items()]
-        numbers = np.concatenate([there, *own])
-        total = call.add(weight, numbers) or 1
-        there, *sums = _split(numbers, [there.size, *(part.size for part in own)])
-        known = [(*item, part) for item, part, ranks in zip(parameters.items(), sums, there, strict=True) if ranks]
-        new = [_like(name, (part / total).reshape(p.data.shape), p.data) for name, p, part in known]
-        for (_, parameter, _), gradient in zip(known, new, strict=True):
+        weight = _as_weight(weight, as_flag("exact", exact))
+        for name, parameter in parameters.items():
+            _check_exact(name, parameter, exact)
+        if call is None and (weight is not None or not exact):
+            return
+        part: Any = _record if exact else _weighted
+        there = _there(parameters.values(), exact)
+        own = [part(name, parameter, weight) for name, parameter in parameters.items()]
+        numbers = np.ascontiguousarray(np.concatenate([there, *own], axis=-1))
+        total = 0 if call is None else call.add(weight or 0, numbers)
+        together: Any = exact_sums.mean_of_values if exact else np.divide
+        means = together(numbers[..., len(own) :], int(total) or 1 if exact else total or 1)
+        parts = zip(parameters.items(), _split(means, [array.shape[-1] for array in own]), strict=True)
+        new = [
+            (parameter, _like(name, mean.reshape(parameter.data.shape), parameter.data))
+            for ((name, parameter), mean), ranks in zip(parts, numbers.reshape(-1), strict=False)
+            if ranks
+        ]
+        for parameter, gradient in new:
             parameter.grad = gradient
+
+
+def _there(parameters: Iterable[Parameter], exact: bool) -> Array:
+    """Return 1 for each parameter with a gradient, else 0, as a vector, or in each row of a record if `exact`."""
+    found = np.asarray([parameter.grad is not None for parameter in parameters], np.int64)
+    rows = (exact_sums.VALUE_LIMBS + exact_sums.KINDS,) if exact else ()
+    return np.broadcast_to(found, (*rows, found.size))
 
 
 def _check_module(model: object) -> None:
@@ -145,18 +174,43 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model: expected a Module; got {type(model).__name__}")
 
 
-def _as_weight(weight: Any) -> float:
+def _check_exact(name: str, parameter: Parameter, exact: bool) -> None:
+    if exact and (dtype := dtype_name(parameter.data.dtype)) == "float64":
+        raise TypeError(f"{name}: expected float16, bfloat16 or float32 for exact=True; got {dtype}")
+
+
+def _as_weight(weight: Any, exact: bool) -> Any:
+    if weight is None:
+        return None
     if as_number("weight", weight) < 0:
         raise ValueError(f"weight: expected a number of samples ≥ 0; got {weight!r}")
-    return float(weight)
+    if exact and as_integer("weight", weight) > MOST_SAMPLES:
+        raise ValueError(f"weight: expected at most {MOST_SAMPLES:,} samples for exact=True; got {weight!r}")
+    return int(weight) if exact else float(weight)
 
 
-def _weighted(name: str, parameter: Parameter, weight: float) -> Array:
+def _weighted(name: str, parameter: Parameter, weight: float | None) -> Array:
     """Return w·g as a float64 vector on the host; 0 without a gradient or with w = 0, even where g is NaN."""
     if parameter.grad is None or weight == 0:
-        return np.zeros(int(np.prod(parameter.data.shape)))
+        return np.zeros(math.prod(parameter.data.shape))
     with np.errstate(all="ignore"):
-        return weight * as_numpy(name, parameter.grad).astype(np.float64).reshape(-1)
+        return (1 if weight is None else weight) * _on_host(name, parameter.grad).astype(np.float64)
+
+
+def _record(name: str, parameter: Parameter, weight: int | None) -> Array:
+    """(E10) Return the record (rows, size) of w·g, or that of the terms of g for a sum; 0 as above."""
+    terms = parameter.terms if weight is None else None
+    if parameter.grad is None or weight == 0:
+        terms = []
+    elif terms is None:
+        terms = [parameter.grad]
+    rows = np.asarray([_on_host(name, term) for term in terms])
+    record = exact_sums.values(rows.reshape(len(terms), math.prod(parameter.data.shape), 1))
+    return record if weight is None else weight * record
+
+
+def _on_host(name: str, gradient: Array) -> Array:
+    return as_numpy(name, gradient).reshape(-1)
 
 
 def _state(model: Module) -> Iterator[tuple[str, Module, Any]]:

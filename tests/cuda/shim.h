@@ -2,10 +2,11 @@
 //
 // Each CUDA thread is a fiber with a stack of its own; one thread of the operating system switches between them where
 // they wait for each other, in a fixed order. Some blocks are alive at a time (`resident`), so that blocks may wait for
-// each other too. What it finds: wrong indices and tails, threads that miss a barrier, misaligned accesses, counters
-// that are not reset, results that depend on the order of blocks. What it cannot find: races, missing fences, errors in
-// PTX, and how fast it is.
+// each other too; the blocks of a cluster begin together. What it finds: wrong indices and tails, threads that miss a
+// barrier, misaligned accesses, counters that are not reset, results that depend on the order of blocks. What it cannot
+// find: races, missing fences, errors in PTX, and how fast it is.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -36,7 +37,9 @@ struct Warp {
 struct Block {
     Index index{};
     unsigned alive = 0;
-    Barrier barrier, of_consumers;
+    bool begun = false;  // some thread has
+    Barrier barrier, of_consumers, of_cluster;
+    Block* first = nullptr;  // of its cluster
     std::vector<Warp> warps;
     size_t used = 0;  // of the shared memory
     std::vector<unsigned char> shared;
@@ -78,6 +81,7 @@ const unsigned long PATIENCE = 2000;   // rounds without an end to any wait
 
 inline Fiber* now;
 inline Index grid, block_size;
+inline unsigned cluster;  // blocks in a cluster
 inline void (*kernel)(const void*);
 inline const void* parameters;
 inline char failure[200];
@@ -130,6 +134,7 @@ inline void fail(const char* what) {
 }
 
 inline void run_thread() {
+    now->block->begun = true;
     kernel(parameters);
     now->done = true;
     --now->block->alive;
@@ -235,7 +240,7 @@ struct Launch {
     std::vector<Fiber> fibers;
     std::vector<uint64_t> order;
 
-    Launch(unsigned threads, unsigned resident, size_t dynamic)
+    Launch(unsigned threads, unsigned resident, size_t dynamic)  // resident blocks are whole clusters
         : blocks(resident), fibers((size_t)threads * resident) {
         for (size_t i = 0; i < fibers.size(); ++i) fibers[i].stack = stack(i);
         for (Block& block : blocks) {
@@ -251,12 +256,19 @@ struct Launch {
         return stacks[i];
     }
 
-    void begin(unsigned place, uint64_t index) {
+    // Begins the blocks of a cluster at places side by side.
+    void begin_cluster(unsigned place, uint64_t index) {
+        for (unsigned rank = 0; rank < cluster; ++rank) begin(place + rank, index * cluster + rank, &blocks[place]);
+    }
+
+    void begin(unsigned place, uint64_t index, Block* first) {
         Block& block = blocks[place];
+        block.first = first;
+        block.begun = false;
         const unsigned threads = block_size.x;
         block.index = {(unsigned)index, 0, 0};
         block.alive = threads;
-        block.barrier = block.of_consumers = Barrier();
+        block.barrier = block.of_consumers = block.of_cluster = Barrier();
         block.warps.assign((threads + 31) / 32, Warp());
         for (unsigned t = 0; t < threads; ++t) ++block.warps[t / 32].lanes;
         memset(block.shared.data(), 0xff, block.used);
@@ -275,11 +287,24 @@ struct Launch {
         }
     }
 
-    // One turn of each thread of a block; where copies arrive at once, the last warp is ahead of the others.
+    // One turn of each thread of a block. Where copies arrive at once, the last warp is ahead of the others, and a
+    // block of a cluster goes on until it has to wait, so that it is ahead of the blocks that come after it.
     void turn(unsigned place) {
         const unsigned threads = block_size.x;
-        for (int i = 0; at_once && threads > 32 && i < 16; ++i) turn(place, (threads - 1) / 32 * 32);
-        turn(place, 0);
+        const bool before = progress;
+        do {
+            progress = false;
+            for (int i = 0; at_once && threads > 32 && i < 16; ++i) turn(place, (threads - 1) / 32 * 32);
+            turn(place, 0);
+        } while (at_once && cluster > 1 && progress && blocks[place].alive);
+        progress = progress || before;
+    }
+
+    bool alive(unsigned place) const {  // a block of the cluster
+        for (unsigned rank = 0; rank < cluster; ++rank) {
+            if (blocks[place + rank].alive) return true;
+        }
+        return false;
     }
 
     // One turn of each thread from the `first` on that has something to do.
@@ -296,13 +321,16 @@ struct Launch {
     void run(uint64_t total) {
         uint64_t next = 0;
         unsigned long idle = 0;
-        for (unsigned place = 0; place < blocks.size() && next < total; ++place) begin(place, order[next++]);
-        for (bool alive = true; alive && !*failure;) {
-            alive = progress = false;
+        for (unsigned place = 0; place < blocks.size() && next < total; place += cluster) {
+            begin_cluster(place, order[next++]);
+        }
+        for (bool any = true; any && !*failure;) {
+            any = progress = false;
             for (unsigned place = 0; place < blocks.size(); ++place) {
                 if (blocks[place].alive) turn(place);
-                if (!blocks[place].alive && next < total) begin(place, order[next++]);
-                alive = alive || blocks[place].alive;
+                const unsigned first = place - place % cluster;
+                if (place - first == cluster - 1 && !alive(first) && next < total) begin_cluster(first, order[next++]);
+                any = any || alive(first);
             }
             idle = progress ? 0 : idle + 1;
             if (idle > PATIENCE || (idle > 1 && stuck())) snprintf(failure, sizeof failure, "threads wait for ever");
@@ -317,7 +345,7 @@ struct Launch {
     }
 };
 
-// The order in which blocks begin: as they are numbered, backwards, or shuffled by a seed.
+// The order in which blocks or clusters begin: as they are numbered, backwards, or shuffled by a seed.
 inline void put_in_order(std::vector<uint64_t>& order, uint64_t blocks, unsigned seed) {
     order.resize(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = seed == 1 ? blocks - 1 - i : i;
@@ -334,22 +362,25 @@ inline void put_in_order(std::vector<uint64_t>& order, uint64_t blocks, unsigned
 // Runs a kernel; returns null, or what went wrong.
 extern "C" const char* shim_launch(
     void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, unsigned dynamic,
-    unsigned resident, unsigned seed) {
+    unsigned resident, unsigned seed, unsigned of_cluster) {
     using namespace shim;
     shim::kernel = kernel;
     shim::parameters = parameters;
     grid = {blocks, 1, 1};
     block_size = {threads, 1, 1};
+    cluster = of_cluster;
     *failure = 0;
+    if (!cluster || blocks % cluster) return "the blocks are not whole clusters";
+    resident = std::max(resident / cluster, 1u) * cluster;
     bulks.clear();
     at_once = seed % 2;
     Launch launch(threads, resident < blocks ? resident : blocks, dynamic);
-    put_in_order(launch.order, blocks, seed);
+    put_in_order(launch.order, blocks / cluster, seed);
 #if defined(SWITCH_BY_HAND)
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);  // subnormal numbers count as 0, as with -ftz=true
 #endif
-    launch.run(blocks);
+    launch.run(blocks / cluster);
 #if defined(SWITCH_BY_HAND)
     _mm_setcsr(mode);
 #endif
@@ -401,6 +432,9 @@ struct Pair;
 #define DYNAMIC_SHARED(name) unsigned char* name = shim::now->block->dynamic.data()
 #define ENTRY(kernel, type, width)                                                                                     \
     extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }
+#define CLUSTER_KERNEL(kernel, type, width, blocks)                                                                    \
+    extern "C" void kernel##_##type##_##width(const void* p) { kernel<type, width>(*(const Parameters*)p); }           \
+    extern "C" const unsigned kernel##_##type##_##width##_blocks = blocks;
 
 inline void shim_copy(void* to, const void* from, const void* global, size_t bytes) {
     if ((uintptr_t)global % bytes) shim::fail("a misaligned access");
@@ -438,6 +472,21 @@ inline void copy_bulk(void* to, const void* from, int bytes, unsigned long long*
     }
     shim::bulks.push_back({shim::now->block, to, from, (size_t)bytes, (uint64_t*)barrier});
     if (shim::at_once) shim::finish_bulks((uint64_t*)barrier);
+}
+inline unsigned cluster_rank() { return shim::now->block - shim::now->block->first; }
+inline unsigned cluster_blocks() { return shim::cluster; }
+inline void wait_for_cluster() {
+    shim::Block& first = *shim::now->block->first;
+    shim::wait(first.of_cluster, shim::cluster * shim::block_size.x);
+}
+template <class Pair> void store_in_block(unsigned rank, Pair* place, Pair value) {
+    const size_t at = (unsigned char*)place - shim::now->block->shared.data();
+    shim::Block& block = shim::now->block->first[rank];
+    if (rank >= shim::cluster || at % sizeof(Pair) || at + sizeof(Pair) > shim::SHARED) {
+        shim::fail("a store that is misaligned or out of the cluster");
+    }
+    if (!block.begun || !block.alive) shim::fail("a store into a block that has not begun or is gone");
+    memcpy(block.shared.data() + at, &value, sizeof(Pair));
 }
 inline void wait_for_consumers() { shim::wait(shim::now->block->of_consumers, 256); }
 inline void end_round() { ++shim::now->rounds; }

@@ -42,7 +42,7 @@ def all_kernels() -> list[Kernel]:
     """Return every kernel of the sweeps over planes, for every dtype and width."""
     kernels = [
         Kernel(f"{sweep}_planes", dtype, width)
-        for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, *WITH_MASK), _ITEMSIZE)
+        for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, *WITH_MASK, "affine_fixed"), _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
@@ -53,7 +53,7 @@ def row_kernels(way: str) -> tuple[Kernel, ...]:
     """Return every kernel over whole rows, for every dtype and width; `way` is "rows" or "ring"."""
     return tuple(
         Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
-        for sweep, dtype in itertools.product((*cuda.INPUTS, *WITH_MASK, *BOTH_WITH_MASK), _ITEMSIZE)
+        for sweep, dtype in itertools.product((*cuda.INPUTS, *WITH_MASK, *BOTH_WITH_MASK, "affine_fixed"), _ITEMSIZE)
         for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
     )
 
@@ -76,10 +76,20 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
 
 
+def cluster_kernels() -> tuple[Kernel, ...]:
+    """Return every kernel of clusters, for every dtype."""
+    names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
+    return tuple(
+        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True)
+        for direction, blocks, dtype in names
+        for width in (16 // _ITEMSIZE[dtype], 1)
+    )
+
+
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
     kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
-    kernels += [fused_kernels("forward"), fused_kernels("backward")]
+    kernels += [fused_kernels("forward"), fused_kernels("backward"), cluster_kernels()]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 
@@ -157,9 +167,10 @@ class Shim(launch.Launcher):
         self.libraries = [ctypes.CDLL(str(library)) for library in libraries]
         for library in self.libraries:
             library.shim_launch.restype = ctypes.c_char_p
-            library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 5]
+            library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 6]
         self.names: dict[int, str] = {}  # of functions, and the library of each
         self._home: dict[int, Any] = {}
+        self._clusters: dict[int, int] = {}  # how many blocks are in a cluster of each function
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -198,6 +209,9 @@ class Shim(launch.Launcher):
         function = getattr(library, kernel.entry)
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         self.names[address], self._home[address] = kernel.entry, library
+        self._clusters[address] = 1
+        if hasattr(library, f"{kernel.entry}_blocks"):
+            self._clusters[address] = ctypes.c_uint.in_dll(library, f"{kernel.entry}_blocks").value
         return address, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
@@ -205,7 +219,8 @@ class Shim(launch.Launcher):
         with self._turn:
             self.launches.append((self.names[function], grid))
             size = grid.blocks, grid.threads, grid.shared
-            said = self._home[function].shim_launch(function, packed, *size, self.resident, self.seed)
+            order = self.resident, self.seed, self._clusters[function]
+            said = self._home[function].shim_launch(function, packed, *size, *order)
             if said:
                 raise RuntimeError(said.decode())
         for made, start, size in self._made:
@@ -216,8 +231,8 @@ class Shim(launch.Launcher):
 
 
 @contextlib.contextmanager
-def install(library: Path | None = None, **options: int) -> Iterator[Shim]:
+def install(*libraries: Path, **options: int) -> Iterator[Shim]:
     """Let arraybn.kernels.cuda take NumPy arrays and run on the CPU."""
-    shim = Shim(library or build(tuple(all_kernels())), **options)
+    shim = Shim(*(libraries or [build(tuple(all_kernels()))]), **options)  # type: ignore[arg-type]
     with mock.patch.object(launch, "launcher", lambda: shim):  # noqa: PT008, a mock takes longer than the kernel
         yield shim

@@ -417,6 +417,42 @@ def broken() -> None:
     os._exit(0)
 
 
+def integers() -> None:
+    """(X2) Check that exact mode has the bits of one rank for any split: y, dx, statistics and gradients."""
+    rng = np.random.default_rng(11)
+    usual_differs = 0
+    for channels in (3, 300):
+        x, dy = (rng.standard_normal((2, 4 * SIZE, channels)) * 2.0 ** rng.integers(-30, 9, channels)).astype("f4")
+        x[:, 0] += 1e4
+        wanted, usual = ([part.tobytes() for part in trained(x, dy, MPI.COMM_SELF, exact)] for exact in (True, False))
+        for _ in range(4):
+            order, cuts = rng.permutation(len(x)), whole.cut(rng, len(x), SIZE)
+            for exact in (True, False):
+                y, dx, *shared = trained(x[order], dy[order], WORLD, exact, slice(*cuts[RANK : RANK + 2]))
+                y, dx = (np.concatenate(WORLD.allgather(part))[np.argsort(order)] for part in (y, dx))
+                found = [part.tobytes() for part in (y, dx, *shared)]
+                usual_differs += found != usual and not exact
+                assert found == wanted or not exact
+    assert usual_differs  # the control
+    notes: list[str] = []
+    layer = arraybn.SyncBatchNorm(300, exact=True, process_group=Counting(WORLD.Dup(), notes))
+    for call in (layer, layer, layer.backward):  # of which the first duplicates the communicator
+        notes.clear()
+        call(np.ones((2, 300), "f4") + RANK)
+    assert notes == ["Iallreduce"] * 2, notes  # the frame and the record
+
+
+def trained(x: Any, dy: Any, comm: Any, exact: bool, mine: slice = slice(None)) -> list[Any]:
+    """Return y, dx, the running statistics and the gradients of the whole batch, after two steps."""
+    channels = x.shape[1]
+    layer = arraybn.SyncBatchNorm(channels, exact=exact, process_group=comm)
+    layer.weight.data = np.linspace(-1, 2, channels).astype("f4")
+    for factor in (1, 3):
+        y, dx = layer(factor * x[mine]), layer.backward(dy[mine])
+    arraybn.average_gradients(layer, comm, weight=None, exact=exact)
+    return [y, dx, layer.running_mean, layer.running_var, layer.weight.grad, layer.bias.grad]
+
+
 def noticed() -> None:
     """(N4) Check that the next call reports different bits on two ranks, where MPI breaks its promise."""
     layer, x = faults.layer_on(WORLD), np.random.default_rng(RANK).standard_normal((5, 3))
@@ -431,7 +467,7 @@ def noticed() -> None:
 
 
 CHECKS = (exact, control, bits, twins, derivatives, counts, wrong, users)
-CHECKS += (copies, patience, interrupts, begun, noticed, broken)
+CHECKS += (copies, integers, patience, interrupts, begun, noticed, broken)
 PARTS = {function.__name__: function for function in CHECKS}
 
 if __name__ == "__main__":

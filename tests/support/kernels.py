@@ -21,7 +21,7 @@ import shim
 from arraybn import reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
-from arraybn.kernels.cuda import fused, launch
+from arraybn.kernels.cuda import cluster, fused, launch
 from arraybn.kernels.cuda.launch import Device
 
 from .libraries import REQUIRED, need
@@ -150,6 +150,9 @@ SMALL = Device(multiprocessors=2, cache=2**40, shared=72 * 2**10, shared_in_all=
 LONELY = SMALL._replace(multiprocessors=1)
 
 
+FEW_WARPS: Any = {"WARPS": 2, "SIDE_WARPS": 2, "PIECES": 3}
+
+
 class FusedCut(NamedTuple):
     """The way that data of this shape goes on a GPU, with sizes of the module that make it go so."""
 
@@ -203,6 +206,14 @@ FUSED_CUTS: dict[str, FusedCut] = {
         ),
         "odd rows": ("rows", (333, 5, 1), SMALL, {"CHUNK": 256, **NO_RING}),
         "odd rows in tiles": ("rows", (21, 517, 1), SMALL, {}),
+        "one block": ("cluster", (9, 3, 64), SMALL, FEW_WARPS),
+        "two blocks": ("cluster", (9, 5, 64), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
+        "short pieces": ("cluster", (37, 1, 16), SMALL, {**FEW_WARPS, "CLUSTERS": (4,)}),
+        "a long plane in a cluster": ("cluster", (1, 2, 2056), SMALL, {**FEW_WARPS, "CLUSTERS": (8,)}),
+        "blocks without values": ("cluster", (3, 2, 16), LONELY, {**FEW_WARPS, "CLUSTERS": (8,)}),
+        "planes side by side": ("cluster", (37, 16, 9), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
+        "odd planes side by side": ("cluster", (9, 24, 49), LONELY, FEW_WARPS),
+        "the fewest blocks that fit": ("cluster", (40, 2, 512), SMALL._replace(shared=48 * 2**10), FEW_WARPS),
         "many rows a thread": ("rows", (1160, 24, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()
@@ -293,7 +304,7 @@ def case_of(kind: str, cut: str | None = None) -> Iterator[Case]:
             way, shape, has, sizes = FUSED_CUTS[cut or "planes"]
             gpu = stack.enter_context(installed(has=has))
             set_way(patch, way, sizes)
-            yield Case(kind, fused, cut or "", shape, gpu)
+            yield Case(kind, cluster if way == "cluster" else fused, cut or "", shape, gpu)
 
 
 def shorten_runs(patch: pytest.MonkeyPatch) -> None:
@@ -311,9 +322,9 @@ def set_sizes(patch: pytest.MonkeyPatch, module: Any, sizes: dict[str, Any]) -> 
 
 
 def set_way(patch: pytest.MonkeyPatch, way: str, sizes: dict[str, Any]) -> None:
-    """Set sizes of the fused kernels, and let no block be resident where the way is another."""
-    if way != "resident":
-        patch.setattr(fused, "_resident", lambda *_: None)
+    """Set sizes of the fused kernels, and let no channel be resident or in a cluster where the way is another."""
+    for other in {"resident", "cluster"} - {way}:
+        patch.setattr(fused, f"_{other}", lambda *_: None)
     set_sizes(patch, fused, sizes)
 
 

@@ -45,6 +45,7 @@ WARP = 32
 UNDER_WAY = 4  # loads that a thread has in flight
 WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
 ROWS = (*launch.SWEEPS, "rows.cu")
+KINDS = {"d": 0, "f": 1, "e": 2, "E": 3}  # of a vector, as struct Parameters numbers the types
 DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
@@ -228,14 +229,26 @@ class LaunchArguments:
         self.y = self.gpu.pointer(result)
         return result
 
-    def run(self, sweep: str, *, eps: float = 0.0, **vectors: int) -> None:
+    def alike(self, *vectors: Array | None) -> tuple[list[int], int]:
+        """Return the addresses of vectors (C,), of float64 copies unless all have one dtype; and their kind."""
+        found = {vector.dtype.char if vector.flags.c_contiguous else "" for vector in vectors if vector is not None}
+        kind = KINDS.get(found.pop()) if len(found) == 1 else None
+        if kind is None:
+            return [self.vector(vector) for vector in vectors], 0
+        return [0 if vector is None else self.gpu.pointer(vector) for vector in vectors], kind
+
+    def run(
+        self, sweep: str, *, eps: float = 0.0, parameter_kind: int = 0, state_kind: int = 0, **vectors: int
+    ) -> None:
         """Launch one sweep, unless x is empty; with a mask, the masked sweep of that name where there is one."""
         if not self.size:
             return
         y = 0 if sweep.startswith(("moments", "dots")) else self.y
         sweep = f"{sweep}_masked" if self.where and sweep in WITH_MASK else sweep
         given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(vectors.get("v", 0) | y)
-        self.launch(*plan_sweep(sweep, *given, self.gpu.device()), y, eps, vectors)
+        kernel, found = plan_sweep(sweep, *given, self.gpu.device())
+        numbers = with_kinds(found.numbers, parameter_kind, state_kind)
+        self.launch(kernel, found._replace(numbers=numbers), y, eps, vectors)
 
     def address(self, others: int) -> int:
         """Return the last four bits of all addresses; as many marks as values are loaded at once, each of one byte."""
@@ -373,7 +386,7 @@ def forward_by(
     weight: Array | None,
     bias: Array | None,
     eps: float,
-    out: Array | None,
+    out: Array | None = None,
     mask: Mask | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Carry out `forward` with that class of arguments, which chooses the kernels."""
@@ -394,7 +407,7 @@ def backward_by(
     mean: Array,
     rstd: Array,
     weight: Array | None,
-    out: Array | None,
+    out: Array | None = None,
     mask: Mask | None = None,
 ) -> tuple[Array, Array, Array]:
     """Carry out `backward` with that class of arguments, which chooses the kernels."""
@@ -479,36 +492,39 @@ def widened(*vectors: Array | None) -> list[Array | None]:
 def evaluate(
     x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array | None, Array]:
-    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics."""
+    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics.
+
+    One launch, which reads statistics and parameters in their own dtypes.
+    """
     gpu = launch.launcher()
     with gpu.on(x):
         work = LaunchArguments(gpu, x)
         y = work.writes(out)
-        rows = _rows((mean, var, weight, bias), eps)
-        if rows is None:
-            mean, var, weight, bias = widened(mean, var, weight, bias)
-            rstd = reference.rstd(var, eps)
-        else:
-            mean, rstd = rows[0], rows[4]
-            weight, bias = None if weight is None else rows[2], None if bias is None else rows[3]
-        given = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-        work.run("affine", **{name: work.vector(vector) for name, vector in given.items()})
-        return mean, rstd, weight, y
+        if not x.size:
+            mean, var, weight = widened(mean, var, weight)
+            return mean, reference.rstd(var, eps), weight, y
+        (first, second), state_kind = work.alike(mean, var)
+        (w, b), kind = work.alike(weight, bias)
+        kept = gpu.empty((3, mean.size), "f8")
+        place, row = gpu.pointer(kept), 8 * mean.size  # bytes
+        rows = {"mean": place, "rstd": place + row, "kept_weight": place + 2 * row}
+        given = {"first": first, "second": second, "weight": w, "bias": b, **rows}
+        work.run("affine_fixed", eps=eps, parameter_kind=kind, state_kind=state_kind, **given)
+        return kept[0], kept[1], None if weight is None else kept[2], y
 
 
-def _rows(vectors: tuple[Array | None, ...], eps: float | None = None) -> Array | None:
-    """Return the four vectors as rows of float64, and a fifth row, rstd, for `eps`; None where their dtypes differ."""
+def _rows(vectors: tuple[Array | None, ...]) -> Array | None:
+    """Return the four vectors as rows of float64; None where their dtypes differ."""
     there = [vector for vector in vectors if vector is not None]
     if not there or any(v.dtype != there[0].dtype or not v.flags.c_contiguous for v in there):
         return None
     gpu, size = launch.launcher(), there[0].size
     with gpu.on(there[0]):
-        rows = gpu.empty((5, size), "f8")
+        rows = gpu.empty((4, size), "f8")
         x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
         out = gpu.pointer(rows)
         pointers = dict.fromkeys(VECTORS, 0) | {"weight": weight, "bias": bias}
-        pointers["rstd"] = 0 if eps is None else out + 4 * 8 * size
         grid, numbers = Grid(-(-size // THREADS), THREADS), numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
         kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
-        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (eps or 0.0, 0.0, *numbers))
+        gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (0.0, 0.0, *numbers))
         return rows

@@ -31,24 +31,28 @@ DEVICE double weight_of(const Parameters& p, int64 channel) {
     return p.weight ? value_of(p.weight, p.parameter_kind, channel) : 1;
 }
 
+struct Coefficients {  // of a map
+    double a, b, c;
+};
+
 // (E3) a and c of y = weight * xhat + bias = a * (x - mean) + c
-DEVICE void normalize(const Parameters& p, int64 channel, double& a, double& c) {
-    a = weight_of(p, channel) * p.rstd[channel];
-    c = p.bias ? value_of(p.bias, p.parameter_kind, channel) : 0;
+DEVICE Coefficients normalize(const Parameters& p, int64 channel, double rstd) {
+    const Coefficients found = {
+        weight_of(p, channel) * rstd, 0, p.bias ? value_of(p.bias, p.parameter_kind, channel) : 0};
+    return found;
 }
 
-// (E5) dweight and dbias from the sums of dy and of dy * (x - mean)
-DEVICE void parameter_gradients(double sum_dy, double sum_dy_x, double rstd, double& dweight, double& dbias) {
-    dweight = rstd * sum_dy_x;
-    dbias = sum_dy;
+// (E5) dbias and dweight from the sums of dy and of dy * (x - mean)
+DEVICE Pair parameter_gradients(Pair sums, double rstd) {
+    const Pair gradients = {sums.first, rstd * sums.second};
+    return gradients;
 }
 
 // (E6) a, b and c of dx = weight * rstd * (dy - dbias/n - xhat * dweight/n) = a * dy + b * (x - mean) + c
-DEVICE void input_gradient(const Parameters& p, int64 channel, double& a, double& b, double& c) {
-    const double rstd = p.rstd[channel], n = (double)p.n;
-    a = weight_of(p, channel) * rstd;
-    b = -a * rstd * (p.dweight[channel] / n);
-    c = -a * (p.dbias[channel] / n);
+DEVICE Coefficients input_gradient(const Parameters& p, int64 channel, double dbias, double dweight) {
+    const double rstd = p.rstd[channel], n = (double)p.n, a = weight_of(p, channel) * rstd;
+    const Coefficients found = {a, -a * rstd * (dweight / n), -a * (dbias / n)};
+    return found;
 }
 
 // (E4)
@@ -115,18 +119,39 @@ struct Affine {
     Value a, c;
 
     DEVICE Affine() {}
-    DEVICE Affine(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
-        double wide_a, wide_c;
+    DEVICE Affine(double mean, const Coefficients& given) : centre(mean), a((Value)given.a), c((Value)given.c) {}
+    DEVICE Affine(const Parameters& p, int64 channel) {
         if (p.rstd) {
-            normalize(p, channel, wide_a, wide_c);
+            *this = Affine(p.mean[channel], normalize(p, channel, p.rstd[channel]));
         } else {
-            wide_a = p.a[channel];
-            wide_c = p.c[channel];
+            const Coefficients plain = {p.a[channel], 0, p.c[channel]};
+            *this = Affine(p.mean[channel], plain);
         }
-        a = (Value)wide_a;
-        c = (Value)wide_c;
     }
+    // The map of the channel with these moments, mean and m2.
+    DEVICE Affine(const Parameters& p, int64 channel, Pair moments)
+        : Affine(moments.first, normalize(p, channel, rstd_of(moments.second / (double)p.n, p.eps))) {}
     DEVICE Value of(Value x, Value, bool = true) const { return fused(a, centre.from(x), c); }
+};
+
+// (E3, E7) The same with fixed statistics, in p.first and p.second.
+template <class T>
+struct AffineFixed : Affine<T> {
+    DEVICE AffineFixed() {}
+    DEVICE AffineFixed(const Parameters& p, int64 channel)
+        : Affine<T>(value_of(p.first, p.state_kind, channel), normalize(p, channel, rstd(p, channel))) {}
+    DEVICE static double rstd(const Parameters& p, int64 channel) {
+        return rstd_of(value_of(p.second, p.state_kind, channel), p.eps);
+    }
+    // Keeps the statistics and the weight of all channels in float64, for a backward.
+    DEVICE static void keep(const Parameters& p) {
+        const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64)gridDim.x * blockDim.x;
+        for (int64 channel = thread; channel < p.channels; channel += threads) {
+            p.mean[channel] = value_of(p.first, p.state_kind, channel);
+            p.rstd[channel] = rstd(p, channel);
+            p.kept_weight[channel] = weight_of(p, channel);
+        }
+    }
 };
 
 // A power of two near the root of |b|; 1 where that has none.
@@ -147,20 +172,23 @@ struct Affine2 {
     Value a, b, scale, c;
 
     DEVICE Affine2() {}
-    DEVICE Affine2(const Parameters& p, int64 channel) : centre(p.mean[channel]) {
-        double wide_a, wide_b, wide_c;
-        if (p.rstd) {
-            input_gradient(p, channel, wide_a, wide_b, wide_c);
-        } else {
-            wide_a = p.a[channel];
-            wide_b = p.b[channel];
-            wide_c = p.c[channel];
-        }
-        const double power = half_way(wide_b);
-        a = (Value)wide_a;
-        b = (Value)(wide_b / power);
+    DEVICE Affine2(double mean, const Coefficients& given) : centre(mean), a((Value)given.a), c((Value)given.c) {
+        const double power = half_way(given.b);
+        b = (Value)(given.b / power);
         scale = (Value)power;
-        c = (Value)wide_c;
+    }
+    DEVICE Affine2(const Parameters& p, int64 channel) {
+        if (p.rstd) {
+            *this = Affine2(p.mean[channel], input_gradient(p, channel, p.dbias[channel], p.dweight[channel]));
+        } else {
+            const Coefficients plain = {p.a[channel], p.b[channel], p.c[channel]};
+            *this = Affine2(p.mean[channel], plain);
+        }
+    }
+    // The map of the channel with these sums of dy and of dy * (x - mean).
+    DEVICE Affine2(const Parameters& p, int64 channel, Pair sums) {
+        const Pair gradients = parameter_gradients(sums, p.rstd[channel]);
+        *this = Affine2(p.mean[channel], input_gradient(p, channel, gradients.first, gradients.second));
     }
     DEVICE Value of(Value x, Value u, bool counts = true) const {
         const Value rest = fused(b, scale * centre.from(x), c);
@@ -294,7 +322,7 @@ struct DotSums {
     }
     DEVICE static Pair pooled(double, double, double s, double q) { return part(0, 0, s, q); }
     DEVICE static void finish(const Parameters& p, int64 channel, Pair sums) {
-        if (p.rstd) parameter_gradients(sums.first, sums.second, p.rstd[channel], sums.second, sums.first);
+        if (p.rstd) sums = parameter_gradients(sums, p.rstd[channel]);
         p.dweight[channel] = sums.second;
         p.dbias[channel] = sums.first;
         add_gradient(p, p.first, p.new_first, channel, sums.second);

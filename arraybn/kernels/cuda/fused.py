@@ -7,6 +7,11 @@ shape, the dtype, the alignment and the GPU alone:
   shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
   blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
   a multiprocessor, or whole rows are faster;
+- **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, keep a channel in their shared
+  memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16, or 2, 4 or 8 planes side by
+  side that are so together. `plan` takes this way where a sketch was measured to be faster (`IN_CLUSTERS`; not of
+  planes side by side), unless two resident blocks fit into a multiprocessor, or more than half of the multiprocessors
+  would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
 - **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
   bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
 - **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
@@ -24,6 +29,7 @@ happens to find in the cache):
 way           forward                backward               and from the L2 cache
 ============  =====================  =====================  ============================================
 resident      b read, b written      2b read, b written     nothing
+cluster       b read, b written      2b read, b written     nothing
 pipeline      b read, b written      2b read, b written     b in a forward, 2b in a backward
 ring, rows    2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
 split         2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
@@ -37,6 +43,7 @@ constants below have the figure of an H200 that chose them where there is one; d
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from ..._arrays.namespaces import Array
@@ -89,6 +96,7 @@ __all__ = [
 ]
 
 FILES = (*SWEEPS, "fused.cu")
+CLUSTER_FILES = (*SWEEPS, "cluster.cu")
 ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
 SINGLE_BLOCK_BYTES = 2**16  # bytes that one block reads in the time that a second launch takes to start
 ITEMS = 16  # items of each thread of a resident block; H200: 8 or 32 change a time by up to 8 %, either way
@@ -98,6 +106,19 @@ BLOCKS = 3  # blocks on each multiprocessor that draw tasks; H200: 4 change a ti
 # (32,1024,14,14) 36.6 and 28.2 µs, backward of (32,2048,7,7) 27.4 and 21.6; float16 is slower with 16.
 SIDES = {2: 8, 4: 16, 8: 8}
 ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, by the number of inputs
+# Clusters, by a sketch of the forward on an H200, µs beside the best other way: (32,256,56,56) float32 65.0 (2 blocks)
+# and 94; (32,64,112,112) float32 79.0 (8) and 89, float16 46.7 (4) and 55; (32,256,56,56) float16 36.5 (1) and 39.
+# Where two resident blocks fit they are the better way: (32,512,28,28) float32 39.8 (1) and 37.1. More blocks than the
+# channel needs are slower: (32,256,56,56) float32 81.8 (4). Backward and float64 are not measured.
+CLUSTERS = (1, 2, 4, 8)  # blocks, the fewest that a channel fits into
+IN_CLUSTERS: dict[int, tuple[int, ...]] = {1: (2, 4), 2: ()}  # bytes of a value, by the number of inputs
+WARPS = 16  # in a block; with 8 warps of 8 pieces (32,256,56,56) float32 takes 67.2 µs
+SIDE_WARPS = 4  # in a block with channels side by side; not measured
+PIECES = 4  # of a warp; with 8 (32,256,56,56) float32 takes 76.4 µs
+# Clusters asked for, as multiples of those for which there are multiprocessors. (32,64,112,112) float32, 8 blocks: 79.0
+# µs by 32 clusters and 88.3 by 16; float16, 4 blocks: 46.7 by 66 and 51.6 by 33; (32,256,56,56) float32, 2 blocks: 65.0
+# by 66 and 67.2 by 132.
+WAVES = {1: 1, 2: 1, 4: 2, 8: 2}
 L2_FRACTION = 0.6  # fraction of the L2 cache in which values are found again
 
 
@@ -133,8 +154,12 @@ class _Data(NamedTuple):
 
     def kernel(self, way: str) -> Kernel:
         """Return the kernel of that way."""
-        name = f"{'forward' if self.inputs == 1 else 'backward'}_{way}_{'lines' if self.lines else 'planes'}"
+        name = f"{self.direction}_{way}_{'lines' if self.lines else 'planes'}"
         return Kernel(name, self.dtype, self.width, FILES, dynamic=True)
+
+    @property
+    def direction(self) -> str:
+        return "forward" if self.inputs == 1 else "backward"
 
     def threads(self, items: int, columns: int, each: int) -> int:
         """Return the threads of a block, for about `each` items a thread."""
@@ -149,10 +174,12 @@ class _Data(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device) -> Plan | None:
+def plan(
+    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, clusters: bool = False
+) -> Plan | None:
     """Return the one launch over x, or over x and dy (two inputs), of that shape; None where two launches do better.
 
-    `address` has the last four bits of every address of data.
+    `address` has the last four bits of every address of data. `clusters` asks for clusters wherever the channel fits.
     """
     samples, channels, plane = shape
     if channels == 1:
@@ -163,11 +190,10 @@ def plan(shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, dev
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
     item = width * dtype.itemsize * inputs
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
-    if (kept := _resident(data, device)) is not None:
+    if (kept := _cluster(data, address, device, clusters) or _resident(data, device)) is not None:
         return kept
     if lines:
-        sweep = "forward" if inputs == 1 else "backward"
-        kernel, found = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        kernel, found = plan_sweep(data.direction, shape, dtype.char, dtype.itemsize, address, device)
         return Plan(kernel, found.grid, found.numbers)
     return None if dtype.itemsize == 8 else _pipeline(data, device)
 
@@ -190,6 +216,33 @@ def _resident(data: _Data, device: Device) -> Plan | None:
     return None
 
 
+def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Plan | None:
+    """Plan clusters; the blocks of a cluster keep all values of a channel, or of some channels side by side."""
+    itemsize, n = data.item // (data.inputs * data.width), data.items * data.width
+    plane = data.plane * data.width  # values
+    side = 16 // math.gcd(16, plane * itemsize)  # channels whose planes are a multiple of 16 bytes together
+    if device.capability < 9 or data.lines or address % 16 or data.channels % side:
+        return None
+    width, warps, unit = (16 // itemsize, WARPS, 1) if side == 1 else (1, SIDE_WARPS, side * plane)
+    items, groups = side * n // width, data.channels // side
+    for blocks in CLUSTERS:
+        part = -(-items // (blocks * warps * PIECES * unit)) * unit
+        shared = warps * PIECES * part * width * itemsize * data.inputs
+        if shared + ROOM <= device.shared:
+            break
+    else:
+        return None
+    chosen = itemsize in IN_CLUSTERS[data.inputs] and side == 1 and 2 * blocks * groups >= device.multiprocessors
+    if not everywhere and (not chosen or 2 * (data.items * data.item + ROOM) <= device.shared_in_all):
+        return None
+    at_once = max(WAVES[blocks] * device.multiprocessors // blocks, 1) if side == 1 else groups
+    clusters = -(-groups // -(-groups // at_once))
+    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, dynamic=True)
+    shape = (items, part, side * plane // width, data.channels * plane, side)
+    numbers = numbers_of(n, data.channels, groups, 1, shape, PIECES)
+    return Plan(kernel, Grid(clusters * blocks, warps * WARP, shared=shared), numbers)
+
+
 def _pipeline(data: _Data, device: Device) -> Plan | None:
     """Plan tasks, each of one part of a channel, which all resident blocks draw in turn."""
     most, groups = BLOCKS * device.multiprocessors, data.channels
@@ -208,10 +261,17 @@ def _pipeline(data: _Data, device: Device) -> Plan | None:
 
 
 def launches(
-    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, kinds: tuple[int, int]
+    shape: tuple[int, int, int],
+    dtype: Any,
+    address: int,
+    inputs: int,
+    device: Device,
+    kinds: tuple[int, int],
+    *,
+    clusters: bool = False,
 ) -> tuple[Launch, ...]:
     """Return the launches of a forward (one input) or a backward, for parameters and state of those kinds."""
-    found = plan(shape, dtype, address, inputs, device)
+    found = plan(shape, dtype, address, inputs, device, clusters)
     if found is not None:
         return (Launch(found.kernel, found.grid, with_kinds(found.numbers, *kinds)),)
     sweeps = [("dots", False), ("affine2", False)] if inputs == 2 else [("moments", False), ("affine", False)]
@@ -231,6 +291,7 @@ class FusedArguments(LaunchArguments):
     """The arguments of a call that takes one launch where `plan` finds one, otherwise two."""
 
     __slots__ = ()
+    clusters = False  # True where clusters are asked for
 
     def normalize(self, m2: int, eps: float, **given: int) -> None:
         """(E1, E3) Set m2, mean and rstd, and write y."""
@@ -250,7 +311,8 @@ class FusedArguments(LaunchArguments):
             if has_rows(self.shape):
                 self.run("backward" if self.u else "forward", eps=eps, **vectors)
             return has_rows(self.shape)
-        found = plan(self.shape, self.dtype, self.address(self.y), 2 if self.u else 1, self.gpu.device())
+        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), self.clusters
+        found = plan(self.shape, self.dtype, *given)
         if found is not None:
             self.launch(found.kernel, found, self.y, eps, vectors)
         return found is not None

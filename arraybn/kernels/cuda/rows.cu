@@ -433,6 +433,10 @@ DEVICE void map_rows(const Parameters& p) {
         map_rows<T, WIDTH, map<T>, ring, choice>(p);                                                                   \
     }
 #define ROWS(way, ring)                                                                                                \
+    template <class T, int WIDTH> DEVICE void affine_fixed_##way(const Parameters& p) {                                \
+        AffineFixed<T>::keep(p);                                                                                       \
+        map_rows<T, WIDTH, AffineFixed<T>, ring, ALL>(p);                                                              \
+    }                                                                                                                  \
     ROW_SUMS(moments, MomentSums, Affine, false, way, ring, ALL, ALL)                                                  \
     ROW_SUMS(dots, DotSums, Affine2, false, way, ring, ALL, ALL)                                                       \
     ROW_SUMS(forward, MomentSums, Affine, true, way, ring, ALL, ALL)                                                   \

@@ -118,11 +118,12 @@ struct Walk {
     int64 offset, place;  // of the values in the data, and of the item in its plane
     int64 offset_step, place_step, plane, next_plane;
 
-    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : plane(p.plane) {
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item) : Walk(p, channel, item, blockDim.x) {}
+    DEVICE Walk(const Parameters& p, int64 channel, int64 item, int step) : plane(p.plane) {
         next_plane = p.stride - plane * WIDTH;
         split(p, item, offset, place);
         offset += channel * plane * WIDTH;
-        split(p, blockDim.x, offset_step, place_step);
+        split(p, step, offset_step, place_step);
     }
     DEVICE void split(const Parameters& p, int64 item, int64& offset, int64& place) const {
         const int64 planes = divide(item, p.by_plane);
@@ -287,6 +288,11 @@ KERNEL(dots_nonzero_planes, sums_of_planes, DotSums, sums_task, NONZERO)
 KERNEL(affine2_masked_planes, map_of_planes, Affine2, map_task, MASKED)
 KERNEL(affine3_masked_planes, map_of_planes, Affine3, map_task, MASKED)
 
+template <class T, int WIDTH> DEVICE void affine_fixed_planes(const Parameters& p) {
+    AffineFixed<T>::keep(p);
+    map_of_planes<T, WIDTH, AffineFixed<T>, ALL>(p, map_task(p));
+}
+
 // (E4) x and u are the running mean and var, (C,); out is (2, C), both after one more batch, whose var is given as m2.
 template <class T, int WIDTH>
 DEVICE void running(const Parameters& p) {
@@ -298,8 +304,7 @@ DEVICE void running(const Parameters& p) {
     out[p.channels + i] = (typename T::Stored)update_running((double)var[i], p.m2[i], p.momentum);
 }
 
-// (E3) x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each, and then
-// rstd, where it is asked for, of the second.
+// x, u, weight and bias are vectors (C,) of the type, or null; out has a row (C,) of doubles for each.
 template <class T, int WIDTH>
 DEVICE void vectors(const Parameters& p) {
     const int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -310,5 +315,4 @@ DEVICE void vectors(const Parameters& p) {
     for (int k = 0; k < 4; ++k) {
         if (given[k]) out[k * p.channels] = (double)T::value(((const typename T::Stored*)given[k])[i]);
     }
-    if (p.rstd) p.rstd[i] = rstd_of(out[p.channels], p.eps);
 }

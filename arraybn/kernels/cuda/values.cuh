@@ -92,6 +92,11 @@ struct alignas(BYTES) Words {
     extern "C" __global__ void BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                \
         kernel<type, width>(p);                                                                                        \
     }
+#define CLUSTER_KERNEL(kernel, type, width, blocks)                                                                    \
+    extern "C" __global__ void __cluster_dims__(blocks, 1, 1)                                                          \
+        BOUNDS kernel##_##type##_##width(const __grid_constant__ Parameters p) {                                       \
+        kernel<type, width>(p);                                                                                        \
+    }
 
 DEVICE void load(const void* from, Words<16>& to) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -221,6 +226,30 @@ DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Blocks of a cluster, which run at the same time: the number of this block among them, and how many they are.
+DEVICE uint32 cluster_rank() {
+    uint32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE uint32 cluster_blocks() {
+    uint32 blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
+// Who has waited sees what all threads of the cluster wrote before.
+DEVICE void wait_for_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Stores into the shared memory of another block of the cluster, where this block has `place`.
+DEVICE void store_in_block(uint32 rank, Pair* place, Pair value) {
+    uint32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(address), "d"(value.first), "d"(value.second)
                  : "memory");
 }
 #else  // never called: `cuda.rows` chooses no ring there

@@ -527,7 +527,7 @@ BACKWARD = [
     Bad(
         "batch_norm(X, mean=W, var=W, moments=M)",
         ValueError,
-        "moments: expected None, because mean and var is given; got Moments. Pass one of them",
+        "moments: expected None, because mean and var are given; got Moments. Pass one of them",
         "moments",
         "Pass one of them",
     ),
