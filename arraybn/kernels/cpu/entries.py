@@ -424,9 +424,7 @@ class Compiled:
                 ("dots", "gradients", "affine2"),
             ),
         }
-        self._others = {
-            "running": (_running, (x, x, given, given, eps, out, out)),
-        }
+        self._others = {"running": (_running, (x, x, given, given, eps, out, out))}
 
     def __getattr__(self, name: str) -> Any:
         if name in self._others:
