@@ -5,8 +5,9 @@ bfloat16 and float32 value is an integer times 2⁻¹⁶⁰, and every product o
 kept as *limbs*: the limb k of a sum counts 2^(32·k) of the smallest unit, as an int64. A value adds less than 2³² to a
 limb, so 2³¹ values fit before a limb overflows; the limbs of threads and ranks are added limb by limb, in any order.
 
-The record of a batch is an array of limbs (rows, C) in host memory. Statistics are computed from a record with exact
-integers and rounded once. The maps are sequences of float64 operations, each of which rounds alike everywhere.
+The record of a batch is an array of limbs (rows, C), on the GPU if CUDA kernels made it, otherwise on the host.
+Statistics are computed from a record with exact integers and rounded once. The maps are sequences of float64
+operations, each of which rounds alike everywhere.
 
 Source: D. R. Lutz, N. Burgess, A. Neal, on high-precision anchored accumulators, 2017; U. Kulisch, Computer arithmetic
 and validity, 2013, section 8.
@@ -47,10 +48,10 @@ class ExactSweeps(Protocol):
         """(E10) Return the record of Σu and Σu·x; what is not finite is counted as a part of Σu·(x−mean)."""
 
     def mean_and_m2(self, record: Array, n: int) -> Array:
-        """(E1) Return mean and m2 (2, C) of n values, correctly rounded, on the host."""
+        """(E1) Return mean and m2 (2, C) of n values, correctly rounded, where the record is."""
 
     def sums(self, record: Array, mean: Array) -> Array:
-        """(E5) Return Σu and Σu·(x−mean) (2, C), correctly rounded, on the host."""
+        """(E5) Return Σu and Σu·(x−mean) (2, C), correctly rounded, where the record is."""
 
     def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
         """(E3, E7) Return a·(x−mean) + c."""
@@ -127,7 +128,7 @@ def mean_and_m2(record: Array, n: int) -> Array:
 
 def sums(record: Array, mean: Array) -> Array:
     """(E5) Σu and Σu·(x−mean) (2, C), correctly rounded float64, from the record of Σu and Σu·x and mean (C,)."""
-    result = np.zeros((2, record.shape[1]))
+    result, mean = np.zeros((2, record.shape[1])), as_numpy("mean", mean)
     for c, (total, product) in enumerate(_totals(record)):
         result[0, c] = _rounded(total, 1, VALUE_UNIT)
         if np.isfinite(mean[c]):
@@ -175,8 +176,8 @@ def _with_kinds(rows: Array, kinds: Array, *, squared: bool = False) -> Array:
 
 
 def _home(rows: Array, like: Array) -> list[Array]:
-    """Return float64 rows (C,) of the host in the namespace and on the device of `like`."""
-    if isinstance(like, np.ndarray):
+    """Return float64 rows (C,), of the host or where `like` is, in the namespace and on the device of `like`."""
+    if isinstance(like, type(rows)):
         return list(rows)
     xp = array_namespace(like)
     return [converted("statistics", row, xp, device(like), xp.float64) for row in rows]
@@ -251,7 +252,7 @@ def dots(sweeps: ExactSweeps, u: Array, x: Array, mean: Array) -> list[Array]:
 
 def sums_of(sweeps: ExactSweeps, record: Array, mean: Array) -> list[Array]:
     """(E5, E10) Σu and Σu·(x−mean), each (C,), of the record of Σu and Σu·x, where mean is."""
-    return _home(sweeps.sums(record, as_numpy("mean", mean)), mean)
+    return _home(sweeps.sums(record, mean), mean)
 
 
 def forward(
@@ -270,7 +271,7 @@ def forward(
         return done  # type: ignore[no-any-return]
     record, n = _squares_and_n(sweeps, x, mask)
     if pool is not None:
-        record, n = pool.record(record, n)
+        record, n = pool.record(as_numpy("record", record), n)
     batch = moments_of(sweeps, record, n, x)
     r, y = reference.forward_of_part(sweeps, x, batch, weight, bias, eps, out)
     if pool is not None:
@@ -301,7 +302,7 @@ def backward(
     sum_dy, sum_dy_x = sums_of(sweeps, record, batch.mean)
     dweight, dbias = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     if pool is not None:
-        sum_dy, sum_dy_x = sums_of(sweeps, pool.record(record)[0], batch.mean)
+        sum_dy, sum_dy_x = sums_of(sweeps, pool.record(as_numpy("record", record))[0], batch.mean)
         pool.gradients = totals = reference.parameter_gradients(sum_dy, sum_dy_x, rstd)
     a, b, c = reference.input_gradient(*totals, batch.n, rstd, weight)
     if where is None:

@@ -12,7 +12,7 @@ from array_api_compat import is_jax_array
 
 from . import exact as exact_sums
 from . import reference
-from ._arrays.copies import copied, widened
+from ._arrays.copies import as_numpy, copied, widened
 from ._arrays.devices import on_device_of
 from ._arrays.layout import Layout
 from ._arrays.namespaces import Array, Shaped, array_namespace, class_name, dtype_name, namespace_name, wide_dtype
@@ -165,7 +165,7 @@ def pool(*moments: Moments) -> Moments:
 
 
 def _pooled_records(parts: Sequence[Moments]) -> Moments:
-    records: Any = [part.record for part in parts]
+    records: Any = [as_numpy("moments.record", part.record) for part in parts]
     if len({record.shape for record in records}) > 1:
         raise ValueError(f"moments: expected records of one shape; got {[record.shape for record in records]}")
     return exact_sums.moments_of(exact_sums, sum(records), sum(part.n for part in parts), parts[0].mean)

@@ -136,6 +136,11 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
     assert command.GpuBench(parsed("--quick")).session.budget.total < session.TOTAL
 
 
+def test_exact_mode_takes_part_where_it_is_asked_for() -> None:
+    assert "exact" not in command.plan(parsed()).contestants
+    assert command.plan(parsed("--peers", "exact")).contestants == ["fused", "split", "exact"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,7 +150,7 @@ def test_options_choose_and_a_quick_run_is_smaller() -> None:
         (["--set", "cache"], "--set: expected --device cpu"),
         (
             ["--peers", "tensorflow"],
-            "--peers: expected some of reference, masked, torch, jax, or none, on a GPU; got tensorflow",
+            "--peers: expected some of reference, masked, exact, torch, jax, or none, on a GPU; got tensorflow",
         ),
         (["--peers", "none", "torch"], "--peers: expected none alone, or names without it; got none torch"),
     ],
@@ -289,7 +294,7 @@ def test_the_cuda_source_passes_the_check(dtype: str, monkeypatch: pytest.Monkey
         found.work.device.kernels = device.CudaDevice.kernels
         for layout in ("first", "last"):
             found.ask("open", case=Case((4, 6, 7, 5), layout, dtype), seed=1)
-            for name in ("split", "reference", "masked"):
+            for name in ("split", "reference", "masked", "exact")[: 3 if dtype == "float64" else 4]:
                 assert set(found.ask("check", contestant=name)["faults"].values()) == {""}, (layout, name)
                 assert (
                     found.ask("time_on_device", contestant=name, operation="backward", calls=2, hold=0.0)["seconds"] > 0

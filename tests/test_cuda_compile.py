@@ -11,7 +11,7 @@ import shim
 from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
 
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import launch
+from arraybn.kernels.cuda import exact, launch
 from arraybn.kernels.cuda.launch import Kernel
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
@@ -49,6 +49,23 @@ def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(archite
     assert max(of["registers"] for of in found.values()) <= 65536 // (256 + 32)  # one block on a multiprocessor
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernels_of_exact_mode_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
+    """All of them where ARRAYBN_COMPILE=all; otherwise the widest sums of float32, and the statistics."""
+    for layout, threads in (("planes", 256), ("rows", exact.TILE_THREADS)):
+        chosen = shim.exact_kernels(layout)
+        if os.environ.get("ARRAYBN_COMPILE") != "all":
+            sums = [kernel for kernel in chosen if kernel.name.startswith(("squares", "products"))]
+            sums = [kernel for kernel in sums if (kernel.dtype, kernel.width) == ("float32", 4)]
+            chosen = (*sums, *(kernel for kernel in chosen if "record" in kernel.name))
+        found = resources(compiled(launch.source(*chosen), architecture, tmp_path))
+        assert set(found) == {kernel.entry for kernel in chosen}
+        assert in_local_memory(found) == []
+        blocks = 2 if layout == "planes" else 3  # on a multiprocessor
+        registers = [of["registers"] for name, of in found.items() if name.startswith(("squares", "products"))]
+        assert max(registers) <= 65536 // (blocks * threads) // 8 * 8
+
+
 def test_a_t4_which_has_fewer_conversions_is_served_too(tmp_path: Path) -> None:
     rows = [kernel for kernel in shim.row_kernels("rows") if kernel.name == "affine2_rows"]
     for kernels in ([kernel for kernel in shim.all_kernels() if kernel.name == "moments_planes"], rows):
@@ -72,7 +89,7 @@ def test_an_error_of_the_source_is_named_with_its_file_and_line(tmp_path: Path) 
 
 
 def test_the_source_includes_nothing_and_keeps_ptx_in_one_place() -> None:
-    for file in cuda.ROWS:
+    for file in (*cuda.ROWS, exact.FILE):
         text = launch._text(file)
         assert text.isascii()
         assert not re.search(r"^\s*#\s*include", text, re.MULTILINE)

@@ -279,6 +279,34 @@ def test_an_exact_layer_takes_no_short_step(cupy: Any) -> None:
         assert layer._repeat is None
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 20), (50, 3)])
+def test_exact_mode_stays_on_the_gpu_and_its_records_pool_on_the_host(cupy: Any, shape: tuple[int, ...]) -> None:
+    x, dy = np.resize(X * 1e3, shape).astype("f4"), np.resize(DY, shape)
+    want, twin = arraybn.batch_norm(x, exact=True)
+    wanted = arraybn.batch_norm_backward(dy, twin)
+    given = cupy.asarray(x), cupy.asarray(dy)
+    for _ in range(2):  # the kernels are built once
+        (y, saved), forward = logged(cupy, functools.partial(arraybn.batch_norm, exact=True), given[0])
+        (dx, *_), backward = logged(cupy, arraybn.batch_norm_backward, given[1], saved)
+    np.testing.assert_array_equal(y.get(), want)
+    np.testing.assert_array_equal(dx.get(), wanted[0])
+    if cupy.kernels == "cuda":
+        assert [waits(log) for log in (forward, backward)] == [[], []]
+        assert [launches(log) for log in (forward, backward)] == [4, 4]  # zeros, sums, their statistics, a map
+    parts = [arraybn.moments(part, exact=True) for part in (given[0][:2], given[0][2:])]
+    for pooled in (arraybn.pool(*parts), arraybn.pool(saved.moments)):
+        np.testing.assert_array_equal(pooled.mean.get(), twin.moments.mean)
+        np.testing.assert_array_equal(pooled.m2.get(), twin.moments.m2)
+
+    def work(comm: Any) -> Any:
+        part = slice(0, 2) if comm.rank == 0 else slice(2, None)
+        layer = arraybn.SyncBatchNorm(3, exact=True, affine=False, xp=cupy, process_group=comm)
+        return [layer(given[0][part]).get(), layer.backward(given[1][part]).get()]
+
+    for found, whole in zip(zip(*ThreadComm.run(2, work), strict=True), (want, wanted[0]), strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), whole)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_a_short_forward_has_a_backward_with_all_checks(cupy: Any, dtype: str) -> None:
     layer, twin, dy = arraybn.BatchNorm2d(3, xp=cupy), arraybn.BatchNorm2d(3), DY.astype(dtype)

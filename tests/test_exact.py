@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 import operator
 import os
@@ -45,6 +47,7 @@ def kinds(rng: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "cancels", np.concatenate([n, -n])[: shape[0]] if shape[0] % 2 == 0 else n - n[::-1]
     yield "one outlier", np.where(np.arange(n.size).reshape(shape) == n.size // 2, 1e30, n)
     yield "a tie that the last bit breaks", np.resize([1.0, 2.0**-53, 2.0**-113, 0.0], shape)
+    yield "a subnormal beside the largest", np.where(np.arange(n.size).reshape(shape) % 7, -3e38, -(2.0**-145))
     for binades in (26, 27, 28, 29):  # as many as a pass of a backend holds, and one more
         yield (
             f"{binades} binades",
@@ -80,6 +83,16 @@ def drawn(seed: int, shape: tuple[int, ...], data: Any, dtype: Any = np.float32)
         return x, dy.astype(dtype), rng.uniform(-2, 2, shape[1]).astype(np.float32), rng.normal(size=shape[1])
 
 
+@contextlib.contextmanager
+def served_by(kernels: str, *libraries: Any) -> Iterator[Any]:
+    """Yield what `kernels=` takes for NumPy arrays; the CUDA kernels run on the CPU (tests/cuda/shim.py)."""
+    if kernels != "cuda":
+        yield kernels
+        return
+    with importlib.import_module("support.kernels").installed(*libraries):
+        yield importlib.import_module("arraybn.kernels.cuda")
+
+
 def same(ours: list[Any], others: list[Any]) -> bool:
     return all(
         (a.dtype == b.dtype and a.tobytes() == b.tobytes()) or np.array_equal(a, b, equal_nan=True)
@@ -95,7 +108,7 @@ def nearest(value: Fraction) -> float:
 # ---- X1: correctly rounded -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["reference", "cpu", "cuda"])
 @pytest.mark.parametrize("shape", [(5, 3, 40), (30, 4), (7, 3, 5), (1, 2), (2, 2, 1)])
 def test_x1_statistics_and_gradients_are_the_rational_ones_rounded_once(kernels: str, shape: Any) -> None:
     need("numba")
@@ -103,7 +116,8 @@ def test_x1_statistics_and_gradients_are_the_rational_ones_rounded_once(kernels:
     for name, data in kinds(rng, shape):
         x, dy, _, _ = drawn(1, shape, data)
         dy = dy.astype(np.float32)
-        dx, dweight, dbias, mean, m2 = run(x, dy, np.ones(shape[1]), np.zeros(shape[1]), kernels=kernels)[1:]
+        with served_by(kernels) as module:
+            dx, dweight, dbias, mean, m2 = run(x, dy, np.ones(shape[1]), np.zeros(shape[1]), kernels=module)[1:]
         del dx
         for c in range(shape[1]):
             values, gradients = ([Fraction(float(v)) for v in a[:, c].reshape(-1)] for a in (x, dy))
@@ -134,17 +148,19 @@ def test_x1_ten_million_values_are_correctly_rounded() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_x2_reference_and_cpu_and_both_layouts_give_the_same_bits(shape: Any, dtype: str) -> None:
+def test_x2_each_backend_and_both_layouts_give_the_same_bits(shape: Any, dtype: str) -> None:
     need("numba")
     of_array = need("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
     rng = np.random.default_rng(0)
-    for name, data in [*kinds(rng, shape), *not_finite(rng, shape)]:
-        x, dy, weight, bias = drawn(1, shape, data, of_array)
-        wanted = run(x, dy, weight, bias, kernels="reference")
-        assert same(run(x, dy, weight, bias, kernels="cpu"), wanted), name
-        last = [np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy)]
-        y, dx, *rest = run(*last, weight, bias, kernels="cpu", channel_axis=-1)
-        assert same([np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1), *rest], wanted), name
+    with served_by("cuda") as cuda:
+        for name, data in [*kinds(rng, shape), *not_finite(rng, shape)]:
+            x, dy, weight, bias = drawn(1, shape, data, of_array)
+            wanted = run(x, dy, weight, bias, kernels="reference")
+            last = [np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy)]
+            for module in ("cpu", cuda):
+                assert same(run(x, dy, weight, bias, kernels=module), wanted), (name, module)
+                y, dx, *rest = run(*last, weight, bias, kernels=module, channel_axis=-1)
+                assert same([np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1), *rest], wanted), (name, module)
 
 
 @pytest.mark.parametrize("namespace", ["torch", "array_api_strict"])
@@ -159,6 +175,16 @@ def test_x2_other_namespaces_give_the_same_bits(namespace: str) -> None:
         if "subnormal" in name or "tiny" in name or "all" in name:  # torch may flush subnormal float32 to zero
             continue
         assert same(found, run(*arrays)), name
+
+
+def test_x2_sums_of_as_many_grid_steps_as_can_be_are_exact() -> None:
+    """Each product is half a step of the coarse grid above an even one: 4096 of these are 2⁶³ steps of a fine grid."""
+    u = np.full((1, 1, 4096), 2.0**-2 + 2.0**-25, np.float32)
+    x = u.copy()
+    u[0, 0, 0], x[0, 0, 0] = x[0, 0, 1], u[0, 0, 1] = 1 + 2.0**-23, 2.0**-4 + 2.0**-27  # which choose the grids
+    with served_by("cuda"):
+        found = importlib.import_module("arraybn.kernels.cuda.exact").products(u, x, np.zeros(1))
+    assert exact._totals(found) == exact._totals(exact.products(u, x, np.zeros(1)))
 
 
 def state(layer: Any) -> list[Any]:
@@ -184,8 +210,9 @@ def test_x2_any_order_split_threads_and_backend_give_the_same_bits(data: st.Data
     order = np.asarray(data.draw(st.permutations(range(samples))))
     cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=4)))
     wanted = run(x, dy, weight, bias)
-    y, dx, *rest = run(x[order], dy[order], weight, bias, kernels=data.draw(st.sampled_from(["reference", "cpu"])))
-    assert same([y, dx, *rest], [wanted[0][order], wanted[1][order], *wanted[2:]]), name
+    with served_by(data.draw(st.sampled_from(["reference", "cpu", "cuda"]))) as module:
+        y, dx, *rest = run(x[order], dy[order], weight, bias, kernels=module)
+        assert same([y, dx, *rest], [wanted[0][order], wanted[1][order], *wanted[2:]]), (name, module)
 
     threads = arraybn.get_num_threads()
     arraybn.set_num_threads(data.draw(st.integers(1, 5)))
@@ -295,11 +322,11 @@ def test_x2_fixed_statistics_give_the_same_bits_on_each_backend(evaluation: bool
     x, dy, weight, bias = drawn(1, (9, 70, 20), np.random.default_rng(0).normal(size=(9, 70, 20)))
     fixed = {"mean": np.linspace(-1, 1e300 if evaluation else 1, 70), "var": np.linspace(0, 5, 70)}
     results = []
-    for kernels in ("reference", "cpu"):
-        with np.errstate(over="ignore"):
-            y, saved = arraybn.batch_norm(x, weight, bias, **fixed, exact=True, kernels=kernels)
+    for kernels in ("reference", "cpu", "cuda"):
+        with np.errstate(over="ignore"), served_by(kernels) as module:
+            y, saved = arraybn.batch_norm(x, weight, bias, **fixed, exact=True, kernels=module)
             results.append([y, *arraybn.batch_norm_backward(dy, saved)])
-    assert same(*results)
+    assert all(same(found, results[0]) for found in results[1:])
 
 
 def test_x2_a_training_has_the_same_bits_on_one_to_five_ranks(monkeypatch: Any) -> None:
@@ -343,8 +370,11 @@ def test_x2_a_mask_leaves_out_exactly_for_any_split(data: st.DataObject) -> None
     assert found.n == wanted.n
     assert same([found.mean, found.m2], [wanted.mean, wanted.m2]), name
 
-    results = [run(x, dy, weight, bias, where=where, kernels=kernels) for kernels in ("reference", "cpu")]
-    assert same(*results), name
+    results = []
+    for kernels in ("reference", "cpu", "cuda"):
+        with served_by(kernels) as module:
+            results.append(run(x, dy, weight, bias, where=where, kernels=module))
+    assert all(same(found, results[0]) for found in results[1:]), name
     if where.any():
         y = np.moveaxis(results[0][0], 1, -1)[where]
         assert same([y], run(*alone, weight, bias)[:1]), name
@@ -670,3 +700,58 @@ def test_e10_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == "differs", done.stderr
+
+
+# ---- Planted faults in the CUDA source -------------------------------------------------------------------------------
+
+_UNFUSED = "a * (float_to_double(x) - mean) + c"
+_UNFUSED2 = "a * float_to_double(u) + (b * (float_to_double(x) - mean) + c)"
+CUDA_FAULTS = {  # name: (the text in kernels/cuda/exact.cu, its replacement)
+    "a carry lost": ("(low >> 32) + (last", "(last"),
+    "a grid that holds 28 exponents": ("Span { enum { EXPONENTS = 27 }; };", "Span { enum { EXPONENTS = 28 }; };"),
+    "more steps than an int64 holds": ("MOST_STEPS = 8160", "MOST_STEPS = 81600"),
+    "a slow path never taken": ("if (__any_sync(ALL_LANES, !fits || count", "if (__any_sync(ALL_LANES, count"),
+    "lanes left out": ("step >= columns; step /= 2) steps +=", "step > columns; step /= 2) steps +="),
+    "a subnormal number counted twice": ("top < -125 ? 0 : power_of_two(top)", "power_of_two(top)"),
+    "a rest that is not looked at": ("rest = rest || (*this)[i];", "rest = rest;"),
+    "a product and a sum fused": (_UNFUSED, "fma(a, float_to_double(x) - mean, c)"),
+    "the other product fused": (_UNFUSED2, "fma(a, float_to_double(u), b * (float_to_double(x) - mean) + c)"),
+}
+
+
+def cuda_agrees(changed: tuple[str, str] | None = None) -> bool:
+    """Return whether the CUDA kernels, with a text of their source changed, agree with the reference."""
+    import shim
+
+    from arraybn.kernels.cuda import exact as compiled
+
+    few = [k for k in shim.exact_kernels("planes") if k.entry.endswith(("float32_4", "squares_planes_float16_8", "_1"))]
+    few = [k for k in few if k.width > 1 or "record" in k.name]
+    library = shim.build(tuple(few), "-O0", changed=changed)
+    rng, shape, zero = np.random.default_rng(0), (2, 1, 40), np.zeros(1)
+    with served_by("cuda", library) as cuda, pytest.MonkeyPatch.context() as patch:
+        for _, data in kinds(rng, shape):
+            x, dy, weight, bias = drawn(1, shape, data)
+            dy[0, 0, :4] = 1.0, 2.0**-53, 2.0**-100, 0.0  # a tie of Σdy that the last bit breaks
+            dy[0, 0, 4:] = dy[1] = 0.0
+            if not same(run(x, dy, weight, bias, kernels=cuda), run(x, dy, weight, bias, kernels="reference")):
+                return False
+            if exact._totals(compiled.squares(x)) != exact._totals(exact.squares(x)):
+                return False
+        a, x = rng.normal(size=1), rng.normal(size=shape).astype(np.float32)
+        x[...] = x[0, 0, 0]  # the products below are rounded, and nothing but their rounding would be left
+        c = -a * x[0, 0, 0]
+        if np.any(compiled.affine(x, zero, a, c)) or np.any(compiled.affine2(x, x, zero, a, zero, c)):
+            return False
+        importlib.import_module("support.kernels").set_sizes(patch, cuda, {"PART": 2**20, "MIN_BLOCK_BYTES": 2**20})
+        large = np.full((1, 1, 140_000), 65504, np.float16)
+        return exact._totals(compiled.squares(large)) == exact._totals(exact.squares(large))
+
+
+def test_e10_the_cuda_sums_agree_with_the_reference() -> None:
+    assert cuda_agrees()
+
+
+@pytest.mark.parametrize("name", CUDA_FAULTS)
+def test_e10_a_planted_fault_in_the_cuda_source_is_found(name: str) -> None:
+    assert not cuda_agrees(CUDA_FAULTS[name])

@@ -90,6 +90,30 @@ def bits(*arrays: Any) -> bytes:
     return b"".join(b"" if array is None else array.get().tobytes() for array in arrays)
 
 
+# ---- Exact mode ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:-1])
+def test_x2_exact_mode_gives_the_bits_of_the_host(cupy: Any, dtype: str, layout: str) -> None:
+    for shape in ((9, 70, 20), (30, 3, 49), (3, 5, 1), (700, 16, 1), (2, 2, 70_000)):
+        size = shape if not hasattr(cupy, "_fake") else (*shape[:2], min(shape[2], 500))
+        for data in (RNG.normal(3, 1, size), RNG.normal(size=size) * 2.0 ** RNG.integers(-140, 120, size)):
+            with np.errstate(over="ignore"):
+                x, dy = data.astype(as_dtype(dtype)), np.flip(data).astype(as_dtype(dtype))
+            vectors = RNG.normal(size=(2, size[1]))
+            with np.errstate(all="ignore"):
+                y, saved = arraybn.batch_norm(x, *vectors, exact=True, kernels="reference")
+                dx, dweight, dbias = arraybn.batch_norm_backward(dy, saved)
+            given = placed(cupy, x, layout), *map(cupy.asarray, vectors)
+            found, ours = arraybn.batch_norm(*given, exact=True)
+            gradients = arraybn.batch_norm_backward(placed(cupy, dy, layout), ours)
+            wanted = [y, dx, dweight, dbias, saved.moments.mean, saved.moments.m2]
+            for got, want in zip([found, *gradients, ours.moments.mean, ours.moments.m2], wanted, strict=True):
+                np.testing.assert_array_equal(got.get(), want)
+                assert np.array_equal(np.signbit(got.get()), np.signbit(want)) or np.isnan(want.astype("f8")).any()
+
+
 # ---- Accuracy --------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,8 @@ MODULES = {  # imported when first used
 }
 
 
+# The modules of exact mode; ``arraybn.exact`` has the sweeps for other arrays.
+EXACT = {name: f"arraybn.kernels.{name.partition('_')[0]}.exact" for name in MODULES if name != "reference"}
 LARGE = 1_000_000  # values, from which on the missing numba is worth a hint
 
 
@@ -122,7 +124,7 @@ def _sweep(module: Module, name: str, masks: bool) -> Callable[..., Any]:
 @functools.cache
 def with_exact_sums(backend: Backend) -> Backend:
     """Return the backend of exact mode (E10) for the same arrays; second derivatives keep the usual sums."""
-    sweeps: Any = importlib.import_module(f"{MODULES['cpu']}.exact") if backend.name == "cpu" else exact
+    sweeps: Any = importlib.import_module(EXACT[backend.name]) if backend.name in EXACT else exact
     as_sweeps = SimpleNamespace(dots=functools.partial(exact.dots, sweeps), affine=sweeps.affine)
     return replace(
         backend,

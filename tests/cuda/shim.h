@@ -410,6 +410,14 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::from_lane(value, shim::now->index.x % 32 ^ mask);
 }
+inline bool __any_sync(unsigned, bool value) {
+    shim::Warp& w = shim::warp();
+    uint64_t* values = w.value[w.barrier.passed & 1];
+    values[shim::now->index.x % 32] = value;
+    shim::wait(w.barrier, w.lanes);
+    for (unsigned lane = 0; lane < w.lanes; ++lane) value = value || values[lane];
+    return value;
+}
 template <class T>
 T atomicAdd(T* at, T value) {
     const T before = *at;
@@ -417,6 +425,7 @@ T atomicAdd(T* at, T value) {
     shim::progress = true;
     return before;
 }
+inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
@@ -503,6 +512,22 @@ template <class Pair> Pair load_shared(const Pair* from) {
     Pair to;
     shim_copy(&to, from, from, sizeof(Pair));
     return to;
+}
+
+// Conversions that keep subnormal float32, which the processor takes for 0 during a launch.
+inline double float_to_double(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (bits & 0x7f800000u) return value;
+    const double size = (double)(bits & 0x7fffffu) * 0x1p-149;
+    return bits >> 31 ? -size : size;
+}
+inline float double_to_float(double value) {
+    if (!(fabs(value) < 0x1p-126)) return (float)value;
+    uint32_t bits = (uint32_t)nearbyint(fabs(value) * 0x1p149) | (std::signbit(value) ? 0x80000000u : 0u);
+    float narrow;
+    memcpy(&narrow, &bits, 4);
+    return narrow;
 }
 
 inline float half_to_float(unsigned short half) {

@@ -25,7 +25,7 @@ import numpy as np
 from arraybn import kernels as kernel_modules
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import fused, launch
+from arraybn.kernels.cuda import exact, fused, launch
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
@@ -69,6 +69,21 @@ def fused_kernels(direction: str) -> tuple[Kernel, ...]:
     )
 
 
+def exact_kernels(layout: str) -> tuple[Kernel, ...]:
+    """Return every kernel of exact mode for a layout, "planes" or "rows", and for every dtype and width."""
+    files = (*launch.SWEEPS, exact.FILE) if layout == "planes" else (*cuda.ROWS, exact.FILE)
+    ways = ("planes",) if layout == "planes" else ("rows", "ring")
+    names = [f"{sweep}_{way}" for sweep in ("exact_affine", "exact_affine2") for way in ways]
+    found = []
+    for dtype in FLOATS[:-1]:
+        widths = cuda.WIDTHS[_ITEMSIZE[dtype]]
+        summed = widths if layout == "planes" else [width for width in widths if width <= exact.WIDEST]
+        found += [Kernel(f"{sweep}_{layout}", dtype, w, files) for sweep in ("squares", "products") for w in summed]
+        found += [Kernel(name, dtype, width, files, layout == "rows") for name in names for width in widths]
+    of_records = ("moments_of_record", "dots_of_record") if layout == "planes" else ()
+    return (*found, *(Kernel(name, "float32", 1, files) for name in of_records))
+
+
 def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
@@ -90,6 +105,7 @@ def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
     kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
     kernels += [fused_kernels("forward"), fused_kernels("backward"), cluster_kernels()]
+    kernels += [exact_kernels("planes"), exact_kernels("rows")]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(build, kernels))
 

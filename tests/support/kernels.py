@@ -22,6 +22,7 @@ from arraybn import reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
 from arraybn.kernels.cuda import cluster, fused, launch
+from arraybn.kernels.cuda import exact as exact_sums
 from arraybn.kernels.cuda.launch import Device
 
 from .libraries import REQUIRED, need
@@ -214,7 +215,7 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "planes side by side": ("cluster", (37, 16, 9), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
         "odd planes side by side": ("cluster", (9, 24, 49), LONELY, FEW_WARPS),
         "the fewest blocks that fit": ("cluster", (40, 2, 512), SMALL._replace(shared=48 * 2**10), FEW_WARPS),
-        "many rows a thread": ("rows", (140, 512, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
+        "many rows a thread": ("rows", (1160, 24, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
     }.items()
 }
@@ -333,6 +334,8 @@ def forget_cuts() -> None:
     cuda.cut.cache_clear()
     cuda.plan_sweep.cache_clear()
     fused.plan.cache_clear()
+    exact_sums.plan_sweep.cache_clear()
+    exact_sums.plan_record.cache_clear()
     with contextlib.suppress(ImportError):
         importlib.import_module("arraybn.kernels.cpu")._cut.cache_clear()
 
@@ -473,7 +476,7 @@ def with_mask(case: Case, dtype: str, mask: str, fill: float = np.nan) -> Masked
     places = np.arange(samples * plane).reshape(samples, 1, plane)
     where = {
         "half": np.random.default_rng(4).random(places.shape) < 0.5,
-        "padding": (places // plane < max(samples // 2, 1)) & (places % plane <= plane // 2),
+        "padding": (places // plane < max(samples * 2 // 3, 1)) & (places % plane <= plane // 2),
         "one": places == samples * plane - 1,
         "none": places < 0,
     }[mask]

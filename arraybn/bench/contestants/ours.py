@@ -62,7 +62,7 @@ def exact_calls(device: HostDevice, problem: Problem, name: str) -> Calls:
     """Return the calls of the functions in exact mode."""
     if problem.case.dtype == "float64":
         raise UnsupportedError("its sums take no float64")
-    return function_calls(device, problem, "out", exact=True)
+    return function_calls(device, problem, name, exact=True)
 
 
 def masked_calls(device: HostDevice, problem: Problem, name: str) -> Calls:

@@ -54,13 +54,14 @@ GPU_CONTESTANTS = (
     Contestant("fused", "arraybn fused", "arraybn", ours.function_calls),
     Contestant("split", "arraybn split", "arraybn", ours.function_calls),
     Contestant("reference", "arraybn reference", "reference", ours.function_calls),
+    Contestant(EXACT, "arraybn exact", EXACT, ours.exact_calls),
     Contestant(MASKED, "arraybn masked", MASKED, ours.masked_calls),
     Contestant("torch", "PyTorch", "torch", pytorch.device_calls, "torch"),
     Contestant("native", "PyTorch native", "torch", pytorch.device_calls, "torch"),
     Contestant("jax", "JAX", "jax", jax.device_calls, "jax"),
 )
 # As --peers has them, and what each needs
-GPU_PEERS = {"reference": "cupy", MASKED: "cupy", "torch": "torch", "jax": "jax"}
+GPU_PEERS = {"reference": "cupy", MASKED: "cupy", EXACT: "cupy", "torch": "torch", "jax": "jax"}
 GPU_LAYERS = {"arraybn": ours.layer_calls, "PyTorch": pytorch.layer_calls}  # whose time on the host is taken
 
 

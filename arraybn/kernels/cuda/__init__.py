@@ -180,6 +180,7 @@ class LaunchArguments:
     """The arrays of a call and their addresses. An array that kernels cannot read in place is copied."""
 
     __slots__ = ("dtype", "gpu", "kept", "n", "shape", "size", "u", "where", "x", "y")
+    plan = staticmethod(plan_sweep)
 
     def __init__(
         self, gpu: launch.Launcher, x: Array, u: Array | None = None, where: Array | None = None, n: int | None = None
@@ -246,7 +247,7 @@ class LaunchArguments:
         y = 0 if sweep.startswith(("moments", "dots")) else self.y
         sweep = f"{sweep}_masked" if self.where and sweep in WITH_MASK else sweep
         given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(vectors.get("v", 0) | y)
-        kernel, found = plan_sweep(sweep, *given, self.gpu.device())
+        kernel, found = self.plan(sweep, *given, self.gpu.device())
         numbers = with_kinds(found.numbers, parameter_kind, state_kind)
         self.launch(kernel, found._replace(numbers=numbers), y, eps, vectors)
 

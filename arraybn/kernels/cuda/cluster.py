@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+from ..._arrays.namespaces import Array
 from .. import cuda
 from . import fused
 from .training import Trainer
@@ -23,6 +24,18 @@ class ClusterArguments(fused.FusedArguments):
 moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, cuda.affine2, cuda.affine3
 evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
 MASKS, masked_forward, masked_backward = fused.MASKS, fused.masked_forward, fused.masked_backward
-forward = functools.partial(cuda.forward_by, ClusterArguments)
-backward = functools.partial(cuda.backward_by, ClusterArguments)
 trainer = functools.partial(Trainer, functools.partial(fused.launches, clusters=True))
+
+
+def forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
+    return cuda.forward_by(ClusterArguments, x, weight, bias, eps, out)
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+    return cuda.backward_by(ClusterArguments, dy, x, mean, rstd, weight, out)

@@ -264,6 +264,18 @@ DEVICE void copy_bulk(void*, const void*, int, uint64*) {}
 // A barrier of the first MOST_THREADS threads of a block.
 DEVICE void wait_for_consumers() { asm volatile("bar.sync 1, %0;" ::"n"((int)MOST_THREADS) : "memory"); }
 
+// Subnormal float32 stay what they are, whatever the option -ftz says.
+DEVICE double float_to_double(float value) {
+    double wide;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(value));
+    return wide;
+}
+DEVICE float double_to_float(double value) {
+    float narrow;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(narrow) : "d"(value));
+    return narrow;
+}
+
 DEVICE float half_to_float(uint16 half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
