@@ -557,6 +557,18 @@ def _two_product(a, b):
 
 
 @plain
+def _difference(a, a1, a2, b, b1, b2):
+    """Return (a + a1 + a2) − (b + b1 + b2) as a pair, and 0 if nothing was lost by rounding."""
+    high, c = _two_sum(a, -b)
+    low, d = _two_sum(a1, -b1)
+    more, e = _two_sum(a2, -b2)
+    low, f = _two_sum(low, c)
+    low, g = _two_sum(low, more)
+    high, low = _two_sum(high, low)
+    return high, low, abs(d) + abs(e) + abs(f) + abs(g)
+
+
+@plain
 def _nearest(high, low, error):
     """Return high + low, and True if that is the nearest float64 for every error up to this one."""
     least, most = high + (low - error), high + (low + error)
@@ -620,10 +632,10 @@ def _finish_moments(record, c0, c1, n, mean, m2, sure):
         mean[j], sure_mean = _divided(total, low, totals[2, j], number)
         scaled, scaled_low = _two_product(products[0, j], number)
         square, square_low = _two_product(total, total)
-        spread, error = _two_sum(scaled, -square)
-        rest = error + ((scaled_low + products[1, j] * number) - (square_low + 2 * total * low))
-        spread, rest = _two_sum(spread, rest)
-        m2[j], sure_m2 = _divided(spread, rest, scaled * _ERROR, number)
+        (more, lost), (other, also) = _two_product(products[1, j], number), _two_product(2 * total, low)
+        spread, rest, rounded = _difference(scaled, scaled_low, more, square, square_low, other)
+        exactly = rounded + abs(lost) + abs(also) + abs(low * low) + products[2, j] + totals[2, j] == 0.0
+        m2[j], sure_m2 = _divided(spread, rest, 0.0 if exactly else scaled * _ERROR, number)
         sure[j] &= sure_mean & sure_m2
 
 
@@ -638,11 +650,10 @@ def _finish_sums(record, c0, c1, mean, s, q, sure):
     for j in range(mean.size):
         total, low, product = totals[0, j], totals[1, j], products[0, j]
         s[j], sure_s = _nearest(total, low, totals[2, j])
-        taken, taken_low = _two_product(mean[j], total)
-        spread, error = _two_sum(product, -taken)
-        rest = error + (products[1, j] - (taken_low + mean[j] * low))
-        spread, rest = _two_sum(spread, rest)
-        q[j], sure_q = _nearest(spread, rest, (abs(product) + abs(taken)) * _ERROR)
+        (taken, taken_low), (more, lost) = _two_product(mean[j], total), _two_product(mean[j], low)
+        spread, rest, rounded = _difference(product, products[1, j], 0.0, taken, taken_low, more)
+        exactly = rounded + abs(lost) + products[2, j] + totals[2, j] == 0.0
+        q[j], sure_q = _nearest(spread, rest, 0.0 if exactly else (abs(product) + abs(taken)) * _ERROR)
         usual = mean[j] == 0.0 or abs(mean[j]) > 2.0**-230  # otherwise the errors of a product may be 0
         sure[j] &= sure_s & sure_q & usual
 
