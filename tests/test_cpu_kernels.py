@@ -32,7 +32,7 @@ from numba import types  # noqa: E402
 
 from arraybn.kernels import cpu  # noqa: E402, needs numba
 from arraybn.kernels import threads as pool  # noqa: E402, needs numba
-from arraybn.kernels.cpu import entries, jobs, tiles  # noqa: E402, needs numba
+from arraybn.kernels.cpu import entries, exact, jobs, tiles  # noqa: E402, needs numba
 
 ROOT = Path(__file__).parents[1]
 
@@ -487,6 +487,13 @@ def test_compiled_code_is_kept_elsewhere_where_the_package_cannot_be_written(tmp
     folder = Path(python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip())
     assert folder.is_relative_to(tmp_path)
     assert list(folder.glob("entries._running*.nbc"))
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_stages_of_one_name_in_two_modules_are_kept_apart() -> None:
+    """One of them contracts, the other must not: the code of one under the key of the other would change bits."""
+    found = [jobs.address_of(module._affine, (types.int64,)).py_func.__qualname__ for module in (entries, exact)]
+    assert found[0] != found[1]
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")

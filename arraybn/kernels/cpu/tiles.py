@@ -38,9 +38,10 @@ def named_after(run: Any) -> Any:
     The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
     Of two of one name, kept on disk by two processes, a third would take one for the other.
     """
+    function = getattr(run, "py_func", run)
 
     def compile_(loops: Any) -> Any:
-        loops.__qualname__ += f".{getattr(run, 'py_func', run).__qualname__}"
+        loops.__qualname__ += f".{function.__module__}.{function.__qualname__}"
         return plain(loops)
 
     return compile_
