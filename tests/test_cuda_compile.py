@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import shim
-from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
+from support.compiling import ARCHITECTURES, compiled, every_kernel_for, in_local_memory, resources
 
 from arraybn.kernels import cuda
 from arraybn.kernels.cuda import exact, launch
@@ -31,10 +30,10 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
-    """All of them where ARRAYBN_COMPILE=all; otherwise those that are nearest to a spill."""
+    """All of them where `every_kernel_for`; otherwise those that are nearest to a spill."""
     way = "rows" if architecture == "sm_80" else "ring"
     chosen = [*shim.row_kernels("rows"), *shim.row_kernels("ring")]
-    if os.environ.get("ARRAYBN_COMPILE") != "all":
+    if not every_kernel_for(architecture):
         near = {"dots": SIZES, "forward": SIZES, "backward": SIZES, "affine3": SIZES}
         near |= dict.fromkeys(("forward_masked", "backward_masked", "affine3_masked"), ("float16", "float64"))
         chosen = [
@@ -51,10 +50,10 @@ def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(archite
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_kernels_of_exact_mode_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
-    """All of them where ARRAYBN_COMPILE=all; otherwise the widest sums of float32, and the statistics."""
+    """All of them where `every_kernel_for`; otherwise the widest sums of float32, and the statistics."""
     for layout, threads in (("planes", 256), ("rows", exact.TILE_THREADS)):
         chosen = shim.exact_kernels(layout)
-        if os.environ.get("ARRAYBN_COMPILE") != "all":
+        if not every_kernel_for(architecture):
             sums = [kernel for kernel in chosen if kernel.name.startswith(("squares", "products"))]
             sums = [kernel for kernel in sums if (kernel.dtype, kernel.width) == ("float32", 4)]
             chosen = (*sums, *(kernel for kernel in chosen if "record" in kernel.name))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import shim
 from support import kernels
-from support.compiling import ARCHITECTURES, compiled, in_local_memory, resources
+from support.compiling import ARCHITECTURES, compiled, every_kernel_for, in_local_memory, resources
 from support.kernels import H200, LONELY, NARROW, SMALL, SUM, Case, both, coefficients, cuts_of, data
 
 from arraybn._arrays.namespaces import FLOATS
@@ -490,7 +490,7 @@ def test_address_sanitizer_finds_nothing_in_the_fused_kernels_but_what_is_plante
 # ---- Compiled for GPUs -----------------------------------------------------------------------------------------------
 
 
-# Those that were nearest to a spill; all of them, which takes a minute, where ARRAYBN_COMPILE=all.
+# Those that were nearest to a spill; all of them, which takes a minute, where `every_kernel_for`.
 COMPILED = [
     Kernel("backward_resident_lines", "float16", 4, fused.FILES),
     Kernel("backward_resident_lines", "float32", 4, fused.FILES),
@@ -503,7 +503,7 @@ REGISTERS = 65536 // (3 * 256)  # of a thread, so that three blocks of 256 threa
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_fused_kernels_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
-    everything = os.environ.get("ARRAYBN_COMPILE") == "all"
+    everything = every_kernel_for(architecture)
     chosen = [*shim.fused_kernels("forward"), *shim.fused_kernels("backward")] if everything else COMPILED
     found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
@@ -513,9 +513,9 @@ def test_the_fused_kernels_compile_and_keep_to_their_registers(architecture: str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_the_kernels_of_clusters_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
-    """All of them where ARRAYBN_COMPILE=all; otherwise those of one size, because the sizes have one body."""
+    """All of them where `every_kernel_for`; otherwise those of one size, because the sizes have one body."""
     chosen = list(shim.cluster_kernels())
-    if os.environ.get("ARRAYBN_COMPILE") != "all":
+    if not every_kernel_for(architecture):
         chosen = [kernel for kernel in chosen if kernel.name.endswith("_8") and kernel.dtype != "bfloat16"]
     found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,13 @@ from arraybn.kernels.cuda import launch
 from .libraries import REQUIRED
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]  # A100, H100 and H200, B200
+FULLY = os.environ.get("ARRAYBN_COMPILE", "")  # an architecture for which every kernel is compiled, or "all"
 OPTIONS = [*launch.OPTIONS, "-ftz=true"]  # which CuPy adds
+
+
+def every_kernel_for(architecture: str) -> bool:
+    """Return True if not only the kernels that are nearest to a spill are compiled; all together take minutes."""
+    return FULLY in ("all", architecture)
 
 
 def nvrtc() -> ctypes.CDLL | None:
