@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import shim
-from support.compiling import ARCHITECTURES, compiled, every_kernel_for, in_local_memory, resources
+from support.compiling import ARCHITECTURES, FULLY, compiled, every_kernel_for, in_local_memory, resources
 
 from arraybn.kernels import cuda
 from arraybn.kernels.cuda import exact, launch
@@ -30,10 +30,10 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(architecture: str, tmp
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(architecture: str, tmp_path: Path) -> None:
-    """All of them where `every_kernel_for`; otherwise those that are nearest to a spill."""
+    """All of them, which takes a minute, where ARRAYBN_COMPILE=all; otherwise those that are nearest to a spill."""
     way = "rows" if architecture == "sm_80" else "ring"
     chosen = [*shim.row_kernels("rows"), *shim.row_kernels("ring")]
-    if not every_kernel_for(architecture):
+    if FULLY != "all":
         near = {"dots": SIZES, "forward": SIZES, "backward": SIZES, "affine3": SIZES}
         near |= dict.fromkeys(("forward_masked", "backward_masked", "affine3_masked"), ("float16", "float64"))
         chosen = [
