@@ -73,8 +73,13 @@ def test_over_tcp_as_between_machines(mpi: Mpi) -> None:
     passes(mpi, 3, "checks.py", "exact", "bits", "wrong", **tcp)
 
 
-@pytest.mark.parametrize("when", ["after", "before"])  # the parent made its first synchronized call
-@pytest.mark.parametrize("kind", ["spawn", "fork", "forkserver", "pool", "loky", "subprocess"])
+@pytest.mark.parametrize(  # `when`: the parent made its first synchronized call
+    ("kind", "when"),
+    [
+        *((kind, "after") for kind in ("spawn", "fork", "forkserver", "pool", "loky", "subprocess")),
+        *((kind, "before") for kind in ("spawn", "fork", "subprocess")),
+    ],
+)
 def test_a_child_of_a_rank_is_told_that_it_is_no_rank(mpi: Mpi, kind: str, when: str) -> None:
     if kind == "loky":
         code = "import joblib"
@@ -165,7 +170,10 @@ TWO_MISSING = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, ALL), (3, (*ALL, "two")), (7, ("sleeps", "later", "two"))])
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [(2, ALL), (3, ("sleeps", "fewer", "later", "two")), (7, ("sleeps", "later", "two"))],
+)
 def test_the_ranks_that_wait_name_those_that_do_not_come_and_say_where_they_wait(
     mpi: Mpi, ranks: int, names: tuple[str, ...], tmp_path: Path
 ) -> None:
