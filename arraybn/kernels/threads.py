@@ -21,7 +21,7 @@ import numpy as np
 from .._arrays.namespaces import Array
 from .._checks import as_integer
 
-SPIN = 50e-6  # seconds
+SPIN = 100e-6  # seconds; with 50e-6 helpers slept through most calls on 2 MB of data in a loop
 WAKE = 2**20  # bytes of data from which it pays to wake a helper
 # The words of memory that the threads share: BUSY and RUNNING, which many threads write, have cache lines of their own.
 BUSY, OPEN, STOP, FUNCTION, ARGUMENTS, JOBS, CREW, RUNNING, ASLEEP = 0, 8, 9, 10, 11, 12, 13, 16, 24
