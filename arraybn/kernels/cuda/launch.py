@@ -12,6 +12,7 @@ import functools
 import importlib
 import struct
 import threading
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ class _Packed(threading.local):
         self.address = ctypes.addressof(self.arguments)
 
 
-class Launcher:
+class Launcher(ABC):
     """The launcher: it builds a kernel at the kernel's first launch on a device, and keeps a workspace for each stream.
 
     A workspace is zeroed once; a kernel leaves its counters at zero. Launches on one stream follow each other, so they
@@ -117,45 +118,45 @@ class Launcher:
 
     # The calls that reach the GPU
 
+    @abstractmethod
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Return a context in which the device of `array` is the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at(self, device: int) -> AbstractContextManager[Any]:
         """Return a context in which the device of that number is the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def current(self) -> tuple[int, int]:
         """Return the number of the current device, and the address of its current stream."""
-        raise NotImplementedError
 
     def capturing(self, stream: int) -> bool:
         """Return whether a CUDA graph is being captured on this stream of the current device."""
         return False
 
+    @abstractmethod
     def device(self) -> Device:
         """Return the properties of the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array on the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array of zeros on the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pointer(self, array: Array) -> int:
         """Return the address of the first value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, kernel: Kernel) -> tuple[int, Any]:
         """Return the kernel's address on the current device, and the object that keeps the kernel loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:
         """Launch `function` with the addresses of its arguments at `arguments`."""
-        raise NotImplementedError
 
     # The launch
 
