@@ -196,7 +196,7 @@ class Parameter:
 
     def plus_terms(self, terms: Iterable[Array] | None) -> list[Array] | None:
         """Return `terms` after those that are there; None where a gradient came without terms."""
-        before = [] if self.grad is None else self.terms
+        before = [] if self._grad is None else self.terms
         if terms is None or before is None:
             return None
         return [*before, *(add_as(None, term, self.data.dtype) for term in terms)]

@@ -84,6 +84,13 @@ class _Job:
         inputs = (self.x,) if self.u is self.x else (self.x, self.u) if self.v is self.u else (self.x, self.u, self.v)
         self.result, self.y, self.in_place = place_of_result(x, out, *inputs)
 
+    def map(self, sweep: str, x: Array, out: Array | None, lines: tuple[Array, ...], *vectors: Array) -> Array:
+        """Return the result of that sweep over the lines, with these coefficients (C,)."""
+        self.write_to(x, out)
+        if self.cut.n:
+            getattr(self.code, sweep)(self.words, *lines, self.numbers, *vectors, self.y, self.in_place)
+        return self.result
+
     def vectors(self, number: int) -> Array:
         """Return vectors (C,) to be set, 0 for no data."""
         return (np.empty if self.cut.n else np.zeros)((number, self.cut.channels))
@@ -120,10 +127,7 @@ def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     job = _Job(x)
-    job.write_to(x, out)
-    if job.cut.n:
-        job.code.affine(job.words, job.x, job.numbers, mean, a, c, job.y, job.in_place)
-    return job.result
+    return job.map("affine", x, out, (job.x,), mean, a, c)
 
 
 def affine2(
@@ -140,10 +144,7 @@ def affine2(
     if where is not None:
         return masked.affine2(_cut(x.shape, x.itemsize), u, x, mean, (a, b, c), out, where)
     job = _Job(x, u)
-    job.write_to(x, out)
-    if job.cut.n:
-        job.code.affine2(job.words, job.u, job.x, job.numbers, mean, a, b, c, job.y, job.in_place)
-    return job.result
+    return job.map("affine2", x, out, (job.u, job.x), mean, a, b, c)
 
 
 def affine3(
@@ -162,10 +163,7 @@ def affine3(
     if where is not None:
         return masked.affine3(_cut(x.shape, x.itemsize), v, u, x, mean, (a, b, c, d), out, where)
     job = _Job(x, u, v)
-    job.write_to(x, out)
-    if job.cut.n:
-        job.code.affine3(job.words, job.v, job.u, job.x, job.numbers, mean, a, b, c, d, job.y, job.in_place)
-    return job.result
+    return job.map("affine3", x, out, (job.v, job.u, job.x), mean, a, b, c, d)
 
 
 # ---- Two sweeps, a group of channels through both before the next ----------------------------------------------------

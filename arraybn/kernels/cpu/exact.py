@@ -899,19 +899,13 @@ def sums(record: Array, mean: Array) -> Array:
 def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
     """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     job = _Job(x, entries=_compiled)
-    job.write_to(x, out)
-    if job.cut.n:
-        job.code.affine(job.words, job.x, job.numbers, mean, a, c, job.y, job.in_place)
-    return job.result
+    return job.map("affine", x, out, (job.x,), mean, a, c)
 
 
 def affine2(u: Array, x: Array, mean: Array, a: Array, b: Array, c: Array, out: Array | None = None) -> Array:
     """(E6) a·u + (b·(x−mean) + c) (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
     job = _Job(x, u, entries=_compiled)
-    job.write_to(x, out)
-    if job.cut.n:
-        job.code.affine2(job.words, job.u, job.x, job.numbers, mean, a, b, c, job.y, job.in_place)
-    return job.result
+    return job.map("affine2", x, out, (job.u, job.x), mean, a, b, c)
 
 
 def forward(
