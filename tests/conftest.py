@@ -38,6 +38,7 @@ def numpy_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         need("numba")
     else:
         monkeypatch.setattr("arraybn.kernels._has_numba", lambda: False)
+        monkeypatch.setattr("arraybn.functional._PLANS", {})
 
 
 @pytest.fixture(params=list(HOMES))
