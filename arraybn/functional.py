@@ -285,8 +285,9 @@ def forward_in(
     if plan is not None and call is None and where is None and kernels is None and exact is False:
         if plan.short is None:
             plan.short = _short_way(layout, x, (mean, var, weight, bias))
-        if plan.short and (over := place_over(out, plan.owners, x, mean, var, weight, bias)) is not None:
-            return _forward_shortly(plan, x, (mean, var, weight, bias), as_eps(eps), out, over)
+        vectors = mean, var, weight, bias
+        if plan.short and (over := place_over(out, plan.owners, x, None, vectors)) is not None:
+            return _forward_shortly(plan, x, vectors, as_eps(eps), out, over)
     eps = as_eps(eps)
     if out is not None:
         check_out(out, x, layout.shape)
