@@ -32,7 +32,7 @@ from numba import types  # noqa: E402
 
 from arraybn.kernels import cpu  # noqa: E402, needs numba
 from arraybn.kernels import threads as pool  # noqa: E402, needs numba
-from arraybn.kernels.cpu import entries, exact, jobs, tiles  # noqa: E402, needs numba
+from arraybn.kernels.cpu import entries, exact, jobs, masked, tiles  # noqa: E402, needs numba
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def test_places_beyond_2_31_of_an_array_are_reached(shape: tuple[int, int, int])
     cut = cpu._cut(shape, 2)
     cut, last = cut._replace(group=1, height=1), (cut.rows - 1, shape[1] - 1)  # the last row of the last channel
     line, vector = x.reshape(-1).view(np.int16), np.ones(shape[1])
-    tiles.plain(entries._affine)(*last, line, cut, 0 * vector, vector, vector, line, 1)
+    entries._affine(*last, (line,) * 3, entries.EVERYWHERE, cut, (0 * vector, *(vector,) * 4), line, 1)
     assert x[-1, -1, -1] == 5.0
     assert x[0, 0, 0] == 0.0
 
@@ -528,7 +528,8 @@ def test_a_change_of_the_formulas_makes_compiled_code_stale(monkeypatch: pytest.
     key = cache._index_key("signature", Codegen())
     assert key == cache._index_key("signature", Codegen())
     original = Path.read_bytes
-    for changed in ("reference.py", "half.py", "scalars.py", "tiles.py", "jobs.py", "entries.py"):
+    own = ("half.py", "scalars.py", "tiles.py", "jobs.py", "entries.py", "masked.py", "exact.py")
+    for changed in ("reference.py", *own):
         entries._sources.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, name=changed: original(path) + b"#" * (path.name == name))
@@ -688,6 +689,9 @@ def test_what_different_processes_have_compiled_is_right_together(tmp_path: Path
 def test_loops_have_names_of_their_own() -> None:
     loops = [getattr(tiles, name) for name in dir(tiles) if name.endswith(("_of_planes", "_of_lines"))]
     assert len({getattr(loop, "py_func", loop).__qualname__ for loop in loops}) == len(loops) == 10
+    tables = [made("f")._stages for made in (entries.compiled, masked.compiled, exact._compiled)]
+    stages = {getattr(stage, "py_func", stage) for table in tables for stage, _ in table.values()}
+    assert len({(stage.__module__, stage.__qualname__) for stage in stages}) == len(stages) == 23
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")

@@ -93,11 +93,24 @@ def _constant(value: float, channels: int, dtype: str) -> Array:
 class _Job:
     """The arrays of a call as lines, how the work on them is cut, and the helpers."""
 
-    __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "words", "x", "y")
+    __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "where", "words", "x", "y")
 
-    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None, entries: Any = compiled) -> None:
+    def __init__(
+        self,
+        x: Array,
+        u: Array | None = None,
+        v: Array | None = None,
+        *,
+        entries: Any = compiled,
+        where: Array | None = None,
+        n: int | None = None,
+    ) -> None:
         kind = _kind(x.shape, x.itemsize)
         self.cut, self.numbers, self.words = kind.cut, kind.numbers, kind.words()
+        self.where: tuple[Array, ...] = ()  # the mask, whose number of positions that count is n
+        if where is not None:
+            entries, self.where, self.numbers = masked.compiled, (line_of(where).view(np.uint8),), kind.numbers.copy()
+            self.numbers[Cut._fields.index("n")] = max(np.count_nonzero(where) if n is None else n, 1)
         self.code = entries(x.dtype.char)
         self.x = line_of(x)
         self.u = self.x if u is None else line_of(u)
@@ -112,7 +125,7 @@ class _Job:
         """Return the result of that sweep over the lines, with these coefficients (C,)."""
         self.write_to(x, out)
         if self.cut.n:
-            getattr(self.code, sweep)(self.words, *lines, self.numbers, *vectors, self.y, self.in_place)
+            getattr(self.code, sweep)(self.words, *lines, *self.where, self.numbers, *vectors, self.y, self.in_place)
         return self.result
 
     def vectors(self, number: int) -> Array:
@@ -134,23 +147,20 @@ MASKS = True
 
 def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
-    if where is not None:
-        return masked.moments(_cut(x.shape, x.itemsize), x, where)
-    job = _Job(x)
+    job = _Job(x, where=where)
     mean, m2 = job.vectors(2)
     if job.cut.n:
-        job.code.moments(job.words, job.x, job.numbers, mean, m2)
+        job.code.moments(job.words, job.x, *job.where, job.numbers, mean, m2)
     return mean, m2
 
 
 def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
     """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
-    if where is not None or skip_zeros:
-        return masked.dots(_cut(x.shape, x.itemsize), u, x, mean, where, skip_zeros)
-    job = _Job(x, u)
+    job = _Job(x, u, entries=masked.compiled) if skip_zeros else _Job(x, u, where=where)
     s, q = job.vectors(2)
     if job.cut.n:
-        job.code.dots(job.words, job.u, job.x, job.numbers, mean, s, q)
+        sums = job.code.nonzero_dots if skip_zeros else job.code.dots
+        sums(job.words, job.u, job.x, *job.where, job.numbers, mean, s, q)
     return s, q
 
 
@@ -171,9 +181,7 @@ def affine2(
     where: Array | None = None,
 ) -> Array:
     """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    if where is not None:
-        return masked.affine2(_cut(x.shape, x.itemsize), u, x, mean, (a, b, c), out, where)
-    job = _Job(x, u)
+    job = _Job(x, u, where=where)
     return job.map("affine2", x, out, (job.u, job.x), mean, a, b, c)
 
 
@@ -190,9 +198,7 @@ def affine3(
     where: Array | None = None,
 ) -> Array:
     """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    if where is not None:
-        return masked.affine3(_cut(x.shape, x.itemsize), v, u, x, mean, (a, b, c, d), out, where)
-    job = _Job(x, u, v)
+    job = _Job(x, u, v, where=where)
     return job.map("affine3", x, out, (job.v, job.u, job.x), mean, a, b, c, d)
 
 
@@ -203,12 +209,25 @@ def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    job = _Job(x)
+    return _forward(_Job(x), x, weight, bias, eps, out)
+
+
+def masked_forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
+) -> tuple[Moments, Array, Array]:
+    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
+    mean, m2, rstd, y = _forward(_Job(x, where=mask.where, n=mask.n), x, weight, bias, eps, out)
+    return Moments(mask.n, mean, m2), rstd, y
+
+
+def _forward(
+    job: _Job, x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Array, Array, Array, Array]:
     job.write_to(x, out)
     rows = job.vectors(4)
     if job.cut.n:
         given = *job.affine(weight, bias), eps
-        job.code.forward_d(job.words, job.x, job.numbers, *given, rows, job.y, job.in_place)
+        job.code.forward_d(job.words, job.x, *job.where, job.numbers, *given, rows, job.y, job.in_place)
     return rows[0], rows[1], rows[2], job.result
 
 
@@ -216,12 +235,25 @@ def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    job = _Job(x, dy)
+    return _backward(_Job(x, dy), x, (mean, rstd, weight), out)
+
+
+def masked_backward(
+    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
+) -> tuple[Array, Array, Array]:
+    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
+    return _backward(_Job(x, dy, where=where, n=batch.n), x, (batch.mean, rstd, weight), out)
+
+
+def _backward(
+    job: _Job, x: Array, given: tuple[Array, Array, Array | None], out: Array | None
+) -> tuple[Array, Array, Array]:
     job.write_to(x, out)
-    rows, gradients = job.vectors(4), job.vectors(2)
-    rows[0], rows[2], rows[3] = mean, rstd, 1.0 if weight is None else weight
+    rows, gradients, weight = job.vectors(4), job.vectors(2), given[2]
+    rows[0], rows[2], rows[3] = given[0], given[1], 1.0 if weight is None else weight
     if job.cut.n:
-        job.code.backward(job.words, job.u, job.x, job.numbers, rows, gradients, job.y, job.in_place)
+        lines = job.words, job.u, job.x, *job.where, job.numbers
+        job.code.backward(*lines, rows, gradients, job.y, job.in_place)
     return job.result, gradients[0], gradients[1]
 
 
@@ -303,20 +335,6 @@ def calls(x: Array, ncs: tuple[int, int, int], vectors: Sequence[Array | None]) 
 def widened(*vectors: Array | None) -> list[Array | None]:
     """Return float64 copies of vectors (C,); None for None."""
     return [None if vector is None else vector.astype(_F8) for vector in vectors]
-
-
-def masked_forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
-) -> tuple[Moments, Array, Array]:
-    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
-    return masked.forward(_cut(x.shape, x.itemsize), x, weight, bias, eps, out, mask)
-
-
-def masked_backward(
-    dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
-    return masked.backward(_cut(x.shape, x.itemsize), dy, x, batch, rstd, weight, out=out, where=where)
 
 
 def update_running_stats(

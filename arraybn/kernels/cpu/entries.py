@@ -23,7 +23,7 @@ from numba.extending import overload
 
 from ... import exact, reference
 from ..._arrays.namespaces import Array
-from . import compiling, half, jobs, scalars, tiles
+from . import compiling, jobs, scalars  # noqa: F401 (scalars is the namespace of the formulas that are compiled)
 from .half import HALF, wide
 from .jobs import AGAIN, BACKWARDS, ONWARDS, address_of, mark, place, program, share
 from .tiles import (
@@ -37,32 +37,18 @@ from .tiles import (
     affine_of_planes,
     dots_of_lines,
     dots_of_planes,
-    minus,
     moments_of_lines,
     moments_of_planes,
+    named_after,
     plain,
+    tile_of,
 )
 
 SPAN = 256  # channels in a part of a stage that goes through channels
+FEW = 16  # channels from which on a row of channels-last data with a mask is a run of its own
+EVERYWHERE = np.zeros(0, np.uint8)  # in place of a mask
 
-# ---- The sweeps over a tile ------------------------------------------------------------------------------------------
-
-
-@plain
-def _near_mean(x, sample, plane, n, c0, shift):
-    """Set `shift` to a value near the mean of each channel: the mean of its first values, exact if all are equal."""
-    places = min(plane, 8)
-    samples = min(n // plane, 8 // places)
-    first, total = np.empty(shift.size), np.zeros(shift.size)
-    for j in range(shift.size):
-        first[j] = wide(x[np.uintp((c0 + j) * plane)])
-    for k in range(samples):
-        for i in range(places):
-            for j in range(shift.size):
-                total[j] += minus(wide(x[np.uintp(k * sample + (c0 + j) * plane + i)]), first[j])
-    for j in range(shift.size):
-        near = first[j] + total[j] / (samples * places)
-        shift[j] = near if np.isfinite(near) else 0.0
+# ---- Statistics ------------------------------------------------------------------------------------------------------
 
 
 @plain
@@ -101,13 +87,6 @@ _parameter_gradients, _input_gradient = plain(reference.parameter_gradients), pl
 
 
 @plain
-def _tile(cut, group, tile):
-    """Return the channels c0 … c1 - 1 and the rows r0 … r1 - 1 of a tile."""
-    c0, r0 = group * cut.group, tile * cut.height
-    return c0, min(c0 + cut.group, cut.channels), r0, min(r0 + cut.height, cut.rows)
-
-
-@plain
 def _span(cut, group, part):
     """Return the channels c0 … c1 - 1 of a part; none where the group is smaller than others."""
     c0 = group * cut.group
@@ -115,60 +94,79 @@ def _span(cut, group, part):
     return min(c0 + part * SPAN, c1), min(c0 + (part + 1) * SPAN, c1)
 
 
-def _shift(part, group, x, cut, shift):
-    """Set `shift` to a value near the mean of each channel."""
-    c0, c1, _, _ = _tile(cut, group, 0)
-    _near_mean(x, cut.sample, cut.plane, cut.n, c0, shift[c0:c1])
+def shifting(masked: bool = False) -> Any:
+    """Return the stage that sets `shift` to a value near the mean of each channel, exact if all values are equal.
+
+    That is the mean of the first eight values that count.
+    """
+
+    def stage(part, group, x, where, cut, shift):
+        c0, c1, _, _ = tile_of(cut, group, 0)
+        near, first, total = shift[c0:c1], np.empty(c1 - c0), np.zeros(c1 - c0)
+        n = i = found = 0
+        for p in range(where.size if masked else min(cut.n, 8)):
+            counts = True
+            if masked:
+                counts = where[np.uintp(p)] != 0
+            if counts:
+                for j in range(c1 - c0):
+                    value = wide(x[np.uintp(n * cut.sample + (c0 + j) * cut.plane + i)])
+                    if found == 0:
+                        first[j] = value
+                    total[j] += value - first[j]
+                found += 1
+                if found == 8:
+                    break
+            i += 1
+            if i == cut.plane:
+                n, i = n + 1, 0
+        for j in range(c1 - c0):
+            value = first[j] + total[j] / found if found else 0.0
+            near[j] = value if np.isfinite(value) else 0.0
+
+    stage.__qualname__ += f".{masked}"
+    return stage
 
 
-def _spread(tile, group, x, cut, shift, sums):
-    """(E1) Σd and Σd² with d = x − shift."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    s, q = sums[0, tile, c0:c1], sums[1, tile, c0:c1]
-    if cut.plane >= LONG:
-        moments_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, shift[c0:c1], s, q)
-    else:
-        moments_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, shift[c0:c1], s, q)
+def summing(planes: Any, lines: Any, rows: Any = None) -> Any:
+    """Return the stage of a reduction by the loops for these layouts; `rows` is for rows of FEW values or more."""
+    by_rows = rows is not None
+
+    @named_after(planes)
+    def stage(tile, group, u, x, where, cut, mean, sums):
+        if cut.plane >= LONG:
+            planes(tile, group, u, x, where, cut, mean, sums)
+        elif by_rows and cut.plane == 1 and cut.group >= FEW:
+            rows(tile, group, u, x, where, cut, mean, sums)
+        else:
+            lines(tile, group, u, x, where, cut, mean, sums)
+
+    return stage
 
 
-def _dots(tile, group, u, x, cut, mean, sums):
-    """(E5, E8, E9) Σu and Σu·(x−mean)."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    s, q = sums[0, tile, c0:c1], sums[1, tile, c0:c1]
-    if cut.plane >= LONG:
-        dots_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean[c0:c1], s, q)
-    else:
-        dots_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean[c0:c1], s, q)
+def mapping(planes: Any, lines: Any, rows: Any = None) -> Any:
+    """Return the stage of a map by the loops for these layouts."""
+    by_rows = rows is not None
+
+    @named_after(planes)
+    def stage(tile, group, data, where, cut, vectors, out, in_place):
+        if cut.plane >= LONG:
+            planes(tile, group, data, where, cut, vectors, out, in_place)
+        elif by_rows and cut.plane == 1 and cut.group >= FEW:
+            rows(tile, group, data, where, cut, vectors, out, in_place)
+        else:
+            lines(tile, group, data, where, cut, vectors, out, in_place)
+
+    return stage
 
 
-def _affine(tile, group, x, cut, mean, a, c, out, in_place):
-    """(E3, E7) a·(x−mean) + c."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    mean, a, c = mean[c0:c1], a[c0:c1], c[c0:c1]
-    if cut.plane >= LONG:
-        affine_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
-    else:
-        affine_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
-
-
-def _affine2(tile, group, u, x, cut, mean, a, b, c, out, in_place):
-    """(E6, E8, E9) a·u + b·(x−mean) + c."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    mean, a, b, c = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1]
-    if cut.plane >= LONG:
-        affine2_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
-    else:
-        affine2_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
-
-
-def _affine3(tile, group, v, u, x, cut, mean, a, b, c, d, out, in_place):
-    """(E9) a·v + b·u + c·(x−mean) + d."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    mean, a, b, c, d = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1], d[c0:c1]
-    if cut.plane >= LONG:
-        affine3_of_planes(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
-    else:
-        affine3_of_lines(v, u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, d, out, in_place)
+_shift, _spread, _dots = (
+    shifting(),
+    summing(moments_of_planes, moments_of_lines),
+    summing(dots_of_planes, dots_of_lines),
+)
+_affine, _affine2 = mapping(affine_of_planes, affine_of_lines), mapping(affine2_of_planes, affine2_of_lines)
+_affine3 = mapping(affine3_of_planes, affine3_of_lines)
 
 
 @plain
@@ -282,14 +280,18 @@ def _widened(vector, row):
     return row
 
 
-def _moments(at, words, x, numbers, mean, m2):
+# Jobs with a mask take `where` after the data, and the cut has the n of the mask. Jobs without one save an argument,
+# whose conversion from Python takes longer than a stage of little data.
+
+
+def masked_moments(at, words, x, where, numbers, mean, m2):
     cut = _cut_of(numbers)
     work, shift, spread, mean_m2 = at
     memory, board = _work_space(cut, 1), _board(cut)
     near, sums = memory[0], _sums(cut, memory)
-    tiles, spans = (spread, place((x, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
+    tiles, spans = (spread, place((x, x, where, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
     stages = (
-        (shift, place((x, cut, near)), 1, ONWARDS),
+        (shift, place((x, where, cut, near)), 1, ONWARDS),
         (*tiles, cut.tiles, ONWARDS),
         (*spans, _parts(cut), ONWARDS),
         (*tiles, cut.tiles, AGAIN),
@@ -298,43 +300,29 @@ def _moments(at, words, x, numbers, mean, m2):
     _do(words, cut, work, stages, board, memory)
 
 
-def _dots_alone(at, words, u, x, numbers, mean, s, q):
+def masked_dots(at, words, u, x, where, numbers, mean, s, q):
     cut = _cut_of(numbers)
     work, dots, total = at
     memory, board = _work_space(cut, 0), _board(cut)
     sums = _sums(cut, memory)
     stages = (
-        (dots, place((u, x, cut, mean, sums)), cut.tiles, ONWARDS),
+        (dots, place((u, x, where, cut, mean, sums)), cut.tiles, ONWARDS),
         (total, place((cut, sums, s, q)), _parts(cut), ONWARDS),
     )
     _do(words, cut, work, stages, board, memory)
 
 
-def _affine_alone(at, words, x, numbers, mean, a, c, out, in_place):
+@plain
+def map_tiles(at, words, data, where, numbers, vectors, out, in_place):
+    """Write the result of a map, backwards: the last tile of the sweep before is still in cache."""
     cut = _cut_of(numbers)
-    work, affine = at
+    work, sweep = at
     board = _board(cut)
-    stages = ((affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),)
-    _do(words, cut, work, stages, board, mean)
+    stages = ((sweep, place((data, where, cut, vectors, out, in_place)), cut.tiles, BACKWARDS),)
+    _do(words, cut, work, stages, board, vectors[0])
 
 
-def _affine2_alone(at, words, u, x, numbers, mean, a, b, c, out, in_place):
-    cut = _cut_of(numbers)
-    work, affine2 = at
-    board = _board(cut)
-    stages = ((affine2, place((u, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),)
-    _do(words, cut, work, stages, board, mean)
-
-
-def _affine3_alone(at, words, v, u, x, numbers, mean, a, b, c, d, out, in_place):
-    cut = _cut_of(numbers)
-    work, affine3 = at
-    board = _board(cut)
-    stages = ((affine3, place((v, u, x, cut, mean, a, b, c, d, out, in_place)), cut.tiles, BACKWARDS),)
-    _do(words, cut, work, stages, board, mean)
-
-
-def _forward(at, words, x, numbers, weight, bias, eps, rows, out, in_place):
+def masked_forward(at, words, x, where, numbers, weight, bias, eps, rows, out, in_place):
     """(E1, E3) Set the rows mean, m2, rstd and weight, and write y = weight·xhat + bias."""
     cut = _cut_of(numbers)
     work, shift, spread, mean_m2, normalized, affine = at
@@ -342,20 +330,20 @@ def _forward(at, words, x, numbers, weight, bias, eps, rows, out, in_place):
     near, a, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
     mean, m2, rstd = rows[0], rows[1], rows[2]
     weight, bias = _widened(weight, rows[3]), _widened(bias, memory[3])
-    tiles, spans = (spread, place((x, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
+    tiles, spans = (spread, place((x, x, where, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
     stages = (
-        (shift, place((x, cut, near)), 1, ONWARDS),
+        (shift, place((x, where, cut, near)), 1, ONWARDS),
         (*tiles, cut.tiles, ONWARDS),
         (*spans, _parts(cut), ONWARDS),
         (*tiles, cut.tiles, AGAIN),
         (*spans, _parts(cut), AGAIN),
         (normalized, place((cut, m2, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
-        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+        (affine, place(((x, x, x), where, cut, (mean, a, a, a, c), out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, memory)
 
 
-def _backward(at, words, dy, x, numbers, rows, gradients_found, out, in_place):
+def masked_backward(at, words, dy, x, where, numbers, rows, gradients_found, out, in_place):
     """(E5, E6) Set the rows dweight and dbias, and write dx; the rows given are those of a forward."""
     cut = _cut_of(numbers)
     work, dots, gradients, affine2 = at
@@ -364,11 +352,43 @@ def _backward(at, words, dy, x, numbers, rows, gradients_found, out, in_place):
     a, b, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
     found = (cut, sums, rstd, weight, dweight, dbias, a, b, c)
     stages = (
-        (dots, place((dy, x, cut, mean, sums)), cut.tiles, ONWARDS),
+        (dots, place((dy, x, where, cut, mean, sums)), cut.tiles, ONWARDS),
         (gradients, place(found), _parts(cut), ONWARDS),
-        (affine2, place((dy, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),
+        (affine2, place(((x, dy, x), where, cut, (mean, a, a, b, c), out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, memory)
+
+
+_moments_of, _dots_of = plain(masked_moments), plain(masked_dots)
+_forward_of, _backward_of = plain(masked_forward), plain(masked_backward)
+
+
+def _moments(at, words, x, numbers, mean, m2):
+    _moments_of(at, words, x, EVERYWHERE, numbers, mean, m2)
+
+
+def dots_alone(at, words, u, x, numbers, mean, s, q):
+    _dots_of(at, words, u, x, EVERYWHERE, numbers, mean, s, q)
+
+
+def affine_alone(at, words, x, numbers, mean, a, c, out, in_place):
+    map_tiles(at, words, (x, x, x), EVERYWHERE, numbers, (mean, a, a, a, c), out, in_place)
+
+
+def affine2_alone(at, words, u, x, numbers, mean, a, b, c, out, in_place):
+    map_tiles(at, words, (x, u, x), EVERYWHERE, numbers, (mean, a, a, b, c), out, in_place)
+
+
+def _affine3_alone(at, words, v, u, x, numbers, mean, a, b, c, d, out, in_place):
+    map_tiles(at, words, (v, u, x), EVERYWHERE, numbers, (mean, a, b, c, d), out, in_place)
+
+
+def _forward(at, words, x, numbers, weight, bias, eps, rows, out, in_place):
+    _forward_of(at, words, x, EVERYWHERE, numbers, weight, bias, eps, rows, out, in_place)
+
+
+def _backward(at, words, dy, x, numbers, rows, gradients, out, in_place):
+    _backward_of(at, words, dy, x, EVERYWHERE, numbers, rows, gradients, out, in_place)
 
 
 def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rows, out, in_place):
@@ -381,7 +401,7 @@ def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rows, out, 
     weight, bias = _widened(weight, rows[3]), _widened(bias, memory[2])
     stages = (
         (fixed, place((cut, var, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
-        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+        (affine, place(((x, x, x), EVERYWHERE, cut, (mean, a, a, a, c), out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, memory)
 
@@ -407,24 +427,27 @@ class Compiled:
         x, out = _READ(stored), _WRITE(stored)
         given, found, sums = _READ(types.float64), _WRITE(types.float64), types.Array(types.float64, 3, "C")
         number, eps, numbers, rows = types.intp, types.float64, _READ(types.int64), _WRITE(types.float64, ndim=2)
+        where = _READ(types.uint8)
+        summed = x, x, where, _CUT, given, sums
+        mapped = types.UniTuple(x, 3), where, _CUT, types.UniTuple(given, 5), out, number
         self._stages = {
-            "shift": (_shift, (x, _CUT, found)),
-            "spread": (_spread, (x, _CUT, found, sums)),
+            "shift": (_shift, (x, where, _CUT, found)),
+            "spread": (_spread, summed),
             "mean_m2": (_mean_m2, (_CUT, _WORDS, found, sums, found, found)),
-            "dots": (_dots, (x, x, _CUT, given, sums)),
+            "dots": (_dots, summed),
             "total": (_total, (_CUT, sums, found, found)),
             "normalized": (_normalized, (_CUT, found, given, given, eps, found, found, found)),
             "fixed": (_fixed, (_CUT, given, given, given, eps, found, found, found)),
-            "affine": (_affine, (x, _CUT, given, given, given, out, number)),
+            "affine": (_affine, mapped),
             "gradients": (_gradients, (_CUT, sums, given, given, found, found, found, found, found)),
-            "affine2": (_affine2, (x, x, _CUT, given, given, given, given, out, number)),
-            "affine3": (_affine3, (x, x, x, _CUT, *(given,) * 5, out, number)),
+            "affine2": (_affine2, mapped),
+            "affine3": (_affine3, mapped),
         }
         self._jobs = {
             "moments": (_moments, (x, numbers, found, found), ("shift", "spread", "mean_m2")),
-            "dots": (_dots_alone, (x, x, numbers, given, found, found), ("dots", "total")),
-            "affine": (_affine_alone, (x, numbers, given, given, given, out, number), ("affine",)),
-            "affine2": (_affine2_alone, (x, x, numbers, given, given, given, given, out, number), ("affine2",)),
+            "dots": (dots_alone, (x, x, numbers, given, found, found), ("dots", "total")),
+            "affine": (affine_alone, (x, numbers, given, given, given, out, number), ("affine",)),
+            "affine2": (affine2_alone, (x, x, numbers, given, given, given, given, out, number), ("affine2",)),
             "affine3": (_affine3_alone, (x, x, x, numbers, *(given,) * 5, out, number), ("affine3",)),
             "backward": (_backward, (x, x, numbers, rows, rows, out, number), ("dots", "gradients", "affine2")),
         }
@@ -548,9 +571,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _sources() -> str:
-    own = (__file__, jobs.__file__, tiles.__file__, half.__file__, scalars.__file__)
-    files = (*own, Path(__file__).with_name("exact.py"), reference.__file__, exact.__file__)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    files = *sorted(Path(__file__).parent.glob("*.py")), Path(reference.__file__), Path(exact.__file__)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _compile(function: Any, arguments: tuple[types.Type, ...]) -> Any:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from .entries import (
     _STORED,
     _WORDS,
     _WRITE,
+    EVERYWHERE,
     Compiled,
     _board,
     _compile,
@@ -55,26 +55,12 @@ from .entries import (
     _parts,
     _set_gradients,
     _span,
-    _tile,
+    mapping,
 )
 from .half import _conversion, _from_bfloat16, _from_half, wide
 from .jobs import BACKWARDS, ONWARDS, borrow, give_back, place, was_borrowed
 from .lines import contiguous
-from .tiles import (
-    LONG,
-    _affine2_across,
-    _affine2_across_4,
-    _affine2_along,
-    _affine_across,
-    _affine_across_4,
-    _affine_along,
-    _map_across,
-    _map_along,
-    _repeat,
-    _row,
-    named_after,
-    plain,
-)
+from .tiles import LONG, _repeat, _row, maps_of, named_after, plain, tile_of
 
 CHUNK = 8192  # values of a channel whose grid steps fit an int64: 2^50 steps each
 VALUE_WINDOW, PRODUCT_WINDOW = 26, 52  # exponents that one pass holds
@@ -517,9 +503,9 @@ def _add_tile(u, x, sample, plane, c0, r0, r1, squares, means, record):
     if not long and means.size * plane == sample and sample <= WIDTH:  # whole samples lie side by side
         each, times = means.size, max(min(WIDTH // sample, (r1 - r0) // 4), 1)
     for r in range(r0, r1, together):
-        (row, length), some = _row(r, sample, plane), min(together, r1 - r)
+        (n, first, length), some = _row(r, plane), min(together, r1 - r)
         for j in range(0, means.size, each):
-            mean, start = means[j : j + each], row + (c0 + j) * plane
+            mean, start = means[j : j + each], n * sample + first + (c0 + j) * plane
             for rest in range(2):  # samples that are side by side with others, and samples that are not
                 beside = 1 if rest else times
                 rows = some % times if rest else some // times
@@ -658,21 +644,8 @@ def _finish_sums(record, c0, c1, mean, s, q, sure):
         sure[j] &= sure_s & sure_q & usual
 
 
-# ---- Maps: the runs of ``tiles.py`` without contraction, so that every operation rounds by itself --------------------
-
-
-def _uncontracted(run: Any) -> Any:
-    """Return a run compiled anew, under a name of its own."""
-    function = getattr(run, "py_func", run)
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
-    copy.__qualname__ = f"exact{function.__qualname__}"
-    return plain(copy)
-
-
-affine_of_planes = _map_along(_uncontracted(_affine_along))
-affine_of_lines = _map_across(_uncontracted(_affine_across), _uncontracted(_affine_across_4))
-affine2_of_planes = _map_along(_uncontracted(_affine2_along))
-affine2_of_lines = _map_across(_uncontracted(_affine2_across), _uncontracted(_affine2_across_4), True)
+# Maps are compiled without contraction, so that every operation rounds by itself.
+_affine, _affine2 = mapping(*maps_of(1, compile_=plain)), mapping(*maps_of(2, compile_=plain))
 
 # ---- Stages ----------------------------------------------------------------------------------------------------------
 # A thread adds its tiles to a record that it borrows: a group has as many as tiles, of which few are ever used.
@@ -680,7 +653,7 @@ affine2_of_lines = _map_across(_uncontracted(_affine2_across), _uncontracted(_af
 
 def _sums(tile, group, u, x, cut, squares, means, borrowed, records):
     """(E10) Add Σx and Σx² (squares), or Σu and Σu·x, to a record."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
+    c0, c1, r0, r1 = tile_of(cut, group, tile)
     k, new = borrow(borrowed, group * cut.tiles, cut.tiles)
     if new:
         for row in range(ROWS):
@@ -720,26 +693,6 @@ def _total(part, group, cut, borrowed, records, record):
     _add_records(cut, group, c0, c1, borrowed, records, record)
 
 
-def _affine(tile, group, x, cut, mean, a, c, out, in_place):
-    """(E3, E7) a·(x−mean) + c."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    mean, a, c = mean[c0:c1], a[c0:c1], c[c0:c1]
-    if cut.plane >= LONG:
-        affine_of_planes(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
-    else:
-        affine_of_lines(x, x, cut.sample, cut.plane, c0, r0, r1, mean, a, a, c, out, in_place)
-
-
-def _affine2(tile, group, u, x, cut, mean, a, b, c, out, in_place):
-    """(E6) a·u + (b·(x−mean) + c)."""
-    c0, c1, r0, r1 = _tile(cut, group, tile)
-    mean, a, b, c = mean[c0:c1], a[c0:c1], b[c0:c1], c[c0:c1]
-    if cut.plane >= LONG:
-        affine2_of_planes(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
-    else:
-        affine2_of_lines(u, x, cut.sample, cut.plane, c0, r0, r1, mean, a, b, c, out, in_place)
-
-
 # ---- Jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -775,7 +728,7 @@ def _forward(at, words, x, numbers, weight, bias, eps, record, mean, m2, sure, r
         (sums, place((x, x, cut, True, mean, borrowed, records)), cut.tiles, ONWARDS),
         (moments, place((cut, borrowed, records, record, mean, m2, sure)), _parts(cut), ONWARDS),
         (normalized, place((cut, m2, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
-        (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
+        (affine, place(((x, x, x), EVERYWHERE, cut, (mean, a, a, a, c), out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, (borrowed, records, memory))
 
@@ -792,7 +745,7 @@ def _backward(at, words, dy, x, numbers, mean, rstd, weight, dweight, dbias, sur
     stages = (
         (sums, place((dy, x, cut, False, mean, borrowed, records)), cut.tiles, ONWARDS),
         (gradients, place(found), _parts(cut), ONWARDS),
-        (affine2, place((dy, x, cut, mean, a, b, c, out, in_place)), cut.tiles, BACKWARDS),
+        (affine2, place(((x, dy, x), EVERYWHERE, cut, (mean, a, a, b, c), out, in_place)), cut.tiles, BACKWARDS),
     )
     _do(words, cut, work, stages, board, (borrowed, record, records, memory))
 

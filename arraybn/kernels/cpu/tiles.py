@@ -11,6 +11,7 @@ many channels, and its coefficients are arrays as long as the run.
 from __future__ import annotations
 
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,26 +26,27 @@ PIECE = 8192  # values in a run along a long plane
 SHORT = 512  # values in one partial sum, some sixteen for each lane of a vector register
 BLOCK = 64  # runs whose sums are added to each other before the sum of the tile, which keeps rounding small
 
-# Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `minus`.
+# Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `_pair`.
 # Dividing by zero gives inf or NaN, as in NumPy.
 plain = functools.partial(njit, error_model="numpy")
 _sum = functools.partial(njit, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 _map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
 
 
-def named_after(run: Any) -> Any:
+def named_after(run: Any, compile_: Any = plain) -> Any:
     """Return a decorator that compiles the loops made for the function `run` under a name of their own.
 
     The linker tells functions apart by their names and types, and by a number that Numba begins anew in every process.
-    Of two of one name, kept on disk by two processes, a third would take one for the other.
+    Of two of one name, kept on disk by two processes, a third would take one for the other. The name of `run` is
+    shortened, because names are those of files, too.
     """
     function = getattr(run, "py_func", run)
 
-    def compile_(loops: Any) -> Any:
-        loops.__qualname__ += f".{function.__module__}.{function.__qualname__}"
-        return plain(loops)
+    def decorate(loops: Any) -> Any:
+        loops.__qualname__ += f".{zlib.crc32(f'{function.__module__}.{function.__qualname__}'.encode()):x}"
+        return compile_(loops)
 
-    return compile_
+    return decorate
 
 
 class Cut(NamedTuple):
@@ -52,7 +54,7 @@ class Cut(NamedTuple):
 
     sample: int  # values of a sample, C·S
     plane: int  # values of a plane, S
-    n: int
+    n: int  # values of a channel that count
     channels: int
     group: int  # channels in a group
     groups: int
@@ -61,149 +63,52 @@ class Cut(NamedTuple):
     tiles: int  # of a group
 
 
-@plain
-def minus(x, mean):
-    """Return x − mean, not reassociated: Σ(x−mean) could otherwise become Σx − n·mean and lose every digit."""
-    return x - mean
-
-
-# ---- Runs: the work of each sweep on values that lie side by side ----------------------------------------------------
+# ---- Values: what each sweep does with the values of one position ----------------------------------------------------
+# `where` has a byte for each position, 0 for a position that is no part of the batch; loops without a mask do not read
+# `where`. A value at such a position is read, and left out by a selection: a product with 0 would keep a NaN.
+#
 # Indices are unsigned: for a signed index Numba tests at every step whether the index counts from the end. They are
 # made by additions alone, because Numba multiplies an unsigned number and a literal in floating point.
 
 
-@_sum
-def _moments_along(u, x, start, stop, shift):
-    s = q = 0.0
-    for i in range(start, stop):
-        d = minus(wide(x[i]), shift)
-        s += d
-        q += d * d
-    return s, q
+def _pair(squares: bool = False, skip_zeros: bool = False, masked: bool = False) -> Any:
+    """Return the function that gives v and d of Σv and Σv·d: v is d = x − mean (squares), or u.
+
+    Compiled by itself, without reassociation: Σ(x−mean) could otherwise become Σx − n·mean and lose every digit.
+    """
+
+    def pair(u, x, where, i, at, mean):
+        d = wide(x[i]) - mean
+        v = d if squares else wide(u[i])
+        counts = True
+        if masked:
+            counts = where[at] != 0
+        if skip_zeros:  # where u is 0, x counts for nothing, though it be NaN
+            counts = v != 0
+        return v if counts else 0.0, d if counts else 0.0
+
+    pair.__qualname__ += f".{squares}.{skip_zeros}.{masked}"
+    return plain(pair)
 
 
-@_map
-def _moments_across(u, x, start, stop, shift, s, q):
-    for j in range(stop - start):
-        d = wide(x[start + j]) - shift[j]
-        s[j] += d
-        q[j] += d * d
+def _value(terms: int, masked: bool = False, compile_: Any = _map) -> Any:
+    """Return the function that gives c·(x−mean) + d; plus b·u from two terms on; plus a·v with three.
 
+    Where the mask is 0, b·u alone is left.
+    """
 
-@_map
-def _moments_across_8(u, x, start, step, size, shift, s, q):
-    i1 = start + step
-    i2 = i1 + step
-    i3 = i2 + step
-    i4 = i3 + step
-    i5 = i4 + step
-    i6 = i5 + step
-    i7 = i6 + step
-    for j in range(size):
-        m = shift[j]
-        d0, d1, d2, d3 = wide(x[start + j]) - m, wide(x[i1 + j]) - m, wide(x[i2 + j]) - m, wide(x[i3 + j]) - m
-        d4, d5, d6, d7 = wide(x[i4 + j]) - m, wide(x[i5 + j]) - m, wide(x[i6 + j]) - m, wide(x[i7 + j]) - m
-        s[j] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-        q[j] = d7 * d7 + (d6 * d6 + (d5 * d5 + (d4 * d4 + (d3 * d3 + (d2 * d2 + (d1 * d1 + (d0 * d0 + q[j])))))))
+    def value(data, where, i, at, mean, a, b, c, d):
+        v, u, x = data
+        total = c * (wide(x[i]) - mean) + d
+        counts = where[at] != 0 if masked else True
+        if terms > 1:
+            total = b * wide(u[i]) + (total if counts else 0.0)
+        if terms > 2:
+            total = a * wide(v[i]) + total if counts else total
+        return total
 
-
-@_sum
-def _dots_along(u, x, start, stop, mean):
-    s = q = 0.0
-    for i in range(start, stop):
-        v = wide(u[i])
-        s += v
-        q += v * minus(wide(x[i]), mean)
-    return s, q
-
-
-@_map
-def _dots_across(u, x, start, stop, mean, s, q):
-    for j in range(stop - start):
-        v = wide(u[start + j])
-        s[j] += v
-        q[j] += v * (wide(x[start + j]) - mean[j])
-
-
-@_map
-def _dots_across_4(u, x, start, step, size, mean, s, q):
-    i1 = start + step
-    i2 = i1 + step
-    i3 = i2 + step
-    for j in range(size):
-        m = mean[j]
-        v0, v1, v2, v3 = wide(u[start + j]), wide(u[i1 + j]), wide(u[i2 + j]), wide(u[i3 + j])
-        s[j] += (v0 + v1) + (v2 + v3)
-        first = v1 * (wide(x[i1 + j]) - m) + (v0 * (wide(x[start + j]) - m) + q[j])
-        q[j] = v3 * (wide(x[i3 + j]) - m) + (v2 * (wide(x[i2 + j]) - m) + first)
-
-
-@_map
-def _affine_along(u, x, start, stop, mean, a, b, c, out, o):
-    for i in range(start, stop):
-        out[i - o] = narrow(a * (wide(x[i]) - mean) + c, out)
-
-
-@_map
-def _affine_across(u, x, start, stop, mean, a, b, c, out, o):
-    for j in range(stop - start):
-        i = start + j
-        out[i - o] = narrow(a[j] * (wide(x[i]) - mean[j]) + c[j], out)
-
-
-@_map
-def _affine_across_4(u, x, start, step, size, mean, a, b, c, out):
-    i1 = start + step
-    i2 = i1 + step
-    i3 = i2 + step
-    for j in range(size):
-        m, scale, shift = mean[j], a[j], c[j]
-        d0, d1, d2, d3 = wide(x[start + j]) - m, wide(x[i1 + j]) - m, wide(x[i2 + j]) - m, wide(x[i3 + j]) - m
-        out[start + j] = narrow(scale * d0 + shift, out)
-        out[i1 + j] = narrow(scale * d1 + shift, out)
-        out[i2 + j] = narrow(scale * d2 + shift, out)
-        out[i3 + j] = narrow(scale * d3 + shift, out)
-
-
-@_map
-def _affine2_along(u, x, start, stop, mean, a, b, c, out, o):
-    for i in range(start, stop):
-        out[i - o] = narrow(a * wide(u[i]) + (b * (wide(x[i]) - mean) + c), out)
-
-
-@_map
-def _affine2_across(u, x, start, stop, mean, a, b, c, out, o):
-    for j in range(stop - start):
-        i = start + j
-        out[i - o] = narrow(a[j] * wide(u[i]) + (b[j] * (wide(x[i]) - mean[j]) + c[j]), out)
-
-
-@_map
-def _affine2_across_4(u, x, start, step, size, mean, a, b, c, out):
-    i1 = start + step
-    i2 = i1 + step
-    i3 = i2 + step
-    for j in range(size):
-        m, first, second, shift = mean[j], a[j], b[j], c[j]
-        d0, d1, d2, d3 = wide(x[start + j]) - m, wide(x[i1 + j]) - m, wide(x[i2 + j]) - m, wide(x[i3 + j]) - m
-        out[start + j] = narrow(first * wide(u[start + j]) + (second * d0 + shift), out)
-        out[i1 + j] = narrow(first * wide(u[i1 + j]) + (second * d1 + shift), out)
-        out[i2 + j] = narrow(first * wide(u[i2 + j]) + (second * d2 + shift), out)
-        out[i3 + j] = narrow(first * wide(u[i3 + j]) + (second * d3 + shift), out)
-
-
-@_map
-def _affine3_along(v, u, x, start, stop, mean, a, b, c, d, out, o):
-    for i in range(start, stop):
-        out[i - o] = narrow(a * wide(v[i]) + (b * wide(u[i]) + (c * (wide(x[i]) - mean) + d)), out)
-
-
-@_map
-def _affine3_across(v, u, x, start, stop, lines, out, o):
-    mean, a, b, c, d = lines[0], lines[1], lines[2], lines[3], lines[4]
-    for j in range(stop - start):
-        i = start + j
-        out[i - o] = narrow(a[j] * wide(v[i]) + (b[j] * wide(u[i]) + (c[j] * (wide(x[i]) - mean[j]) + d[j])), out)
+    value.__qualname__ += f".{terms}.{masked}.{compile_ is plain}"
+    return compile_(value)
 
 
 @plain
@@ -212,23 +117,24 @@ def _copy(buffer, start, stop, out):
         out[i] = buffer[i - start]
 
 
-# ---- Tiles: channels c0, c0 + 1, … (as many as there are coefficients) of rows r0 … r1 - 1 ---------------------------
+# ---- Tiles: channels c0 … c1 - 1 of rows r0 … r1 - 1 -----------------------------------------------------------------
 # A row is a sample, or, of planes longer than PIECE, the k-th piece of a sample's planes: r = n·pieces + k.
 
 
 @plain
-def _pieces(plane: int) -> int:
-    """Return the number of rows of a sample."""
-    return (plane + PIECE - 1) // PIECE
+def tile_of(cut, group, tile):
+    """Return the channels c0 … c1 - 1 and the rows r0 … r1 - 1 of a tile."""
+    c0, r0 = group * cut.group, tile * cut.height
+    return c0, min(c0 + cut.group, cut.channels), r0, min(r0 + cut.height, cut.rows)
 
 
 @plain
-def _row(r, sample, plane):
-    """Return the start of the run of row r and channel 0, and the length of the runs of that row, for long planes."""
+def _row(r, plane):
+    """Return the sample of row r of long planes, where in a plane the runs of that row begin, and their length."""
     if plane <= PIECE:
-        return r * sample, plane
-    n, k = divmod(r, _pieces(plane))
-    return n * sample + k * PIECE, min(PIECE, plane - k * PIECE)
+        return r, 0, plane
+    n, k = divmod(r, (plane + PIECE - 1) // PIECE)
+    return n, k * PIECE, min(PIECE, plane - k * PIECE)
 
 
 @plain
@@ -281,25 +187,48 @@ def _add_up(line, plane, sums):
         sums[j] += total
 
 
-def _sums_along(run: Any) -> Any:
-    """Return the loops of a reduction over long planes; `run` returns the two sums of a run."""
+@plain
+def _set_marks(where, r, samples, channels, plane, marks):
+    """Set `marks` to the mask of each value of a run over the short planes of samples r, r + 1, …"""
+    for t in range(samples):
+        for j in range(channels):
+            for i in range(plane):
+                marks[np.uintp((t * channels + j) * plane + i)] = where[np.uintp((r + t) * plane + i)]
 
-    @named_after(run)
-    def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
-        s_block, q_block = np.empty(mean.size), np.empty(mean.size)
+
+# ---- Sums: loops that set Σv and Σv·d of a tile ----------------------------------------------------------------------
+
+
+def _sums_along(pair: Any) -> Any:
+    """Return the loops of a reduction over long planes."""
+
+    @named_after(pair, _sum)
+    def run(u, x, where, start, stop, at, mean):
+        s = q = 0.0
+        for i in range(stop - start):
+            v, d = pair(u, x, where, start + i, at + i, mean)
+            s += v
+            q += v * d
+        return s, q
+
+    @named_after(pair)
+    def reduce(tile, group, u, x, where, cut, mean, sums):
+        c0, c1, r0, r1 = tile_of(cut, group, tile)
+        s, q, blocks = sums[0, tile, c0:c1], sums[1, tile, c0:c1], np.empty((2, c1 - c0))
+        s_block, q_block = blocks[0], blocks[1]
         s[:] = 0.0
         q[:] = 0.0
         for block in range(r0, r1, BLOCK):
-            s_block[:] = 0.0
-            q_block[:] = 0.0
+            blocks[:] = 0.0
             for r in range(block, min(block + BLOCK, r1)):
-                row, length = _row(r, sample, plane)
-                for j in range(mean.size):
-                    start = row + (c0 + j) * plane
+                n, first, length = _row(r, cut.plane)
+                at = n * cut.plane + first
+                for j in range(c1 - c0):
+                    start = n * cut.sample + (c0 + j) * cut.plane + first
                     s_run = q_run = 0.0
-                    for first in range(start, start + length, SHORT):
-                        last = min(first + SHORT, start + length)
-                        s_part, q_part = run(u, x, np.uintp(first), np.uintp(last), mean[j])
+                    for k in range(0, length, SHORT):
+                        stop = np.uintp(start + min(k + SHORT, length))
+                        s_part, q_part = run(u, x, where, np.uintp(start + k), stop, np.uintp(at + k), mean[c0 + j])
                         s_run += s_part
                         q_run += q_part
                     s_block[j] += s_run
@@ -310,138 +239,198 @@ def _sums_along(run: Any) -> Any:
     return reduce
 
 
-def _sums_across(run: Any, several: Any, height: int) -> Any:
-    """Return the loops of a reduction over short planes; `run` adds to two lines of sums, `several` adds `height` runs.
+def _run_across(pair: Any) -> Any:
+    """Return the function that adds a run to two lines of sums."""
+
+    @named_after(pair, _map)
+    def run(u, x, marks, start, stop, mean, s, q):
+        for j in range(stop - start):
+            v, d = pair(u, x, marks, start + j, j, mean[j])
+            s[j] += v
+            q[j] += v * d
+
+    return run
+
+
+def _several_across(pair: Any, height: int) -> Any:
+    """Return the function that adds `height` runs, four or eight, to two lines of sums.
 
     A line of sums is loaded and stored once for all runs of a pass, which takes half the time of one run after another.
     """
 
+    @named_after(pair, _map)
+    def four(u, x, marks, i0, i1, i2, i3, mean, q):
+        (v0, d0), (v1, d1) = pair(u, x, marks, i0, i0, mean), pair(u, x, marks, i1, i1, mean)
+        (v2, d2), (v3, d3) = pair(u, x, marks, i2, i2, mean), pair(u, x, marks, i3, i3, mean)
+        return (v0 + v1) + (v2 + v3), v3 * d3 + (v2 * d2 + (v1 * d1 + (v0 * d0 + q)))
+
+    @named_after(four, _map)
+    def several(u, x, marks, starts, size, mean, s, q):
+        i0, i1, i2, i3 = starts[0], starts[1], starts[2], starts[3]
+        i4, i5, i6, i7 = starts[height - 4], starts[height - 3], starts[height - 2], starts[height - 1]
+        for j in range(size):
+            m = mean[j]
+            total, products = four(u, x, marks, i0 + j, i1 + j, i2 + j, i3 + j, m, q[j])
+            if height > 4:
+                more, products = four(u, x, marks, i4 + j, i5 + j, i6 + j, i7 + j, m, products)
+                total += more
+            s[j] += total
+            q[j] = products
+
+    return several
+
+
+def _sums_across(run: Any, several: Any, height: int, masked: bool = False) -> Any:
+    """Return the loops of a reduction over short planes; with a mask one run after another."""
+
     @named_after(run)
-    def reduce(u, x, sample, plane, c0, r0, r1, mean, s, q):
-        together, times = _together(mean.size, sample, plane)
-        lines = _lines(3, together * times * plane)
-        s[:] = 0.0
-        q[:] = 0.0
-        for j in range(0, mean.size, together):
-            k = min(together, mean.size - j)
-            size = k * times * plane
+    def reduce(tile, group, u, x, where, cut, mean, sums):
+        c0, c1, r0, r1 = tile_of(cut, group, tile)
+        sample, plane = cut.sample, cut.plane
+        together, times = _together(c1 - c0, sample, plane)
+        width = together * times * plane
+        lines, marks, starts = _lines(3, width), np.empty(masked * width, np.uint8), np.empty(height, np.uintp)
+        for c in range(c0, c1, together):
+            k = min(together, c1 - c)
+            size, s, q = k * times * plane, sums[0, tile, c : c + k], sums[1, tile, c : c + k]
             line, s_line, q_line = lines[0, :size], lines[1, :size], lines[2, :size]
-            _repeat(mean[j : j + k], plane, times, line)
+            _repeat(mean[c : c + k], plane, times, line)
+            s[:] = 0.0
+            q[:] = 0.0
             for block in range(r0, r1, BLOCK * times):
                 s_line[:] = 0.0
                 q_line[:] = 0.0
                 end = min(block + BLOCK * times, r1)
-                several_end = end - (end - block) % (height * times)
+                several_end = block if masked else end - (end - block) % (height * times)
                 for r in range(block, several_end, height * times):
-                    start = np.uintp(r * sample + (c0 + j) * plane)
-                    several(u, x, start, np.uintp(times * sample), np.uintp(size), line, s_line, q_line)
+                    for i in range(height):
+                        starts[i] = np.uintp((r + i * times) * sample + c * plane)
+                    several(u, x, marks, starts, np.uintp(size), line, s_line, q_line)
                 for r in range(several_end, end, times):
-                    start = np.uintp(r * sample + (c0 + j) * plane)
-                    run(u, x, start, start + np.uintp(min(times, end - r) * k * plane), line, s_line, q_line)
-                _add_up(s_line, plane, s[j : j + k])
-                _add_up(q_line, plane, q[j : j + k])
+                    samples, start = min(times, end - r), np.uintp(r * sample + c * plane)
+                    if masked:
+                        _set_marks(where, r, samples, k, plane, marks)
+                    run(u, x, marks, start, start + np.uintp(samples * k * plane), line, s_line, q_line)
+                _add_up(s_line, plane, s)
+                _add_up(q_line, plane, q)
 
     return reduce
 
 
+# ---- Maps: loops that write the values of a tile ---------------------------------------------------------------------
 # A loop that writes over its input is not vectorized, so `in_place` a run is written to a buffer and then copied.
 
 
-def _map_along(run: Any) -> Any:
-    """Return the loops of a map over long planes; `run` writes a run of `out`, from index o on."""
+def _map_along(value: Any) -> Any:
+    """Return the loops of a map over long planes."""
 
-    @named_after(run)
-    def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
+    @named_after(value)
+    def run(data, where, start, stop, at, mean, a, b, c, d, out, o):
+        for i in range(stop - start):
+            out[start + i - o] = narrow(value(data, where, start + i, at + i, mean, a, b, c, d), out)
+
+    @named_after(value)
+    def map_(tile, group, data, where, cut, vectors, out, in_place):
+        c0, c1, r0, r1 = tile_of(cut, group, tile)
+        mean, a, b, c, d = vectors
         buffer = np.empty(in_place * PIECE, out.dtype)
         target = buffer if in_place else out
         for r in range(r0, r1):
-            row, length = _row(r, sample, plane)
-            for j in range(mean.size):
-                start = np.uintp(row + (c0 + j) * plane)
-                stop = start + np.uintp(length)
-                run(u, x, start, stop, mean[j], a[j], b[j], c[j], target, start * np.uintp(in_place))
+            n, first, length = _row(r, cut.plane)
+            at = np.uintp(n * cut.plane + first)
+            for j in range(c0, c1):
+                start = np.uintp(n * cut.sample + j * cut.plane + first)
+                stop, o = start + np.uintp(length), start * np.uintp(in_place)
+                run(data, where, start, stop, at, mean[j], a[j], b[j], c[j], d[j], target, o)
                 if in_place:
                     _copy(buffer, start, stop, out)
 
     return map_
 
 
-def _map_across(run: Any, four: Any, has_b: bool = False) -> Any:
-    """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on.
+def _run_of_map(value: Any) -> Any:
+    """Return the function that writes a run across channels, whose coefficients are lines, from index o on."""
 
-    `four` writes four runs, each a part of a row, whose coefficients are then loaded once; not `in_place`.
-    """
+    @named_after(value)
+    def run(data, marks, start, stop, lines, out, o):
+        mean, a, b, c, d = lines[0], lines[1], lines[2], lines[3], lines[4]
+        for j in range(stop - start):
+            out[start + j - o] = narrow(value(data, marks, start + j, j, mean[j], a[j], b[j], c[j], d[j]), out)
 
-    @named_after(run)
-    def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
-        together, times = _together(mean.size, sample, plane)
+    return run
+
+
+def _map_across(value: Any, terms: int, masked: bool = False) -> Any:
+    """Return the loops of a map over short planes; without a mask, four runs at a time share their coefficients."""
+    run = _run_of_map(value)
+
+    @named_after(value)
+    def four(data, marks, start, step, size, lines, out):
+        mean, a, b, c, d = lines[0], lines[1], lines[2], lines[3], lines[4]
+        i1 = start + step
+        i2 = i1 + step
+        i3 = i2 + step
+        for j in range(size):
+            m, e, f, g, h = mean[j], a[j], b[j], c[j], d[j]
+            y0, y1 = value(data, marks, start + j, j, m, e, f, g, h), value(data, marks, i1 + j, j, m, e, f, g, h)
+            y2, y3 = value(data, marks, i2 + j, j, m, e, f, g, h), value(data, marks, i3 + j, j, m, e, f, g, h)
+            out[start + j], out[i1 + j], out[i2 + j], out[i3 + j] = (
+                narrow(y0, out),
+                narrow(y1, out),
+                narrow(y2, out),
+                narrow(y3, out),
+            )
+
+    @named_after(value)
+    def map_(tile, group, data, where, cut, vectors, out, in_place):
+        c0, c1, r0, r1 = tile_of(cut, group, tile)
+        mean, a, b, c, d = vectors
+        sample, plane = cut.sample, cut.plane
+        together, times = _together(c1 - c0, sample, plane)
         times = min(times, max(1, (r1 - r0) // 16))  # it takes time to repeat coefficients, which pays for many rows
-        lines = _lines(4, together * times * plane)
-        buffer = np.empty(in_place * together * times * plane, out.dtype)
+        width = together * times * plane
+        lines, marks = _lines(5, width), np.empty(masked * width, np.uint8)
+        buffer = np.empty(in_place * width, out.dtype)
         target = buffer if in_place else out
-        for j in range(0, mean.size, together):
-            k = min(together, mean.size - j)
+        for j in range(c0, c1, together):
+            k = min(together, c1 - j)
             _repeat(mean[j : j + k], plane, times, lines[0])
-            _repeat(a[j : j + k], plane, times, lines[1])
-            if has_b:
+            if terms > 2:
+                _repeat(a[j : j + k], plane, times, lines[1])
+            if terms > 1:
                 _repeat(b[j : j + k], plane, times, lines[2])
             _repeat(c[j : j + k], plane, times, lines[3])
-            first = r0
-            if not in_place:
-                first = r1 - (r1 - r0) % (4 * times)
-                for r in range(r0, first, 4 * times):
-                    start = np.uintp(r * sample + (c0 + j) * plane)
-                    step, size = np.uintp(times * sample), np.uintp(times * k * plane)
-                    four(u, x, start, step, size, lines[0], lines[1], lines[2], lines[3], out)
+            _repeat(d[j : j + k], plane, times, lines[4])
+            first = r0 if in_place or masked else r1 - (r1 - r0) % (4 * times)
+            for r in range(r0, first, 4 * times):
+                start = np.uintp(r * sample + j * plane)
+                four(data, marks, start, np.uintp(times * sample), np.uintp(times * k * plane), lines, out)
             for r in range(first, r1, times):
-                start = np.uintp(r * sample + (c0 + j) * plane)
-                stop = start + np.uintp(min(times, r1 - r) * k * plane)
-                run(u, x, start, stop, lines[0], lines[1], lines[2], lines[3], target, start * np.uintp(in_place))
+                samples, start = min(times, r1 - r), np.uintp(r * sample + j * plane)
+                stop = start + np.uintp(samples * k * plane)
+                if masked:
+                    _set_marks(where, r, samples, k, plane, marks)
+                run(data, marks, start, stop, lines, target, start * np.uintp(in_place))
                 if in_place:
                     _copy(buffer, start, stop, out)
 
     return map_
 
 
-moments_of_planes, moments_of_lines = _sums_along(_moments_along), _sums_across(_moments_across, _moments_across_8, 8)
-dots_of_planes, dots_of_lines = _sums_along(_dots_along), _sums_across(_dots_across, _dots_across_4, 4)
-affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across, _affine_across_4)
-affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across, _affine2_across_4, True)
+def sums_of(height: int, *, masked: bool = False, **kind: bool) -> tuple[Any, Any]:
+    """Return the loops of a reduction over long planes, and over short ones, `height` runs at a time."""
+    pair = _pair(masked=masked, **kind)
+    return _sums_along(pair), _sums_across(_run_across(pair), _several_across(pair, height), height, masked)
 
 
-@plain
-def affine3_of_planes(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
-    """Do as `_map_along` for the map of four coefficients."""
-    buffer = np.empty(in_place * PIECE, out.dtype)
-    target = buffer if in_place else out
-    for r in range(r0, r1):
-        row, length = _row(r, sample, plane)
-        for j in range(mean.size):
-            start = np.uintp(row + (c0 + j) * plane)
-            stop = start + np.uintp(length)
-            o = start * np.uintp(in_place)
-            _affine3_along(v, u, x, start, stop, mean[j], a[j], b[j], c[j], d[j], target, o)
-            if in_place:
-                _copy(buffer, start, stop, out)
+def maps_of(terms: int, masked: bool = False, compile_: Any = _map) -> tuple[Any, Any]:
+    """Return the loops of a map of so many terms over long planes, and over short ones."""
+    value = _value(terms, masked, compile_)
+    return _map_along(value), _map_across(value, terms, masked)
 
 
-@plain
-def affine3_of_lines(v, u, x, sample, plane, c0, r0, r1, mean, a, b, c, d, out, in_place):
-    """Do as `_map_across` for the map of four coefficients."""
-    together, times = _together(mean.size, sample, plane)
-    lines = _lines(5, together * times * plane)
-    buffer = np.empty(in_place * together * times * plane, out.dtype)
-    target = buffer if in_place else out
-    for j in range(0, mean.size, together):
-        k = min(together, mean.size - j)
-        _repeat(mean[j : j + k], plane, times, lines[0])
-        _repeat(a[j : j + k], plane, times, lines[1])
-        _repeat(b[j : j + k], plane, times, lines[2])
-        _repeat(c[j : j + k], plane, times, lines[3])
-        _repeat(d[j : j + k], plane, times, lines[4])
-        for r in range(r0, r1, times):
-            start = np.uintp(r * sample + (c0 + j) * plane)
-            stop = start + np.uintp(min(times, r1 - r) * k * plane)
-            _affine3_across(v, u, x, start, stop, lines, target, start * np.uintp(in_place))
-            if in_place:
-                _copy(buffer, start, stop, out)
+moments_of_planes, moments_of_lines = sums_of(8, squares=True)
+dots_of_planes, dots_of_lines = sums_of(4)
+affine_of_planes, affine_of_lines = maps_of(1)
+affine2_of_planes, affine2_of_lines = maps_of(2)
+affine3_of_planes, affine3_of_lines = maps_of(3)
