@@ -93,24 +93,12 @@ def _constant(value: float, channels: int, dtype: str) -> Array:
 class _Job:
     """The arrays of a call as lines, how the work on them is cut, and the helpers."""
 
-    __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "where", "words", "x", "y")
+    __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "words", "x", "y")
+    where: tuple[Array, ...] = ()  # the mask as a line, if there is one
 
-    def __init__(
-        self,
-        x: Array,
-        u: Array | None = None,
-        v: Array | None = None,
-        *,
-        entries: Any = compiled,
-        where: Array | None = None,
-        n: int | None = None,
-    ) -> None:
+    def __init__(self, x: Array, u: Array | None = None, v: Array | None = None, entries: Any = compiled) -> None:
         kind = _kind(x.shape, x.itemsize)
         self.cut, self.numbers, self.words = kind.cut, kind.numbers, kind.words()
-        self.where: tuple[Array, ...] = ()  # the mask, whose number of positions that count is n
-        if where is not None:
-            entries, self.where, self.numbers = masked.compiled, (line_of(where).view(np.uint8),), kind.numbers.copy()
-            self.numbers[Cut._fields.index("n")] = max(np.count_nonzero(where) if n is None else n, 1)
         self.code = entries(x.dtype.char)
         self.x = line_of(x)
         self.u = self.x if u is None else line_of(u)
@@ -139,6 +127,19 @@ class _Job:
         return ones, _constant(0.0, channels, "d") if bias is None else bias
 
 
+class _MaskedJob(_Job):
+    """The arrays of a call with a mask, over n positions."""
+
+    __slots__ = ("where",)
+
+    def __init__(
+        self, where: Array, x: Array, u: Array | None = None, v: Array | None = None, n: int | None = None
+    ) -> None:
+        super().__init__(x, u, v, masked.compiled)
+        self.where, self.numbers = (line_of(where).view(np.uint8),), self.numbers.copy()
+        self.numbers[Cut._fields.index("n")] = max(np.count_nonzero(where) if n is None else n, 1)
+
+
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +148,7 @@ MASKS = True
 
 def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
     """(E1) mean and m2 (C,) of x (N, C, S), float64."""
-    job = _Job(x, where=where)
+    job = _Job(x) if where is None else _MaskedJob(where, x)
     mean, m2 = job.vectors(2)
     if job.cut.n:
         job.code.moments(job.words, job.x, *job.where, job.numbers, mean, m2)
@@ -156,11 +157,12 @@ def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
 
 def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
     """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, of u and x (N, C, S)."""
-    job = _Job(x, u, entries=masked.compiled) if skip_zeros else _Job(x, u, where=where)
+    job = _Job(x, u) if where is None else _MaskedJob(where, x, u)
     s, q = job.vectors(2)
-    if job.cut.n:
-        sums = job.code.nonzero_dots if skip_zeros else job.code.dots
-        sums(job.words, job.u, job.x, *job.where, job.numbers, mean, s, q)
+    if job.cut.n and skip_zeros:
+        masked.compiled(x.dtype.char).nonzero_dots(job.words, job.u, job.x, job.numbers, mean, s, q)
+    elif job.cut.n:
+        job.code.dots(job.words, job.u, job.x, *job.where, job.numbers, mean, s, q)
     return s, q
 
 
@@ -181,7 +183,7 @@ def affine2(
     where: Array | None = None,
 ) -> Array:
     """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    job = _Job(x, u, where=where)
+    job = _Job(x, u) if where is None else _MaskedJob(where, x, u)
     return job.map("affine2", x, out, (job.u, job.x), mean, a, b, c)
 
 
@@ -198,7 +200,7 @@ def affine3(
     where: Array | None = None,
 ) -> Array:
     """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
-    job = _Job(x, u, v, where=where)
+    job = _Job(x, u, v) if where is None else _MaskedJob(where, x, u, v)
     return job.map("affine3", x, out, (job.v, job.u, job.x), mean, a, b, c, d)
 
 
@@ -216,7 +218,7 @@ def masked_forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
 ) -> tuple[Moments, Array, Array]:
     """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
-    mean, m2, rstd, y = _forward(_Job(x, where=mask.where, n=mask.n), x, weight, bias, eps, out)
+    mean, m2, rstd, y = _forward(_MaskedJob(mask.where, x, n=mask.n), x, weight, bias, eps, out)
     return Moments(mask.n, mean, m2), rstd, y
 
 
@@ -235,25 +237,24 @@ def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return _backward(_Job(x, dy), x, (mean, rstd, weight), out)
+    return _backward(_Job(x, dy), x, mean, rstd, weight, out)
 
 
 def masked_backward(
     dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
 ) -> tuple[Array, Array, Array]:
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S) and a mask."""
-    return _backward(_Job(x, dy, where=where, n=batch.n), x, (batch.mean, rstd, weight), out)
+    return _backward(_MaskedJob(where, x, dy, n=batch.n), x, batch.mean, rstd, weight, out)
 
 
 def _backward(
-    job: _Job, x: Array, given: tuple[Array, Array, Array | None], out: Array | None
+    job: _Job, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
 ) -> tuple[Array, Array, Array]:
     job.write_to(x, out)
-    rows, gradients, weight = job.vectors(4), job.vectors(2), given[2]
-    rows[0], rows[2], rows[3] = given[0], given[1], 1.0 if weight is None else weight
+    rows, gradients = job.vectors(4), job.vectors(2)
+    rows[0], rows[2], rows[3] = mean, rstd, 1.0 if weight is None else weight
     if job.cut.n:
-        lines = job.words, job.u, job.x, *job.where, job.numbers
-        job.code.backward(*lines, rows, gradients, job.y, job.in_place)
+        job.code.backward(job.words, job.u, job.x, *job.where, job.numbers, rows, gradients, job.y, job.in_place)
     return job.result, gradients[0], gradients[1]
 
 

@@ -24,7 +24,7 @@ from numba.extending import intrinsic, overload
 
 from ..._arrays.namespaces import Array
 from ..threads import ARGUMENTS, ASLEEP, BUSY, CREW, FUNCTION, JOBS, OPEN, RUNNING, STOP
-from .tiles import named_after, plain
+from .tiles import inlined, named_after, plain
 
 PATIENCE = 64  # looks at a word before the core is offered to other threads: the one that is waited for may need it
 
@@ -140,7 +140,7 @@ def address_of(function: Any, arguments: tuple[types.Type, ...]) -> Any:
     """Return a function without arguments, to be compiled, that returns the address of the C function."""
     if config.DISABLE_JIT:
         return lambda: function
-    function, call = plain(getattr(function, "py_func", function)), (types.int64, types.int64, *arguments)
+    function, call = inlined(getattr(function, "py_func", function)), (types.int64, types.int64, *arguments)
 
     @intrinsic
     def address(typing_context):

@@ -29,6 +29,7 @@ BLOCK = 64  # runs whose sums are added to each other before the sum of the tile
 # Reassociation lets sums be vectorized. NaN and inf keep their meaning; x − mean is kept out of it by `_pair`.
 # Dividing by zero gives inf or NaN, as in NumPy.
 plain = functools.partial(njit, error_model="numpy")
+inlined = functools.partial(plain, forceinline=True)  # where a call would copy many arguments
 _sum = functools.partial(njit, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 _map = functools.partial(njit, error_model="numpy", fastmath={"contract"})
 
@@ -211,7 +212,7 @@ def _sums_along(pair: Any) -> Any:
             q += v * d
         return s, q
 
-    @named_after(pair)
+    @named_after(pair, inlined)
     def reduce(tile, group, u, x, where, cut, mean, sums):
         c0, c1, r0, r1 = tile_of(cut, group, tile)
         s, q, blocks = sums[0, tile, c0:c1], sums[1, tile, c0:c1], np.empty((2, c1 - c0))
@@ -283,7 +284,7 @@ def _several_across(pair: Any, height: int) -> Any:
 def _sums_across(run: Any, several: Any, height: int, masked: bool = False) -> Any:
     """Return the loops of a reduction over short planes; with a mask one run after another."""
 
-    @named_after(run)
+    @named_after(run, inlined)
     def reduce(tile, group, u, x, where, cut, mean, sums):
         c0, c1, r0, r1 = tile_of(cut, group, tile)
         sample, plane = cut.sample, cut.plane
@@ -324,12 +325,12 @@ def _sums_across(run: Any, several: Any, height: int, masked: bool = False) -> A
 def _map_along(value: Any) -> Any:
     """Return the loops of a map over long planes."""
 
-    @named_after(value)
+    @named_after(value, inlined)
     def run(data, where, start, stop, at, mean, a, b, c, d, out, o):
         for i in range(stop - start):
             out[start + i - o] = narrow(value(data, where, start + i, at + i, mean, a, b, c, d), out)
 
-    @named_after(value)
+    @named_after(value, inlined)
     def map_(tile, group, data, where, cut, vectors, out, in_place):
         c0, c1, r0, r1 = tile_of(cut, group, tile)
         mean, a, b, c, d = vectors
@@ -381,7 +382,7 @@ def _map_across(value: Any, terms: int, masked: bool = False) -> Any:
                 narrow(y3, out),
             )
 
-    @named_after(value)
+    @named_after(value, inlined)
     def map_(tile, group, data, where, cut, vectors, out, in_place):
         c0, c1, r0, r1 = tile_of(cut, group, tile)
         mean, a, b, c, d = vectors
