@@ -180,8 +180,8 @@ def _add_tiles(sums, c0, c1, s, q):
                 for j in range(c0, c1):
                     sums[k, tile, j] += sums[k, half + tile, j]
         tiles = half
-    s[c0:c1] = sums[0, 0, c0:c1]
-    q[c0:c1] = sums[1, 0, c0:c1]
+    for j in range(c0, c1):
+        s[j], q[j] = sums[0, 0, j], sums[1, 0, j]
 
 
 def _mean_m2(part, group, cut, board, shift, sums, mean, m2):
@@ -276,7 +276,8 @@ def _sums(cut, memory):
 @plain
 def _widened(vector, row):
     """Return the row, which is set to the vector."""
-    row[:] = vector
+    for j in range(row.size):  # Numba takes seconds to compile an assignment of arrays
+        row[j] = vector[j]
     return row
 
 
@@ -359,8 +360,9 @@ def masked_backward(at, words, dy, x, where, numbers, rows, gradients_found, out
     _do(words, cut, work, stages, board, memory)
 
 
-_moments_of, _dots_of = plain(masked_moments), plain(masked_dots)
-_forward_of, _backward_of = plain(masked_forward), plain(masked_backward)
+_inserted = functools.partial(plain, inline="always")  # compiled once, as a part of the job without a mask
+_moments_of, _dots_of = _inserted(masked_moments), _inserted(masked_dots)
+_forward_of, _backward_of = _inserted(masked_forward), _inserted(masked_backward)
 
 
 def _moments(at, words, x, numbers, mean, m2):

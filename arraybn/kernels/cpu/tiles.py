@@ -234,8 +234,9 @@ def _sums_along(pair: Any) -> Any:
                         q_run += q_part
                     s_block[j] += s_run
                     q_block[j] += q_run
-            s += s_block
-            q += q_block
+            for j in range(c1 - c0):
+                s[j] += s_block[j]
+                q[j] += q_block[j]
 
     return reduce
 
@@ -259,13 +260,13 @@ def _several_across(pair: Any, height: int) -> Any:
     A line of sums is loaded and stored once for all runs of a pass, which takes half the time of one run after another.
     """
 
-    @named_after(pair, _map)
+    @functools.partial(_map, inline="always")
     def four(u, x, marks, i0, i1, i2, i3, mean, q):
         (v0, d0), (v1, d1) = pair(u, x, marks, i0, i0, mean), pair(u, x, marks, i1, i1, mean)
         (v2, d2), (v3, d3) = pair(u, x, marks, i2, i2, mean), pair(u, x, marks, i3, i3, mean)
         return (v0 + v1) + (v2 + v3), v3 * d3 + (v2 * d2 + (v1 * d1 + (v0 * d0 + q)))
 
-    @named_after(four, _map)
+    @named_after(pair, _map)
     def several(u, x, marks, starts, size, mean, s, q):
         i0, i1, i2, i3 = starts[0], starts[1], starts[2], starts[3]
         i4, i5, i6, i7 = starts[height - 4], starts[height - 3], starts[height - 2], starts[height - 1]
