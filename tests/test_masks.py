@@ -240,6 +240,20 @@ def test_many_tiles_on_any_number_of_threads_give_what_the_reference_gives(shape
         assert abs(got - want)[finite].max() <= 1e-6 * abs(want[finite]).max(), name
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2**17), (2**17, 16, 1), (2**15, 2, 8)])
+def test_e1_a_shift_that_was_far_off_is_tried_again(shape: tuple[int, ...]) -> None:
+    need("numba")
+    t = drawn(shape, share=0.5)
+    samples, places = (indices[:8] for indices in np.nonzero(t.where))
+    t.x[samples, :, places] = 1e6  # the first values that count
+    exact = left_out(t).astype(np.longdouble)
+    exact_m2 = ((exact - exact.mean(0)) ** 2).sum(0)
+    y, saved = arraybn.batch_norm(np.where(t.where[:, None], t.x, np.nan), where=t.where, kernels="cpu")
+    for found in (saved.moments, arraybn.moments(t.x, where=t.where, kernels="cpu")):
+        assert (abs(found.m2 - exact_m2) <= 100 * 2.0**-53 * exact_m2).all()  # with the first shift some 1e4·2⁻⁵³
+    assert not np.isnan(y[np.broadcast_to(t.where[:, None], shape)]).any()
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (4, 1), (1, 1), (3, 4, 5)])
 def test_a_mask_is_broadcast_to_the_positions(shape: tuple[int, ...], backend: Any) -> None:
     where = np.random.default_rng(0).random(shape) < 0.7
