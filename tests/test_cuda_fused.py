@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from support.kernels import H200, LONELY, NARROW, SMALL, SUM, Case, both, coeffi
 
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import fused
+from arraybn.kernels.cuda import cluster, fused
 from arraybn.kernels.cuda import launch as launching
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
@@ -54,7 +55,7 @@ def test_each_cut_goes_the_way_that_the_table_says(case: Case, dtype: str) -> No
     for direction, of_direction in sweeps.items():
         split = case.way == "split" or (case.way == "pipeline" and dtype == "float64")
         expected += of_direction if split else [f"{direction}_{case.way}"]
-    assert [re.sub(f"(_planes|_lines|_\\d)?_{dtype}_.*", "", name) for name in names] == expected
+    assert [re.sub(f"(_planes|_lines|_\\d+)?_{dtype}_.*", "", name) for name in names] == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -213,7 +214,7 @@ def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> N
 
 # Blocks of a cluster forward and backward, and how many clusters, where clusters are asked for.
 IN_CLUSTERS = {
-    (64, 112, 4): "8×32, pipeline",
+    (64, 112, 4): "8×32, 16×16",  # 16 × 222 KiB hold 3136
     (256, 56, 4): "2×64, 4×64",
     (512, 28, 4): "1×128, 1×128",
     (1024, 14, 4): "1×128, 1×128",
@@ -224,7 +225,7 @@ IN_CLUSTERS = {
     (1024, 14, 2): "1×512, 1×512",  # two planes of 392 bytes
     (2048, 7, 2): "1×256, 1×256",  # eight planes of 98 bytes
     (2044, 7, 2): "resident, resident",  # no multiple of eight channels
-    (64, 112, 8): "pipeline, pipeline",  # split, as there is no pipeline for float64
+    (64, 112, 8): "16×16, pipeline",  # split, as there is no pipeline for float64
     (256, 56, 8): "4×64, 8×32",
 }
 
@@ -234,13 +235,15 @@ def test_the_clusters_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int])
     channels, side, itemsize = key
     shape, kind, found = (32, channels, side * side), np.dtype(f"f{itemsize}"), []
     for inputs in (1, 2):
-        plan = fused.plan(shape, kind, 0, inputs, H200, clusters=True)
+        plan = fused.plan(shape, kind, 0, inputs, H200, clusters=16)
         if plan is not None and "cluster" in plan.kernel.name:
-            blocks = int(plan.kernel.name.split("_")[-1])
+            blocks = plan.kernel.blocks
             found.append(f"{blocks}×{plan.grid.blocks // blocks}")
+            if blocks < 16:
+                assert fused.plan(shape, kind, 0, inputs, H200, clusters=8) == plan
         else:
             found.append("pipeline" if plan is None else plan.kernel.name.split("_")[1])
-        older = fused.plan(shape, kind, 0, inputs, H200._replace(capability=8), clusters=True)
+        older = fused.plan(shape, kind, 0, inputs, H200._replace(capability=8), clusters=16)
         assert older is None or "cluster" not in older.kernel.name
     assert ", ".join(found) == IN_CLUSTERS[key]
 
@@ -250,6 +253,21 @@ def test_few_channels_get_no_clusters_that_leave_half_of_the_gpu_idle() -> None:
         plan = fused.plan((32, channels, 112 * 112), np.dtype("f4"), 0, 1, H200)
         assert plan is not None
         assert plan.kernel.name.split("_")[1] == way
+
+
+def test_sixteen_blocks_are_taken_only_where_asked_for_where_eight_are_too_few_and_where_the_gpu_holds_them() -> None:
+    apart = "moments_planes affine_planes"
+    with kernels.case_of("fused", "one block") as case:
+        for largest, ops, each, ways in [
+            (16, cluster, 2**12, "forward_cluster_16"),
+            (16, cluster, 2**13, "forward_cluster_8"),
+            (8, cluster, 2**12, apart),  # refused
+            (16, fused, 2**12, apart),
+        ]:
+            case.gpu.has, case.gpu.largest = SMALL._replace(shared=fused.ROOM + each), largest
+            case.gpu.launches.clear()
+            kernels.assert_forward(replace(case, ops=ops, shape=(9, 4, 1024)), "float32")  # 36 KiB a channel
+            assert [name.removesuffix("_float32_4") for name, _ in case.gpu.launches] == ways.split()
 
 
 def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
@@ -290,7 +308,8 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
 def assert_clusters_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
     """Assert that every item of a channel has a place, and every channel a cluster; `itemsize` is of all inputs."""
     n, channels, groups, parts, items, part, plane, stride, side, pieces = plan.numbers[:10]
-    width, blocks = plan.kernel.width, int(plan.kernel.name.split("_")[-1])
+    width, blocks = plan.kernel.width, plan.kernel.blocks
+    assert plan.kernel.name.endswith(f"_cluster_{blocks}")
     assert (n, channels, groups * side, parts) == (shape[0] * shape[2], shape[1], shape[1], 1)
     assert items * width == n * side
     assert stride == plane * width * (groups if channels > 1 else 1)
@@ -318,7 +337,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
         inputs, has = int(rng.integers(1, 3)), [H200, SMALL, LONELY, NARROW][rng.integers(4)]
         address = int(rng.choice([0, kind.itemsize, 8]))
-        has, clusters = has._replace(capability=int(rng.integers(8, 10))), bool(rng.random() < 0.3)
+        has, clusters = has._replace(capability=int(rng.integers(8, 10))), int(rng.choice([0, 0, 0, 8, 16]))
         plan = fused.plan.__wrapped__(shape, kind, address, inputs, has, clusters)
         if plan is None:
             found["split"] += 1
@@ -332,6 +351,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             continue
         if way == "cluster":
             assert_clusters_are_whole(plan, shape, kind.itemsize * inputs, has)
+            assert plan.kernel.blocks <= (clusters or fused.UNASKED)
             continue
         width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
         slots = columns * width if lines else 1
@@ -416,7 +436,7 @@ def test_a_planted_error_of_the_fused_kernels_is_found(planted: str) -> None:
     old, new, name = PLANTED[planted]
     inputs, check = (2, kernels.assert_backward) if "dy" in planted else (1, kernels.assert_forward)
     with kernels.case_of("fused", name) as case:
-        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has, case.way == "cluster")
+        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has, 16 * (case.way == "cluster"))
         assert plan is not None
         library = shim.build((plan.kernel,), "-O0", changed=(old, new))
         found = 0
@@ -516,7 +536,7 @@ def test_the_kernels_of_clusters_compile_and_keep_to_their_registers(architectur
     """All of them where `every_kernel_for`; otherwise those of one size, because the sizes have one body."""
     chosen = list(shim.cluster_kernels())
     if not every_kernel_for(architecture):
-        chosen = [kernel for kernel in chosen if kernel.name.endswith("_8") and kernel.dtype != "bfloat16"]
+        chosen = [kernel for kernel in chosen if kernel.name.endswith("_16") and kernel.dtype != "bfloat16"]
     found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []

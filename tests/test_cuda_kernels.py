@@ -418,6 +418,37 @@ def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.
     assert sorted(launcher._rooms) == [(0, 1234, 0), (1, 1234, 0)]
 
 
+def test_the_driver_is_asked_once_whether_the_gpu_holds_a_cluster(
+    gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy, _ = stand_in(gpu, monkeypatch)
+    asked: list[Any] = []
+
+    def ask(found: Any, function: Any, config: Any) -> int:
+        given = config._obj
+        asked.append((*given.grid, *given.block, given.shared, given.stream, given.number, function.value))
+        found._obj.value = 7
+        return status
+
+    kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=77), shared_size_bytes=0)
+    cupy.RawKernel = lambda code, name, options: kernel
+    cupy.funcSetAttribute = lambda *given: asked.append(given)
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace(cuOccupancyMaxActiveClusters=ask))
+    asks = [(77, 14, 1), (16, 1, 1, 512, 1, 1, shim.H200.shared, None, 0, 77)]
+    for answer, holds in ((0, True), (912, False)):  # CUDA_ERROR_INVALID_CLUSTER_SIZE
+        launcher, status = launch.CuPy(), answer
+        assert [launcher.holds_cluster(16) for _ in range(2)] == [holds] * 2
+        assert asked == asks
+        assert kernel.max_dynamic_shared_size_bytes == shim.H200.shared
+        asked.clear()
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace())  # a driver of before CUDA 11.8
+    assert not launch.CuPy().holds_cluster(16)
+    asked.clear()
+    for blocks in (8, 16):
+        launcher.build(launch.Kernel("forward_cluster", "float32", 4, dynamic=True, blocks=blocks))
+    assert asked == [(77, 14, 1)]  # of 16 blocks alone
+
+
 def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver launches nothing without a context, and memory from CuPy's pool makes no context."""
     cupy, _ = stand_in(gpu, monkeypatch)

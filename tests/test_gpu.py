@@ -187,6 +187,7 @@ SHAPES = {  # several blocks in a channel, many channels, odd planes, few values
     "odd planes": (32, 512, 49),
     "few channels, long": (3, 3, 200_003),
     "channels for clusters of 2 to 8 blocks": (5, 9, 40_000),
+    "channels for clusters of 4 to 16 blocks": (5, 9, 100_000),
     "lines": (50_000, 48, 1),
     "wide lines": (70, 2048, 1),
     "two values": (2, 4099, 1),

@@ -95,7 +95,7 @@ def cluster_kernels() -> tuple[Kernel, ...]:
     """Return every kernel of clusters, for every dtype."""
     names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
     return tuple(
-        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True)
+        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True, blocks)
         for direction, blocks, dtype in names
         for width in (16 // _ITEMSIZE[dtype], 1)
     )
@@ -187,6 +187,7 @@ class Shim(launch.Launcher):
         self.names: dict[int, str] = {}  # of functions, and the library of each
         self._home: dict[int, Any] = {}
         self._clusters: dict[int, int] = {}  # how many blocks are in a cluster of each function
+        self.largest = 16  # blocks of a cluster
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -204,6 +205,9 @@ class Shim(launch.Launcher):
 
     def device(self) -> Device:
         return self.has
+
+    def holds_cluster(self, blocks: int) -> bool:
+        return blocks <= self.largest
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = guarded(shape, dtype)
@@ -236,6 +240,8 @@ class Shim(launch.Launcher):
             self.launches.append((self.names[function], grid))
             size = grid.blocks, grid.threads, grid.shared
             order = self.resident, self.seed, self._clusters[function]
+            if order[2] > self.largest:
+                raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE")
             said = self._home[function].shim_launch(function, packed, *size, *order)
             if said:
                 raise RuntimeError(said.decode())

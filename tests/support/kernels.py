@@ -211,6 +211,7 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "two blocks": ("cluster", (9, 5, 64), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
         "short pieces": ("cluster", (37, 1, 16), SMALL, {**FEW_WARPS, "CLUSTERS": (4,)}),
         "a long plane in a cluster": ("cluster", (1, 2, 2056), SMALL, {**FEW_WARPS, "CLUSTERS": (8,)}),
+        "sixteen blocks": ("cluster", (37, 2, 64), SMALL, {**FEW_WARPS, "CLUSTERS": (16,)}),
         "blocks without values": ("cluster", (3, 2, 16), LONELY, {**FEW_WARPS, "CLUSTERS": (8,)}),
         "planes side by side": ("cluster", (37, 16, 9), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
         "odd planes side by side": ("cluster", (9, 24, 49), LONELY, FEW_WARPS),

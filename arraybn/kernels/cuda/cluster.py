@@ -7,24 +7,34 @@ What clusters cannot take goes the ways of ``fused.py``.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from ..._arrays.namespaces import Array
 from .. import cuda
-from . import fused
-from .training import Trainer
+from . import fused, launch
+from .training import Launch, Trainer
+
+MOST = 16  # blocks of a cluster, where the GPU holds so many; otherwise 8
 
 
 class ClusterArguments(fused.FusedArguments):
     """The arguments of a call that takes clusters where they fit."""
 
     __slots__ = ()
-    clusters = True
+    clusters = MOST
 
 
 moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, cuda.affine2, cuda.affine3
 evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
 MASKS, masked_forward, masked_backward = fused.MASKS, fused.masked_forward, fused.masked_backward
-trainer = functools.partial(Trainer, functools.partial(fused.launches, clusters=True))
+
+
+def launches(*given: Any) -> tuple[Launch, ...]:
+    """Return the launches of a forward or a backward, as `fused.launches` does."""
+    return fused.launches(*given, clusters=fused.allowed(launch.launcher(), MOST))
+
+
+trainer = functools.partial(Trainer, launches)
 
 
 def forward(

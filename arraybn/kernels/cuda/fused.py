@@ -7,11 +7,11 @@ shape, the dtype, the alignment and the GPU alone:
   shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
   blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
   a multiprocessor, or whole rows are faster;
-- **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, keep a channel in their shared
-  memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16, or 2, 4 or 8 planes side by
-  side that are so together. `plan` takes this way where a sketch was measured to be faster (`IN_CLUSTERS`; not of
-  planes side by side), unless two resident blocks fit into a multiprocessor, or more than half of the multiprocessors
-  would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
+- **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, or 16 where the GPU holds so many,
+  keep a channel in their shared memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16,
+  or 2, 4 or 8 planes side by side that are so together. `plan` takes this way where a sketch was measured to be faster
+  (`IN_CLUSTERS`, `UNASKED`; not of planes side by side), unless two resident blocks fit into a multiprocessor, or more
+  than half of the multiprocessors would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
 - **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
   bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
 - **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
@@ -75,7 +75,7 @@ from . import (
     width_of,
     with_kinds,
 )
-from .launch import SWEEPS, Device, Grid, Kernel
+from .launch import PORTABLE, SWEEPS, Device, Grid, Kernel, Launcher
 from .training import Launch, Trainer
 
 __all__ = [
@@ -110,7 +110,8 @@ ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, 
 # and 94; (32,64,112,112) float32 79.0 (8) and 89, float16 46.7 (4) and 55; (32,256,56,56) float16 36.5 (1) and 39.
 # Where two resident blocks fit they are the better way: (32,512,28,28) float32 39.8 (1) and 37.1. More blocks than the
 # channel needs are slower: (32,256,56,56) float32 81.8 (4). Backward and float64 are not measured.
-CLUSTERS = (1, 2, 4, 8)  # blocks, the fewest that a channel fits into
+CLUSTERS = (1, 2, 4, 8, 16)  # blocks, the fewest that a channel fits into
+UNASKED = PORTABLE  # blocks of a cluster that is taken unasked, at most; 16 are not measured
 IN_CLUSTERS: dict[int, tuple[int, ...]] = {1: (2, 4), 2: ()}  # bytes of a value, by the number of inputs
 WARPS = 16  # in a block; with 8 warps of 8 pieces (32,256,56,56) float32 takes 67.2 µs
 SIDE_WARPS = 4  # in a block with channels side by side; not measured
@@ -118,7 +119,7 @@ PIECES = 4  # of a warp; with 8 (32,256,56,56) float32 takes 76.4 µs
 # Clusters asked for, as multiples of those for which there are multiprocessors. (32,64,112,112) float32, 8 blocks: 79.0
 # µs by 32 clusters and 88.3 by 16; float16, 4 blocks: 46.7 by 66 and 51.6 by 33; (32,256,56,56) float32, 2 blocks: 65.0
 # by 66 and 67.2 by 132.
-WAVES = {1: 1, 2: 1, 4: 2, 8: 2}
+WAVES = {1: 1, 2: 1, 4: 2, 8: 2, 16: 2}  # of 16 blocks: not measured
 L2_FRACTION = 0.6  # fraction of the L2 cache in which values are found again
 
 
@@ -175,11 +176,12 @@ class _Data(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, clusters: bool = False
+    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, clusters: int = 0
 ) -> Plan | None:
     """Return the one launch over x, or over x and dy (two inputs), of that shape; None where two launches do better.
 
-    `address` has the last four bits of every address of data. `clusters` asks for clusters wherever the channel fits.
+    `address` has the last four bits of every address of data. `clusters` asks for clusters of that many blocks at most
+    wherever a channel fits; 0 asks for none.
     """
     samples, channels, plane = shape
     if channels == 1:
@@ -216,7 +218,7 @@ def _resident(data: _Data, device: Device) -> Plan | None:
     return None
 
 
-def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Plan | None:
+def _cluster(data: _Data, address: int, device: Device, asked: int) -> Plan | None:
     """Plan clusters; the blocks of a cluster keep all values of a channel, or of some channels side by side."""
     itemsize, n = data.item // (data.inputs * data.width), data.items * data.width
     plane = data.plane * data.width  # values
@@ -225,7 +227,7 @@ def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Pla
         return None
     width, warps, unit = (16 // itemsize, WARPS, 1) if side == 1 else (1, SIDE_WARPS, side * plane)
     items, groups = side * n // width, data.channels // side
-    for blocks in CLUSTERS:
+    for blocks in [number for number in CLUSTERS if number <= (asked or UNASKED)]:
         part = -(-items // (blocks * warps * PIECES * unit)) * unit
         shared = warps * PIECES * part * width * itemsize * data.inputs
         if shared + ROOM <= device.shared:
@@ -233,11 +235,11 @@ def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Pla
     else:
         return None
     chosen = itemsize in IN_CLUSTERS[data.inputs] and side == 1 and 2 * blocks * groups >= device.multiprocessors
-    if not everywhere and (not chosen or 2 * (data.items * data.item + ROOM) <= device.shared_in_all):
+    if not asked and (not chosen or 2 * (data.items * data.item + ROOM) <= device.shared_in_all):
         return None
     at_once = max(WAVES[blocks] * device.multiprocessors // blocks, 1) if side == 1 else groups
     clusters = -(-groups // -(-groups // at_once))
-    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, dynamic=True)
+    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, True, blocks)
     shape = (items, part, side * plane // width, data.channels * plane, side)
     numbers = numbers_of(n, data.channels, groups, 1, shape, PIECES)
     return Plan(kernel, Grid(clusters * blocks, warps * WARP, shared=shared), numbers)
@@ -268,7 +270,7 @@ def launches(
     device: Device,
     kinds: tuple[int, int],
     *,
-    clusters: bool = False,
+    clusters: int = 0,
 ) -> tuple[Launch, ...]:
     """Return the launches of a forward (one input) or a backward, for parameters and state of those kinds."""
     found = plan(shape, dtype, address, inputs, device, clusters)
@@ -287,11 +289,16 @@ def launches(
 trainer = functools.partial(Trainer, launches)
 
 
+def allowed(gpu: Launcher, blocks: int) -> int:
+    """Return how many blocks a cluster may have, where it shall have no more than `blocks`."""
+    return blocks if blocks <= PORTABLE or gpu.holds_cluster(blocks) else PORTABLE
+
+
 class FusedArguments(LaunchArguments):
     """The arguments of a call that takes one launch where `plan` finds one, otherwise two."""
 
     __slots__ = ()
-    clusters = False  # True where clusters are asked for
+    clusters = 0  # blocks of a cluster at most, where clusters are asked for
 
     def normalize(self, m2: int, eps: float, **given: int) -> None:
         """(E1, E3) Set m2, mean and rstd, and write y."""
@@ -311,7 +318,8 @@ class FusedArguments(LaunchArguments):
             if has_rows(self.shape):
                 self.run("backward" if self.u else "forward", eps=eps, **vectors)
             return has_rows(self.shape)
-        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), self.clusters
+        clusters = allowed(self.gpu, self.clusters)
+        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), clusters
         found = plan(self.shape, self.dtype, *given)
         if found is not None:
             self.launch(found.kernel, found, self.y, eps, vectors)
