@@ -42,6 +42,8 @@ def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(archite
             if kernel.dtype in near.get(kernel.name.removesuffix(f"_{way}"), ())
         ]
         chosen = [kernel for kernel in chosen if kernel.width == max(cuda.WIDTHS[SIZES[kernel.dtype]])]
+    near_in_planes = ("affine3_ring_planes_bfloat16_8", "affine2_ring_planes_float64_2")
+    chosen += [kernel for kernel in shim.ring_kernels() if FULLY == "all" or kernel.entry in near_in_planes]
     found = resources(compiled(launch.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []

@@ -55,7 +55,7 @@ def test_each_cut_goes_the_way_that_the_table_says(case: Case, dtype: str) -> No
     for direction, of_direction in sweeps.items():
         split = case.way == "split" or (case.way == "pipeline" and dtype == "float64")
         expected += of_direction if split else [f"{direction}_{case.way}"]
-    assert [re.sub(f"(_planes|_lines|_\\d+)?_{dtype}_.*", "", name) for name in names] == expected
+    assert [re.sub(f"(_planes|_lines|_ring_planes|_\\d+)?_{dtype}_.*", "", name) for name in names] == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -270,6 +270,14 @@ def test_sixteen_blocks_are_taken_only_where_asked_for_where_eight_are_too_few_a
             assert [name.removesuffix("_float32_4") for name, _ in case.gpu.launches] == ways.split()
 
 
+def test_a_step_of_two_launches_maps_by_the_ring_where_clusters_are_asked_for() -> None:
+    with kernels.case_of("fused", "neither") as case:
+        for clusters, way in ((0, "planes"), (8, "ring_planes")):
+            given = (39, 3, 256), np.dtype("f4"), 0, 2, case.gpu.has, (1, 1)
+            names = [launch.kernel.name for launch in fused.launches(*given, clusters=clusters)]
+            assert names == ["dots_planes", f"affine2_{way}"]
+
+
 def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
     for channels, side, itemsize in RESNET:
         for inputs in (1, 2):
@@ -289,7 +297,8 @@ def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> 
 
 def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
     """Assert that every row has a share, and that a share has the memory it needs; `itemsize` is that of all inputs."""
-    n, channels, groups, shares, items, height, stage, stride, columns, stages = plan.numbers[:10]
+    n, channels, groups, shares, items, height, _, stride, columns, stages = plan.numbers[:10]
+    inputs = 1 + plan.kernel.name.startswith("backward")
     tile, is_ring = columns * plan.kernel.width, "ring" in plan.kernel.name
     assert (n, channels, items, stride) == (shape[0], shape[1], shape[0], shape[1])
     assert groups * tile >= channels > (groups - 1) * tile
@@ -301,7 +310,7 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
     assert has.shared - fused.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
     if is_ring:
         assert 2 <= stages <= 16
-        assert stage % 16 == 0
+        assert height * min(channels, tile) * itemsize // inputs % 16 == 0  # bytes of an input in a stage
         assert plan.grid.shared >= stages * height * min(channels, tile) * itemsize
 
 

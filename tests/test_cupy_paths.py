@@ -200,6 +200,11 @@ def test_a_step_in_clusters_is_one_launch_each_way(cupy: Any, monkeypatch: pytes
     assert log.count("launch forward_cluster") == log.count("launch backward_cluster") == 2 * 4 * len(STEPS)
     steps = sum(pair == ("launch forward_cluster", "launch backward_cluster") for pair in itertools.pairwise(log))
     assert steps == 3 * len(STEPS)  # the short ones; the first call of a layer makes the checks
+    layer = arraybn.BatchNorm2d(3, xp=cupy).eval()
+    cupy._fake.log.clear()
+    y = layer(cupy.asarray(X))
+    assert [entry for entry in cupy._fake.log if "affine" in entry] == ["launch affine_fixed_ring_planes_float32_4"]
+    np.testing.assert_allclose(y.get(), X / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
 def assert_short_steps(cupy: Any, given: dict[str, Any]) -> None:

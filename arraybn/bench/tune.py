@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the c
     "CHUNK": (cuda, (2**13, 2**14, 2**15, 3 * 2**14)),
     "STAGES": (cuda, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
     "PART": (cuda, (2**14, 2**15, 2**16, 2**17)),
+    "RING_MAPS": (cuda, ((), (2, 4, 8))),
     "MAP_PART": (cuda, (2**13, 2**14, 2**15, 2**16)),
     "THREADS": (cuda, (128, 256)),
     "SIDES": (fused, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),

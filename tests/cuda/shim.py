@@ -58,6 +58,14 @@ def row_kernels(way: str) -> tuple[Kernel, ...]:
     )
 
 
+def ring_kernels() -> tuple[Kernel, ...]:
+    """Return every kernel of the maps of channels-first data by the ring, for every dtype."""
+    names = itertools.product(("affine", "affine2", "affine3", "affine_fixed"), _ITEMSIZE)
+    return tuple(
+        Kernel(f"{sweep}_ring_planes", dtype, 16 // _ITEMSIZE[dtype], cuda.ROWS, True) for sweep, dtype in names
+    )
+
+
 def fused_kernels(direction: str) -> tuple[Kernel, ...]:
     """Return every fused kernel of a direction, "forward" or "backward", for every dtype and width."""
     ways = (("resident", "planes"), ("resident", "lines"), ("pipeline", "planes"))
@@ -103,7 +111,7 @@ def cluster_kernels() -> tuple[Kernel, ...]:
 
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
-    kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
+    kernels = [row_kernels("rows"), (*row_kernels("ring"), *ring_kernels()), tuple(all_kernels())]
     kernels += [fused_kernels("forward"), fused_kernels("backward"), cluster_kernels()]
     kernels += [exact_kernels("planes"), exact_kernels("rows")]
     with ThreadPoolExecutor(2) as pool:

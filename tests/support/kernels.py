@@ -121,6 +121,7 @@ if not COMPILED:  # the same cuts of less data, because every step is one of Pyt
     }
 FEW_STAGES: Any = {"CHUNK": 12288, "STAGES": {1: 3, 2: 2, 3: 2}}  # so that a stage is used again
 NO_RING: Any = {"STAGES": {1: 1, 2: 1, 3: 1}}
+IN_RING: Any = {"RING_MAPS": (2, 4, 8)}
 CUDA_CUTS: Cuts = {
     "one value a channel": ((1, 3, 1), {}),
     "one channel": ((37, 1, 9), {}),
@@ -143,6 +144,9 @@ CUDA_CUTS: Cuts = {
     "planes in parts": ((7, 3, 64), {"MIN_BLOCK_BYTES": 256, "PART": 256, "MAP_PART": 256}),
     "odd planes in parts": ((7, 3, 49), {"MIN_BLOCK_BYTES": 128, "PART": 128, "MAP_PART": 128}),
     "a long plane in parts": ((1, 2, 2052), {"MIN_BLOCK_BYTES": 1024, "PART": 1024, "MAP_PART": 1024, "THREADS": 32}),
+    "planes in a ring": ((9, 3, 64), IN_RING),
+    "one channel in a ring": ((37, 1, 9), IN_RING),
+    "odd planes in a ring": ((37, 5, 13), IN_RING),
 }
 
 H200 = shim.H200
@@ -218,6 +222,8 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "the fewest blocks that fit": ("cluster", (40, 2, 512), SMALL._replace(shared=48 * 2**10), FEW_WARPS),
         "many rows a thread": ("rows", (1160, 24, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
+        "chunks in a ring": ("split", (39, 3, 256), SMALL._replace(cache=0), {"CHUNK": 8192, **IN_RING}),
+        "odd planes, chunks in a ring": ("split", (171, 3, 49), SMALL._replace(cache=0), {"CHUNK": 8192, **IN_RING}),
     }.items()
 }
 

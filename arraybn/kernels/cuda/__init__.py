@@ -9,8 +9,9 @@ A mask chooses other kernels of the same source, which add in the same order. Th
 a position, and count its values.
 
 Channels-first, work is cut into parts of a channel (sweeps.cu) by shape, dtype and alignment of the data alone.
-Channels-last, it is cut into chunks of whole rows (rows.cu), with a share for each multiprocessor. Parts are pooled in
-a fixed order. So results have the same bits each time on GPUs of one kind.
+Channels-last, it is cut into chunks of whole rows (rows.cu), with a share for each multiprocessor; so are maps of
+channels-first data by the ring, where that is asked for. Parts are pooled in a fixed order. So results have the same
+bits each time on GPUs of one kind.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ BLOCKS = 528  # blocks that keep a large GPU busy: four on each of 132 multiproc
 # 8 and 4 stages 25.3 and 39.5. Three inputs are not measured.
 CHUNK = 2**15
 STAGES = {1: 6, 2: 3, 3: 2}
+# Bytes of a value for which maps of channels-first data take the ring unasked. Not measured there. The sketch's map of
+# channels-last data, (32,64,112,112) float32 55.8 µs, float16 29.1; the present maps of channels-first 58.6 and 32.8.
+RING_MAPS: tuple[int, ...] = ()
+COEFFICIENTS = {1: 4, 2: 6, 3: 9}  # of a channel in such a map, by the number of inputs; each of 4 or 8 bytes
 MOST_ROWS = 32  # rows of a chunk that a thread adds up at most: half precision is summed in float32 within a chunk
 ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
 MOST_THREADS = 256  # as in values.cuh
@@ -45,6 +50,7 @@ WARP = 32
 UNDER_WAY = 4  # loads that a thread has in flight
 WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
 ROWS = (*launch.SWEEPS, "rows.cu")
+ALIKE = 16  # beside the last four bits of all addresses: they are the same, though not 0
 KINDS = {"d": 0, "f": 1, "e": 2, "E": 3}  # of a vector, as struct Parameters numbers the types
 DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by the dtype's character
 
@@ -54,14 +60,14 @@ DTYPES = {"e": "float16", "E": "bfloat16", "f": "float32", "d": "float64"}  # by
 class Cut(NamedTuple):
     """The cut of (N, C, S) into the work of blocks."""
 
-    layout: str  # "planes"; "rows" or "ring" where a plane has one value
+    layout: str  # "planes" or "ring_planes"; "rows" or "ring" where a plane has one value
     width: int  # values in an item
     grid: Grid
     numbers: tuple[int, ...]  # in the order of `launch.NUMBERS`, divisors in two
 
 
 def width_of(shape: tuple[int, int, int], itemsize: int, address: int) -> int:
-    """Return how many values a thread takes at once; `address` has the last four bits of every address of data."""
+    """Return how many values a thread takes at once; `address` as `LaunchArguments.address` returns it."""
     samples, channels, plane = shape
     run = samples * plane if channels == 1 else plane if plane > 1 else channels  # values side by side
     return next(w for w in WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
@@ -72,15 +78,25 @@ def has_rows(shape: tuple[int, int, int]) -> bool:
     return shape[2] == 1 < shape[1]
 
 
+def by_ring(asked: bool, itemsize: int) -> bool:
+    """Return True if maps of channels-first data shall take the ring."""
+    return asked or itemsize in RING_MAPS
+
+
 @functools.lru_cache(maxsize=1024)
-def cut(sweep: str, shape: tuple[int, int, int], itemsize: int, address: int, device: Device) -> Cut:
-    """Cut data of that shape for a sweep."""
+def cut(
+    sweep: str, shape: tuple[int, int, int], itemsize: int, address: int, device: Device, ring: bool = False
+) -> Cut:
+    """Cut data of that shape for a sweep. `ring` asks for the ring in maps of channels-first data, where that fits."""
     samples, channels, plane = shape
     width = width_of(shape, itemsize, address)
     if has_rows(shape):
         return _cut_rows(sweep, samples, channels, width, itemsize, address, device)
     if channels == 1:
         samples, plane = 1, samples * plane
+    chunks = _ring_planes(sweep, samples, channels, plane, itemsize, address, device) if ring else None
+    if chunks is not None:
+        return chunks
     found = _cut_planes(samples, channels, plane, width, itemsize, MAP_PART if sweep.startswith("affine") else PART)
     if sweep != "moments_masked":
         return found
@@ -119,9 +135,31 @@ def _cut_rows(sweep: str, rows: int, channels: int, width: int, itemsize: int, a
     units = groups * shares
     partials = 16 * units * (columns * width * sums + counts)
     grid = Grid(units, MOST_THREADS + WARP * ring, partials, 6 * sums, shared)
-    shape = (rows, height, height * row, channels, columns)
+    shape = (rows, height, 1, channels, columns)
     numbers = numbers_of(rows, channels, groups, shares, shape, stages)
     return Cut("ring" if ring else "rows", width, grid, numbers)
+
+
+def _ring_planes(
+    sweep: str, samples: int, channels: int, plane: int, itemsize: int, address: int, device: Device
+) -> Cut | None:
+    """Cut data into chunks of items of 16 bytes, without its first and last values, for a map by the ring."""
+    width, inputs = 16 // itemsize, INPUTS.get(sweep.removesuffix("_fixed"))
+    items = (samples * channels * plane - (-address % 16) // itemsize) // width
+    aligned = address % 16 == 0 or address >= ALIKE
+    if inputs is None or not sweep.startswith("affine") or not aligned or plane < width or items < 1:
+        return None
+    if max(samples * channels, plane) >= 2**31:
+        return None
+    table = channels * COEFFICIENTS[inputs] * max(itemsize, 4)  # bytes
+    smaller = device._replace(shared=device.shared - table)
+    found = _cut_rows(sweep, items, width, width, itemsize, 0, smaller)
+    if found.layout != "ring":
+        return None
+    (parts, _, part), ahead = found.numbers[3:6], found.numbers[9]
+    shape = (items, part, plane, width, 1)
+    numbers = numbers_of(samples * plane, channels, 1, parts, shape, ahead)
+    return Cut("ring_planes", width, found.grid._replace(shared=found.grid.shared + table), numbers)
 
 
 def _grid(channels: int, parts: int, threads: int) -> Grid:
@@ -164,12 +202,19 @@ def divisor(number: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def plan_sweep(
-    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device
+    sweep: str,
+    shape: tuple[int, int, int],
+    dtype: str,
+    itemsize: int,
+    address: int,
+    device: Device,
+    ring: bool = False,
 ) -> tuple[Kernel, Cut]:
-    """Return the kernel of a sweep over data of that shape, and the cut of the data."""
-    found = cut(sweep, shape, itemsize, address, device)
-    files = ROWS if has_rows(shape) else launch.SWEEPS
-    return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width, files, has_rows(shape)), found
+    """Return the kernel of a sweep over data of that shape, and the cut of the data, as `cut` makes it."""
+    found = cut(sweep, shape, itemsize, address, device, ring)
+    planes = found.layout == "planes"
+    files = launch.SWEEPS if planes else ROWS
+    return Kernel(f"{sweep}_{found.layout}", DTYPES[dtype], found.width, files, not planes), found
 
 
 def _usable(array: Array, address: int) -> bool:
@@ -181,6 +226,7 @@ class LaunchArguments:
 
     __slots__ = ("dtype", "gpu", "kept", "n", "shape", "size", "u", "where", "x", "y")
     plan = staticmethod(plan_sweep)
+    ring = False  # True where maps of channels-first data shall take the ring
 
     def __init__(
         self, gpu: launch.Launcher, x: Array, u: Array | None = None, where: Array | None = None, n: int | None = None
@@ -246,14 +292,20 @@ class LaunchArguments:
             return
         y = 0 if sweep.startswith(("moments", "dots")) else self.y
         sweep = f"{sweep}_masked" if self.where and sweep in WITH_MASK else sweep
-        given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(vectors.get("v", 0) | y)
-        kernel, found = self.plan(sweep, *given, self.gpu.device())
+        given = self.shape, self.dtype.char, self.dtype.itemsize, self.address(y, vectors.get("v", 0))
+        kernel, found = self.plan(sweep, *given, self.gpu.device(), by_ring(self.ring, self.dtype.itemsize))
         numbers = with_kinds(found.numbers, parameter_kind, state_kind)
         self.launch(kernel, found._replace(numbers=numbers), y, eps, vectors)
 
-    def address(self, others: int) -> int:
-        """Return the last four bits of all addresses; as many marks as values are loaded at once, each of one byte."""
-        return int((self.x | self.u | others | self.where * self.dtype.itemsize) % 16)
+    def address(self, y: int, v: int = 0) -> int:
+        """Return the last four bits of all addresses together, and `ALIKE` where they are the same but not 0.
+
+        As many marks as values are loaded at once, each of one byte.
+        """
+        found = int((self.x | self.u | y | v | self.where * self.dtype.itemsize) % 16)
+        if found and all(not address or address % 16 == found for address in (self.x, self.u, y, v)):
+            return found + ALIKE
+        return found
 
     def launch(self, kernel: Kernel, found: Any, y: int, eps: float, vectors: dict[str, int]) -> None:
         """Launch a kernel over data cut so."""
@@ -313,17 +365,23 @@ def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros
         return s, q
 
 
-def affine(x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
-    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+def affine_by(
+    kind: type[LaunchArguments], x: Array, mean: Array, a: Array, c: Array, out: Array | None = None
+) -> Array:
+    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous.
+
+    `kind` is the class of arguments that chooses the kernels, here and in the other maps.
+    """
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x)
+        work = kind(gpu, x)
         result = work.writes(out)
         work.run("affine", mean=work.vector(mean), a=work.vector(a), c=work.vector(c))
         return result
 
 
-def affine2(
+def affine2_by(
+    kind: type[LaunchArguments],
     u: Array,
     x: Array,
     mean: Array,
@@ -336,13 +394,14 @@ def affine2(
     """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), or a·u if not `where`, written to a contiguous `out`."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x, u, where)
+        work = kind(gpu, x, u, where)
         result = work.writes(out)
         work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
         return result
 
 
-def affine3(
+def affine3_by(
+    kind: type[LaunchArguments],
     v: Array,
     u: Array,
     x: Array,
@@ -357,11 +416,14 @@ def affine3(
     """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), or b·u if not `where`, written to a contiguous `out`."""
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x, u, where)
+        work = kind(gpu, x, u, where)
         result = work.writes(out)
         vectors = {"mean": mean, "a": a, "b": b, "c": c, "d": d}
         work.run("affine3", v=work.data(v), **{name: work.vector(vector) for name, vector in vectors.items()})
         return result
+
+
+affine, affine2, affine3 = (functools.partial(sweep, LaunchArguments) for sweep in (affine_by, affine2_by, affine3_by))
 
 
 # ---- Two sweeps, with the formulas of ``reference.py`` where the first one ends --------------------------------------
@@ -490,8 +552,15 @@ def widened(*vectors: Array | None) -> list[Array | None]:
     return [None if vector is None else rows[index] for index, vector in enumerate(vectors)]
 
 
-def evaluate(
-    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+def evaluate_by(
+    kind: type[LaunchArguments],
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array | None, Array]:
     """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics.
 
@@ -499,19 +568,22 @@ def evaluate(
     """
     gpu = launch.launcher()
     with gpu.on(x):
-        work = LaunchArguments(gpu, x)
+        work = kind(gpu, x)
         y = work.writes(out)
         if not x.size:
             mean, var, weight = widened(mean, var, weight)
             return mean, reference.rstd(var, eps), weight, y
         (first, second), state_kind = work.alike(mean, var)
-        (w, b), kind = work.alike(weight, bias)
+        (w, b), parameter_kind = work.alike(weight, bias)
         kept = gpu.empty((3, mean.size), "f8")
         place, row = gpu.pointer(kept), 8 * mean.size  # bytes
         rows = {"mean": place, "rstd": place + row, "kept_weight": place + 2 * row}
         given = {"first": first, "second": second, "weight": w, "bias": b, **rows}
-        work.run("affine_fixed", eps=eps, parameter_kind=kind, state_kind=state_kind, **given)
+        work.run("affine_fixed", eps=eps, parameter_kind=parameter_kind, state_kind=state_kind, **given)
         return kept[0], kept[1], None if weight is None else kept[2], y
+
+
+evaluate = functools.partial(evaluate_by, LaunchArguments)
 
 
 def _rows(vectors: tuple[Array | None, ...]) -> Array | None:

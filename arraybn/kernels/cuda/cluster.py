@@ -1,7 +1,8 @@
-"""The kernels of ``fused.py``, with clusters of blocks wherever a channel fits into the shared memory of a cluster.
+"""The kernels of ``fused.py``, with all that is built for Hopper and later wherever that fits.
 
-``kernels="cuda_cluster"`` asks for these: clusters then serve the cases, too, for which no GPU has been measured yet.
-What clusters cannot take goes the ways of ``fused.py``.
+``kernels="cuda_cluster"`` asks for these. Clusters of blocks and, for maps of channels-first data, the ring of bulk
+copies then serve the cases, too, for which no GPU has been measured yet. What they cannot take goes the ways of
+``fused.py``.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ MOST = 16  # blocks of a cluster, where the GPU holds so many; otherwise 8
 
 
 class ClusterArguments(fused.FusedArguments):
-    """The arguments of a call that takes clusters where they fit."""
+    """The arguments of a call that takes clusters, and the ring for maps, where they fit."""
 
     __slots__ = ()
     clusters = MOST
+    ring = True
 
 
-moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, cuda.affine2, cuda.affine3
-evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
+moments, dots, update_running_stats, widened = cuda.moments, cuda.dots, cuda.update_running_stats, cuda.widened
+affine, affine2, affine3, evaluate = (
+    functools.partial(sweep, ClusterArguments)
+    for sweep in (cuda.affine_by, cuda.affine2_by, cuda.affine3_by, cuda.evaluate_by)
+)
 MASKS, masked_forward, masked_backward = fused.MASKS, fused.masked_forward, fused.masked_backward
 
 

@@ -43,9 +43,9 @@ WIDEST = 4  # values that a thread takes at once at most, channels-last: each ha
 
 @functools.lru_cache(maxsize=4096)
 def plan_sweep(
-    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device
+    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device, ring: bool
 ) -> tuple[Kernel, Cut]:
-    """Return the kernel of a map over data of that shape, and the cut of the data."""
+    """Return the kernel of a map over data of that shape, and the cut of the data; channels-first, without the ring."""
     kernel, found = usual_plan(sweep, shape, dtype, itemsize, address, device)
     return kernel._replace(name=f"exact_{kernel.name}", files=(*kernel.files, FILE)), found
 

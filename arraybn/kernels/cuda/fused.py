@@ -60,6 +60,7 @@ from . import (
     affine2,
     affine3,
     backward_by,
+    by_ring,
     dots,
     evaluate,
     forward_by,
@@ -279,9 +280,10 @@ def launches(
     sweeps = [("dots", False), ("affine2", False)] if inputs == 2 else [("moments", False), ("affine", False)]
     if inputs == 1 and dtype.itemsize == 8:
         sweeps.insert(1, ("moments", True))
-    made = []
+    made, ring = [], by_ring(clusters > 0, dtype.itemsize)
     for sweep, about_mean in sweeps:
-        kernel, (_, _, grid, numbers) = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        given = sweep, shape, dtype.char, dtype.itemsize, address, device, ring
+        kernel, (_, _, grid, numbers) = plan_sweep(*given)
         made.append(Launch(kernel, grid, with_kinds(numbers, *kinds), about_mean))
     return tuple(made)
 
