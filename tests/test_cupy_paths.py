@@ -30,13 +30,14 @@ import numpy as np
 import pytest
 from support.commands import as_installed
 from support.gpu import FAKE_CUPY, cupy_here
-from support.kernels import serve_all_by, set_sizes
+from support.kernels import FUSED_CUTS, serve_all_by, set_sizes
 from support.libraries import need
 from support.ranks import mpi_of, passes, variables
 
 import arraybn
 from arraybn import kernels
 from arraybn._arrays.copies import as_numpy
+from arraybn._arrays.namespaces import FLOATS
 from arraybn.commands import info
 from arraybn.kernels.cuda import cluster, fused
 from arraybn.testing import ThreadComm
@@ -391,6 +392,19 @@ def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
     saved.moments.mean[...] = 100
     np.testing.assert_array_equal(arraybn.batch_norm_backward(y, saved)[0].get(), before[1])
     assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
+
+
+def test_the_script_for_compute_sanitizer_runs_every_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no kernels")
+    import every_kernel
+
+    assert every_kernel.run(cupy, tuple(FLOATS)) == []
+    monkeypatch.delitem(FUSED_CUTS, "sixteen blocks")  # the control
+    names = [f"{direction}_cluster_16_float32_4" for direction in ("backward", "forward")]
+    assert every_kernel.run(cupy, ("float32",)) == names
+    monkeypatch.setattr(every_kernel, "runs", lambda gpu, kernel: kernel.blocks < 16)
+    assert every_kernel.run(cupy, ("float32",)) == []
 
 
 def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
