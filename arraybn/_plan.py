@@ -8,19 +8,24 @@ text; a call that fails leaves no plan.
 Each call looks at what a key cannot tell: the value of eps, and `out`, which may share memory with an input. Only calls
 with a plain NumPy array x have a key. A key holds no array. A full table begins anew. Each step of a dict is one step
 for all threads. (A backward needs no plan: that dy has the type, dtype and shape of x says everything.)
+
+A plan may also hold a short way, which takes the arrays as they are: see `kernels.cpu.Calls`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from ._arrays.layout import Layout
 from ._arrays.namespaces import Array
 
+# Bits of `flags.num` of a NumPy array; an array that owns its memory shares the memory with no other owner.
+CONTIGUOUS, OWNER, ALIGNED, WRITEABLE = 0x1, 0x4, 0x100, 0x400
 Key: TypeAlias = tuple[Any, ...]
-P = TypeVar("P")
 SIZE = 1024  # plans in a table
 
 
@@ -41,17 +46,53 @@ def key_of(
             x.dtype,
             x.shape,
             x.strides,
+            x.flags.num,
             type(weight),
-            weight is not None and (weight.dtype, weight.shape),
+            weight is not None and (weight.dtype, weight.shape, weight.flags.num),
             type(bias),
-            bias is not None and (bias.dtype, bias.shape),
+            bias is not None and (bias.dtype, bias.shape, bias.flags.num),
             type(mean),
-            mean is not None and (mean.dtype, mean.shape),
+            mean is not None and (mean.dtype, mean.shape, mean.flags.num),
             type(var),
-            var is not None and (var.dtype, var.shape),
+            var is not None and (var.dtype, var.shape, var.flags.num),
         )
     except AttributeError:  # a list
         return None
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """The findings of a call: the layout of x, whether the inputs own their memory, and the short way, if any."""
+
+    layout: Layout
+    owners: bool
+    short: Any = None  # False where there is no short way; None while nobody has looked
+
+    @classmethod
+    def of(cls, layout: Layout, arrays: Sequence[Array | None]) -> Plan:
+        """Return the plan for calls with arrays like these."""
+        return cls(layout, all(array is None or _owns(array) for array in arrays))
+
+
+def _owns(array: Array) -> bool:
+    return type(array) is np.ndarray and array.flags.owndata
+
+
+def place_over(out: Array | None, owners: bool, x: Array, dy: Array | None = None) -> int | None:
+    """Return 1 where `out` is x or dy, 0 where `out` is None or apart, None where slower checks have to look.
+
+    `owners` is True where all inputs own their memory.
+    """
+    if out is None:
+        return 0
+    if type(out) is not np.ndarray or out.dtype != x.dtype or out.shape != x.shape:
+        return None
+    flags = out.flags.num
+    if flags & (CONTIGUOUS | ALIGNED | WRITEABLE) != CONTIGUOUS | ALIGNED | WRITEABLE:
+        return None
+    if out is x or out is dy:
+        return 1
+    return 0 if owners and flags & OWNER else None
 
 
 def are_same(checked: Sequence[object], given: Sequence[object]) -> bool:
@@ -59,9 +100,8 @@ def are_same(checked: Sequence[object], given: Sequence[object]) -> bool:
     return all(one is other for one, other in zip(checked, given, strict=True))
 
 
-def keep(table: dict[Key | None, P], key: Key | None, plan: P) -> None:
+def keep(table: dict[Key, Plan], key: Key, plan: Plan) -> None:
     """Keep the plan of a call that has passed all checks."""
-    if key is not None:
-        if len(table) >= SIZE:
-            table.clear()
-        table[key] = plan
+    if len(table) >= SIZE:
+        table.clear()
+    table[key] = plan

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import exact as exact_sums
 from . import reference, sync
@@ -27,14 +28,16 @@ from ._checks import (
     check_overlap,
     is_plain_like,
 )
-from ._plan import Key, are_same, keep, key_of
+from ._plan import ALIGNED, CONTIGUOUS, OWNER, Key, Plan, are_same, keep, key_of, place_over
 from .kernels import Backend, Module, for_masks
 from .reference import Mask, Moments, Totals
 from .statistics import Sums, as_moments_of_whole, check_exact, check_sums, mask_of, select_in_mode
 from .sync import Call, Comm, RankPool
 
 ALONE = nullcontext()
-_PLANS: dict[Key | None, Layout] = {}
+_LOST_BACKWARD = "an earlier backward wrote dx"
+_LOST = "the forward wrote y over x (out=x)"
+_PLANS: dict[Key, Plan] = {}
 _PARTS = """. A batch in parts takes these calls:
     m = pool(*(moments(p) for p in parts))
     y, saved = batch_norm(p, moments=m)       # for each part p
@@ -100,21 +103,32 @@ class Saved:
 class SavedRows(Saved):
     """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
 
-    The rows are mean, m2, rstd and weight; further ones are room for the backward.
+    The rows are mean, m2, rstd and weight; further ones are room for the backward. With fixed statistics m2 is unset.
     """
 
-    __slots__ = ("has_weight", "rows")
+    __slots__ = ("fixed", "has_weight", "plan", "rows")
 
-    def __init__(self, backend: Backend, layout: Layout, x: Array, rows: Array, affine: tuple[bool, bool]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        x: Array,
+        rows: Array,
+        affine: tuple[bool, bool],
+        *,
+        fixed: bool = False,
+        plan: Plan | None = None,
+    ) -> None:
         self._backend, self._layout, self._x, self.rows = backend, layout, x, rows
         self.has_weight, self._has_bias = affine
-        self._overwritten = self._pool = self._mask = self._shown = None
+        self.fixed, self.plan = fixed, plan
+        self._overwritten = self._pool = self._mask = self._shown = self._gradients = None
         self._is_part = False
 
     _mean = property(lambda self: self.rows[0])
     _rstd = property(lambda self: self.rows[2])
     _weight = property(lambda self: self.rows[3] if self.has_weight else None)
-    _moments = property(lambda self: Moments(self._layout.n, self.rows[0], self.rows[1]))
+    _moments = property(lambda self: None if self.fixed else Moments(self._layout.n, self.rows[0], self.rows[1]))
 
 
 def batch_norm(
@@ -258,13 +272,21 @@ def forward_in(
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
     key = key_of(x, weight, bias, mean, var, channel_axis)
-    layout = None if moments is not None else _PLANS.get(key)
-    if layout is None:
+    plan = None if moments is not None else _PLANS.get(key or ())
+    if plan is None:
         arrays = x, weight, bias, mean, var
         layout, checked = _checked(call, arrays, moments, eps, channel_axis)
-        if moments is None and are_same(checked, arrays):
-            keep(_PLANS, key, layout)
+        if moments is None and key is not None and are_same(checked, arrays):
+            plan = Plan.of(layout, arrays)
+            keep(_PLANS, key, plan)
         x, weight, bias, mean, var = checked
+    else:
+        layout = plan.layout
+    if plan is not None and call is None and where is None and kernels is None and exact is False:
+        if plan.short is None:
+            plan.short = _short_way(layout, x, (mean, var, weight, bias))
+        if plan.short and (over := place_over(out, plan.owners, x)) is not None:
+            return _forward_shortly(plan, x, (mean, var, weight, bias), as_eps(eps), out, over)
     eps = as_eps(eps)
     if out is not None:
         check_out(out, x, layout.shape)
@@ -286,10 +308,32 @@ def forward_in(
         batch, rstd, y = _normalized(backend, view, weight, widened_bias, eps, batch, pool, target, mask)
         mean = batch.mean
     y = _write_result(y, layout, out, target)
-    lost = "the forward wrote y over x (out=x)" if out is not None and same_memory(out, x) else None
-    kept = x if lost is None else None
-    given = moments is not None
-    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, given, mask)
+    lost = _LOST if out is not None and same_memory(out, x) else None
+    kept, is_part = x if lost is None else None, moments is not None
+    return y, Saved(batch, backend, layout, kept, lost, mean, rstd, weight, bias is not None, pool, is_part, mask)
+
+
+def _short_way(layout: Layout, x: Array, vectors: Sequence[Array | None]) -> tuple[Backend, Any] | bool:
+    """Return the backend and its short way for arrays like these; False where there is none."""
+    backend = select_in_mode("x", x, None, False)
+    calls = None if layout.order is not None else backend.calls(x, layout.ncs, vectors)
+    return False if calls is None else (backend, calls)
+
+
+def _forward_shortly(
+    plan: Plan, x: Array, vectors: Sequence[Array | None], eps: float, out: Array | None, over: int
+) -> tuple[Array, Saved]:
+    """Carry out a forward with mean, var, weight and bias (C,), after all checks; `over` is 1 where `out` is x."""
+    (backend, calls), (mean, _, weight, bias) = plan.short, vectors
+    if mean is None:
+        y, rows = calls.forward(x, weight, bias, eps, out, over)
+    else:
+        y, rows = calls.evaluation(x, vectors, eps, out, over)
+    affine = weight is not None, bias is not None
+    saved = SavedRows(backend, plan.layout, x, rows, affine, fixed=mean is not None, plan=plan)
+    if over:
+        saved._x, saved._overwritten = None, _LOST
+    return y, saved
 
 
 def _checked(
@@ -397,6 +441,8 @@ def backward_in(
     call: Call | None, dy: Array, saved: Saved, out: Array | None = None, sums: Sums | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Carry out `batch_norm_backward` as a part of `call`, or alone."""
+    if type(saved) is SavedRows and call is None and sums is None and (found := _backward_shortly(dy, saved, out)):
+        return found
     (dy, x), result = prepared(saved, call, out, dy=dy)
     if saved._backend.exact is not None:
         check_exact("dy", dy)
@@ -410,8 +456,25 @@ def backward_in(
         dx, dweight, dbias = saved._backend.backward(dy, x, *given, **masked)
         if totals is not None and saved._backend.exact is not None:
             saved._gradients = totals.gradients
-    dx = result.write(dx, "an earlier backward wrote dx")
+    dx = result.write(dx, _LOST_BACKWARD)
     return dx, None if weight is None else dweight, dbias if saved._has_bias else None
+
+
+def _backward_shortly(
+    dy: Array, saved: SavedRows, out: Array | None
+) -> tuple[Array, Array | None, Array | None] | None:
+    """Carry out a backward of arrays that need no slower check; None for others."""
+    x, plan = saved._x, saved.plan
+    if plan is None or saved.fixed or x is None or x.shape != plan.layout.shape or not is_plain_like(dy, x, x.shape):
+        return None
+    flags = dy.flags.num
+    over = place_over(out, plan.owners and flags & OWNER != 0, x, dy)
+    if over is None or flags & (CONTIGUOUS | ALIGNED) != CONTIGUOUS | ALIGNED:
+        return None
+    dx, gradients = plan.short[1].backward(dy, x, saved.rows, out, over)
+    if out is x:
+        saved._x, saved._overwritten = None, f"{_LOST_BACKWARD} over it (out=x)"
+    return dx, gradients[0] if saved.has_weight else None, gradients[1] if saved._has_bias else None
 
 
 def batch_norm_sums(

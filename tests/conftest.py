@@ -24,6 +24,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 os.environ.setdefault("ARRAYBN_QUIET", "1")  # the line of the compiler would be in the stderr that tests look at
 
+# torch imports Triton, of no use without a GPU, whose LLVM ends a process that has loaded TensorFlow's before.
+sys.modules.setdefault("triton", None)  # type: ignore[arg-type]  # an import of it is then an ImportError
+
 # Scripts that test_mpi.py starts under mpirun, stand-ins for CuPy and a GPU, and helpers: none has tests.
 collect_ignore = ["mpi", "cuda", "support"]
 
@@ -35,6 +38,7 @@ def numpy_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         need("numba")
     else:
         monkeypatch.setattr("arraybn.kernels._has_numba", lambda: False)
+        monkeypatch.setattr("arraybn.functional._PLANS", {})
 
 
 @pytest.fixture(params=list(HOMES))

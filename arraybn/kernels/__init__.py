@@ -70,6 +70,7 @@ class Backend:
     update_running_stats: Callable[..., tuple[Array, Array]]  # (running_mean, running_var, mean, var, momentum)
     widened: Callable[..., Sequence[Any]]  # copies of vectors in the dtype of statistics; None stays None
     trainer: Callable[..., Any]  # (x, (N, C, S), an array of the layer, eps) -> `cuda.training.Trainer`, or None
+    calls: Callable[..., Any]  # (x, (N, C, S), vectors) -> `cpu.Calls`, or None
     preallocate_result: Callable[[Array], Array | None]  # memory like x, for `out`; None where results are new arrays
     exact: exact.ExactSweeps | None = None  # the sweeps of exact mode, where this backend is one of exact mode
 
@@ -83,7 +84,7 @@ def as_backend(module: Module, name: str) -> Backend:
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
       the next channels;
     - `evaluate`, as in ``reference.py``, without its first argument;
-    - `update_running_stats`, `widened` and `trainer`, as in `Backend`;
+    - `update_running_stats`, `widened`, `trainer` and `calls`, as in `Backend`;
     - `MASKS = True`: its sweeps take `where`, and `dots` takes `skip_zeros`. A batch with a mask goes to the reference
       otherwise;
     - `masked_forward(x, weight, bias, eps, out, mask) -> batch, rstd, y` and `masked_backward(dy, x, batch, rstd,
@@ -106,8 +107,9 @@ def as_backend(module: Module, name: str) -> Backend:
         evaluation_double_backward=functools.partial(reference.evaluation_double_backward, sweeps),
         update_running_stats=_offered(module, "update_running_stats") or reference.update_running_stats,
         widened=_offered(module, "widened") or _widened,
-        trainer=_offered(module, "trainer") or _no_trainer,
-        preallocate_result=_no_result if module is reference else _preallocate_result,
+        trainer=_offered(module, "trainer") or _none,
+        calls=_offered(module, "calls") or _none,
+        preallocate_result=_none if module is reference else _preallocate_result,
     )
 
 
@@ -201,11 +203,7 @@ def _widened(*vectors: Array | None) -> list[Array | None]:
     return [vector if vector is None else widened(vector) for vector in vectors]
 
 
-def _no_trainer(*given: object) -> None:
-    return None
-
-
-def _no_result(x: Array) -> None:
+def _none(*given: object) -> None:
     return None
 
 

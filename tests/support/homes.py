@@ -73,6 +73,7 @@ def _homes() -> dict[str, Callable[[contextlib.ExitStack], Home]]:
 
     def without_numba(stack: contextlib.ExitStack) -> Home:
         stack.enter_context(unittest.mock.patch("arraybn.kernels._has_numba", return_value=False))
+        stack.enter_context(unittest.mock.patch("arraybn.functional._PLANS", {}))
         return Home("numpy without numba", np, None, "float64")
 
     return {

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import shim
 
-from arraybn import reference
+from arraybn import functional, reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
 from arraybn.kernels.cuda import cluster, fused, launch
@@ -338,13 +338,16 @@ def set_way(patch: pytest.MonkeyPatch, way: str, sizes: dict[str, Any]) -> None:
 
 def forget_cuts() -> None:
     """Let every cut be made anew, because sizes have changed."""
+    functional._PLANS.clear()
     cuda.cut.cache_clear()
     cuda.plan_sweep.cache_clear()
     fused.plan.cache_clear()
     exact_sums.plan_sweep.cache_clear()
     exact_sums.plan_record.cache_clear()
     with contextlib.suppress(ImportError):
-        importlib.import_module("arraybn.kernels.cpu")._cut.cache_clear()
+        cpu = importlib.import_module("arraybn.kernels.cpu")
+        cpu._cut.cache_clear()
+        cpu._kind.cache_clear()
 
 
 @functools.cache
@@ -365,6 +368,7 @@ def installed(*given: Any, **options: Any) -> Iterator[shim.Shim]:
 
 def serve_all_by(module: Any, patch: pytest.MonkeyPatch) -> None:
     """Let `module` serve NumPy arrays wherever no other kernels are asked for."""
+    patch.setattr("arraybn.functional._PLANS", {})
     patch.setattr(
         "arraybn.statistics.select", lambda x, kernels=None: select(x, module if kernels is None else kernels)
     )

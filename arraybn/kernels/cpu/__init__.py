@@ -10,6 +10,7 @@ Work is cut by data alone, and the sums of tiles are added in a fixed order, so 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from numba import config
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
-from .. import threads
+from .. import results, threads
 from . import masked
 from .entries import compiled, serve
 from .half import HALF as HALF
-from .lines import contiguous, line_of, place_of_result
+from .lines import STORED_AS, contiguous, line_of, place_of_result
 from .tiles import BLOCK, LONG, PIECE, Cut
 
 TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile in cache
@@ -57,11 +58,32 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
     return Cut(channels * plane, plane, n, channels, group, groups, rows, height, tiles)
 
 
+class _Kind:
+    """How the work on arrays of one shape is cut: all that can be known before the arrays."""
+
+    __slots__ = ("cut", "nbytes", "numbers", "shared")
+
+    def __init__(self, shape: tuple[int, int, int], itemsize: int) -> None:
+        self.cut = cut = _cut(shape, itemsize)
+        self.numbers = np.array(cut)
+        self.numbers.flags.writeable = False
+        self.nbytes = cut.n * cut.channels * itemsize
+        self.shared = cut.groups * cut.tiles > 1
+
+    def words(self) -> Array:
+        """Return the words that the caller shares with helpers, who are woken if that pays."""
+        return threads.helpers(serve(), self.nbytes) if self.shared and not config.DISABLE_JIT else threads.ALONE
+
+
+_kind = functools.lru_cache(maxsize=1024)(_Kind)
+
+
 @functools.lru_cache(maxsize=1024)
-def _numbers(cut: Cut) -> Array:
-    numbers = np.array(cut)
-    numbers.flags.writeable = False
-    return numbers
+def _constant(value: float, channels: int, dtype: str) -> Array:
+    """Return a vector (C,) of that value, in place of a weight or bias that is not there."""
+    constant = np.full(channels, value, dtype)
+    constant.flags.writeable = False
+    return constant
 
 
 class _Job:
@@ -70,14 +92,12 @@ class _Job:
     __slots__ = ("code", "cut", "in_place", "numbers", "result", "u", "v", "words", "x", "y")
 
     def __init__(self, x: Array, u: Array | None = None, v: Array | None = None, entries: Any = compiled) -> None:
-        self.cut = cut = _cut(x.shape, x.itemsize)
-        self.numbers = _numbers(cut)
+        kind = _kind(x.shape, x.itemsize)
+        self.cut, self.numbers, self.words = kind.cut, kind.numbers, kind.words()
         self.code = entries(x.dtype.char)
         self.x = line_of(x)
         self.u = self.x if u is None else line_of(u)
         self.v = self.u if v is None else line_of(v)
-        shared = cut.groups * cut.tiles > 1 and not config.DISABLE_JIT
-        self.words = threads.helpers(serve(), x.nbytes) if shared else threads.ALONE
 
     def write_to(self, x: Array, out: Array | None) -> None:
         """Let the result be `out` where `out` can be written as a line, otherwise a new array like x."""
@@ -94,6 +114,12 @@ class _Job:
     def vectors(self, number: int) -> Array:
         """Return vectors (C,) to be set, 0 for no data."""
         return (np.empty if self.cut.n else np.zeros)((number, self.cut.channels))
+
+    def affine(self, weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
+        """Return weight and bias (C,), or 1 and 0."""
+        channels = self.cut.channels
+        ones = _constant(1.0, channels, "d") if weight is None else weight
+        return ones, _constant(0.0, channels, "d") if bias is None else bias
 
 
 # ---- The sweeps ------------------------------------------------------------------------------------------------------
@@ -175,13 +201,11 @@ def forward(
     """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
     job = _Job(x)
     job.write_to(x, out)
-    channels = job.cut.channels
-    weight = np.ones(channels) if weight is None else weight
-    bias = np.zeros(channels) if bias is None else bias
-    mean, m2, rstd = job.vectors(3)
+    rows = job.vectors(4)
     if job.cut.n:
-        job.code.forward(job.words, job.x, job.numbers, weight, bias, eps, mean, m2, rstd, job.y, job.in_place)
-    return mean, m2, rstd, job.result
+        given = *job.affine(weight, bias), eps
+        job.code.forward_d(job.words, job.x, job.numbers, *given, rows, job.y, job.in_place)
+    return rows[0], rows[1], rows[2], job.result
 
 
 def backward(
@@ -190,11 +214,11 @@ def backward(
     """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
     job = _Job(x, dy)
     job.write_to(x, out)
-    weight = np.ones(job.cut.channels) if weight is None else weight
-    dweight, dbias = job.vectors(2)
+    rows, gradients = job.vectors(4), job.vectors(2)
+    rows[0], rows[2], rows[3] = mean, rstd, 1.0 if weight is None else weight
     if job.cut.n:
-        job.code.backward(job.words, job.u, job.x, job.numbers, mean, rstd, weight, dweight, dbias, job.y, job.in_place)
-    return job.result, dweight, dbias
+        job.code.backward(job.words, job.u, job.x, job.numbers, rows, gradients, job.y, job.in_place)
+    return job.result, gradients[0], gradients[1]
 
 
 def evaluate(
@@ -206,11 +230,70 @@ def evaluate(
     mean, var, weight, bias = widened(mean, var, weight, bias)
     if not job.cut.n:
         return mean, reference.rstd(var, eps), weight, job.result
-    rstd = np.empty(mean.size)
-    ones = np.ones(mean.size) if weight is None else weight
-    zeros = np.zeros(mean.size) if bias is None else bias
-    job.code.evaluation(job.words, job.x, job.numbers, mean, var, ones, zeros, eps, rstd, job.y, job.in_place)
-    return mean, rstd, weight, job.result
+    rows = job.vectors(4)
+    given = mean, var, *job.affine(weight, bias), eps
+    job.code.evaluation_d(job.words, job.x, job.numbers, *given, rows, job.y, job.in_place)
+    return mean, rows[2], weight, job.result
+
+
+class Calls:
+    """Forward, evaluation and backward of arrays that have passed all checks, with little Python.
+
+    Arrays are contiguous, of the shape, dtype and dtype of vectors (float32 or float64) for which this object was made.
+    `in_place` is 1 where `out` is an input, otherwise 0. The rows are mean, m2, rstd and weight (4, C), in float64.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: Any, vector: str) -> None:
+        self._kind, self._stored = _kind(shape, dtype.itemsize), STORED_AS.get(dtype.char)
+        self._rows, self._gradients = (4, shape[1]), (2, shape[1])
+        self._one, self._zero = _constant(1.0, shape[1], vector), _constant(0.0, shape[1], vector)
+        code = compiled(dtype.char)
+        self._forward, self._evaluation = getattr(code, f"forward_{vector}"), getattr(code, f"evaluation_{vector}")
+        self._code = code
+
+    def _line(self, array: Array) -> Array:
+        line = array.reshape(-1)
+        return line if self._stored is None else line.view(self._stored)
+
+    def forward(
+        self, x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, in_place: int
+    ) -> tuple[Array, Array]:
+        """(E1, E3) Return y and the rows."""
+        rows, kind = np.empty(self._rows), self._kind
+        y = results.empty(x.shape, x.dtype) if out is None else out
+        weight, bias = self._one if weight is None else weight, self._zero if bias is None else bias
+        line, words = self._line(x), kind.words()
+        self._forward(words, line, kind.numbers, weight, bias, eps, rows, self._line(y), in_place)
+        return y, rows
+
+    def evaluation(
+        self, x: Array, fixed: tuple[Array | None, ...], eps: float, out: Array | None, in_place: int
+    ) -> tuple[Array, Array]:
+        """(E3, E7) Return y and the rows, of the fixed mean, var, weight and bias; m2 is not set."""
+        rows, kind, (mean, var, weight, bias) = np.empty(self._rows), self._kind, fixed
+        y = results.empty(x.shape, x.dtype) if out is None else out
+        weight, bias = self._one if weight is None else weight, self._zero if bias is None else bias
+        line, words = self._line(x), kind.words()
+        self._evaluation(words, line, kind.numbers, mean, var, weight, bias, eps, rows, self._line(y), in_place)
+        return y, rows
+
+    def backward(self, dy: Array, x: Array, rows: Array, out: Array | None, in_place: int) -> tuple[Array, Array]:
+        """(E5, E6) Return dx, and dweight and dbias (2, C)."""
+        gradients, kind = np.empty(self._gradients), self._kind
+        dx = results.empty(x.shape, x.dtype) if out is None else out
+        u, line, words = self._line(dy), self._line(x), kind.words()
+        self._code.backward(words, u, line, kind.numbers, rows, gradients, self._line(dx), in_place)
+        return dx, gradients
+
+
+def calls(x: Array, ncs: tuple[int, int, int], vectors: Sequence[Array | None]) -> Calls | None:
+    """Return the short way of calls with x and vectors (C,) of this shape, dtype and contiguity; None without one."""
+    given = [x, *(vector for vector in vectors if vector is not None)]
+    dtypes = {vector.dtype for vector in given[1:]}
+    if x.size == 0 or len(dtypes) > 1 or not all(array.flags.c_contiguous and array.flags.aligned for array in given):
+        return None
+    char = dtypes.pop().char if dtypes else "d"
+    return Calls(ncs, x.dtype, char) if char in "fd" else None
 
 
 def widened(*vectors: Array | None) -> list[Array | None]:

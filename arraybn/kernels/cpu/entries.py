@@ -275,6 +275,13 @@ def _sums(cut, memory):
     return memory[memory.shape[0] - 2 * cut.tiles :].reshape((2, cut.tiles, cut.channels))
 
 
+@plain
+def _widened(vector, row):
+    """Return the row, which is set to the vector."""
+    row[:] = vector
+    return row
+
+
 def _moments(at, words, x, numbers, mean, m2):
     cut = _cut_of(numbers)
     work, shift, spread, mean_m2 = at
@@ -327,12 +334,14 @@ def _affine3_alone(at, words, v, u, x, numbers, mean, a, b, c, d, out, in_place)
     _do(words, cut, work, stages, board, mean)
 
 
-def _forward(at, words, x, numbers, weight, bias, eps, mean, m2, rstd, out, in_place):
-    """(E1, E3) Set mean, m2 and rstd, and write y = weight·xhat + bias."""
+def _forward(at, words, x, numbers, weight, bias, eps, rows, out, in_place):
+    """(E1, E3) Set the rows mean, m2, rstd and weight, and write y = weight·xhat + bias."""
     cut = _cut_of(numbers)
     work, shift, spread, mean_m2, normalized, affine = at
-    memory, board = _work_space(cut, 3), _board(cut)
+    memory, board = _work_space(cut, 4), _board(cut)
     near, a, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
+    mean, m2, rstd = rows[0], rows[1], rows[2]
+    weight, bias = _widened(weight, rows[3]), _widened(bias, memory[3])
     tiles, spans = (spread, place((x, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
     stages = (
         (shift, place((x, cut, near)), 1, ONWARDS),
@@ -346,10 +355,11 @@ def _forward(at, words, x, numbers, weight, bias, eps, mean, m2, rstd, out, in_p
     _do(words, cut, work, stages, board, memory)
 
 
-def _backward(at, words, dy, x, numbers, mean, rstd, weight, dweight, dbias, out, in_place):
-    """(E5, E6) Set dweight and dbias, and write dx."""
+def _backward(at, words, dy, x, numbers, rows, gradients_found, out, in_place):
+    """(E5, E6) Set the rows dweight and dbias, and write dx; the rows given are those of a forward."""
     cut = _cut_of(numbers)
     work, dots, gradients, affine2 = at
+    mean, rstd, weight, dweight, dbias = rows[0], rows[2], rows[3], gradients_found[0], gradients_found[1]
     memory, board = _work_space(cut, 3), _board(cut)
     a, b, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
     found = (cut, sums, rstd, weight, dweight, dbias, a, b, c)
@@ -361,12 +371,14 @@ def _backward(at, words, dy, x, numbers, mean, rstd, weight, dweight, dbias, out
     _do(words, cut, work, stages, board, memory)
 
 
-def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rstd, out, in_place):
-    """(E3, E7) Set rstd, and write y, with fixed statistics."""
+def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rows, out, in_place):
+    """(E3, E7) Set the rows mean, var, rstd and weight, and write y, with fixed statistics."""
     cut = _cut_of(numbers)
     work, fixed, affine = at
-    memory, board = np.empty((2, cut.channels)), _board(cut)
-    a, c = memory[0], memory[1]
+    memory, board = np.empty((3, cut.channels)), _board(cut)
+    a, c, rstd = memory[0], memory[1], rows[2]
+    mean, var = _widened(mean, rows[0]), _widened(var, rows[1])
+    weight, bias = _widened(weight, rows[3]), _widened(bias, memory[2])
     stages = (
         (fixed, place((cut, var, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
         (affine, place((x, cut, mean, a, c, out, in_place)), cut.tiles, BACKWARDS),
@@ -394,7 +406,7 @@ class Compiled:
     def __init__(self, stored: types.Type) -> None:
         x, out = _READ(stored), _WRITE(stored)
         given, found, sums = _READ(types.float64), _WRITE(types.float64), types.Array(types.float64, 3, "C")
-        number, eps, numbers = types.intp, types.float64, _READ(types.int64)
+        number, eps, numbers, rows = types.intp, types.float64, _READ(types.int64), _WRITE(types.float64, ndim=2)
         self._stages = {
             "shift": (_shift, (x, _CUT, found)),
             "spread": (_spread, (x, _CUT, found, sums)),
@@ -414,22 +426,19 @@ class Compiled:
             "affine": (_affine_alone, (x, numbers, given, given, given, out, number), ("affine",)),
             "affine2": (_affine2_alone, (x, x, numbers, given, given, given, given, out, number), ("affine2",)),
             "affine3": (_affine3_alone, (x, x, x, numbers, *(given,) * 5, out, number), ("affine3",)),
-            "forward": (
-                _forward,
-                (x, numbers, given, given, eps, found, found, found, out, number),
-                ("shift", "spread", "mean_m2", "normalized", "affine"),
-            ),
-            "evaluation": (
-                _evaluation,
-                (x, numbers, given, given, given, given, eps, found, out, number),
-                ("fixed", "affine"),
-            ),
-            "backward": (
-                _backward,
-                (x, x, numbers, given, given, given, found, found, out, number),
-                ("dots", "gradients", "affine2"),
-            ),
+            "backward": (_backward, (x, x, numbers, rows, rows, out, number), ("dots", "gradients", "affine2")),
         }
+        for kind, vector in (("f", _READ(types.float32)), ("d", given)):  # the dtype of parameters and statistics
+            self._jobs[f"forward_{kind}"] = (
+                _forward,
+                (x, numbers, vector, vector, eps, rows, out, number),
+                ("shift", "spread", "mean_m2", "normalized", "affine"),
+            )
+            self._jobs[f"evaluation_{kind}"] = (
+                _evaluation,
+                (x, numbers, *(vector,) * 4, eps, rows, out, number),
+                ("fixed", "affine"),
+            )
         self._others = {"running": (_running, (x, x, given, given, eps, out, out))}
 
     def __getattr__(self, name: str) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from ..._arrays.namespaces import Array
 from .. import results
 
-_STORED_AS = {"e": np.dtype(np.int16), "E": np.dtype(np.uint16)}  # Numba knows neither float16 nor bfloat16
+STORED_AS = {"e": np.dtype(np.int16), "E": np.dtype(np.uint16)}  # Numba knows neither float16 nor bfloat16
 
 
 def contiguous(array: Array) -> Array:
@@ -19,7 +19,7 @@ def contiguous(array: Array) -> Array:
 def line_of(array: Array) -> Array:
     """Return all values of the array as one line."""
     line = contiguous(array).reshape(-1)
-    stored = _STORED_AS.get(array.dtype.char)
+    stored = STORED_AS.get(array.dtype.char)
     return line if stored is None else line.view(stored)
 
 

@@ -385,12 +385,12 @@ def _map_across(run: Any, four: Any = None) -> Any:
             _repeat(b[j : j + k], plane, times, lines[2])
             _repeat(c[j : j + k], plane, times, lines[3])
             first = r0
-            if four is not None and sample > WIDE and not in_place:
-                first = r1 - (r1 - r0) % 4
-                for r in range(r0, first, 4):
+            if four is not None and not in_place:
+                first = r1 - (r1 - r0) % (4 * times)
+                for r in range(r0, first, 4 * times):
                     start = np.uintp(r * sample + (c0 + j) * plane)
-                    size = np.uintp(k * plane)
-                    four(u, x, start, np.uintp(sample), size, lines[0], lines[1], lines[2], lines[3], out)
+                    step, size = np.uintp(times * sample), np.uintp(times * k * plane)
+                    four(u, x, start, step, size, lines[0], lines[1], lines[2], lines[3], out)
             for r in range(first, r1, times):
                 start = np.uintp(r * sample + (c0 + j) * plane)
                 stop = start + np.uintp(min(times, r1 - r) * k * plane)
