@@ -26,7 +26,7 @@ from support.gpu import cupy_here  # noqa: E402
 
 from arraybn._arrays.namespaces import FLOATS  # noqa: E402
 from arraybn.kernels import cuda  # noqa: E402
-from arraybn.kernels.cuda import cluster, exact, fused, launch  # noqa: E402
+from arraybn.kernels.cuda import cluster, exact, fused, launch, table  # noqa: E402
 from arraybn.reference import Mask, Moments  # noqa: E402
 
 HOPPER = 9  # the compute capability from which on there are bulk copies and clusters
@@ -34,7 +34,7 @@ MORE = {  # cuts of kernels that differ from others of the tests in a number alo
     f"planes side by side in {blocks} blocks": kernels.FusedCut(
         "cluster", (37, 16, 9), kernels.SMALL, {**kernels.FEW_WARPS, "CLUSTERS": (blocks,)}
     )
-    for blocks in fused.CLUSTERS
+    for blocks in table.CLUSTERS
 }
 MORE["rows of 12 channels"] = kernels.FusedCut("ring", (150, 12, 1), kernels.SMALL, {})
 

@@ -24,7 +24,7 @@ from support.kernels import H200, LONELY, NARROW, SMALL, SUM, Case, both, coeffi
 
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import cluster, fused
+from arraybn.kernels.cuda import cluster, fused, table
 from arraybn.kernels.cuda import launch as launching
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
@@ -96,9 +96,9 @@ def assert_widths(case: Case, dtype: str) -> None:
             assert result is out
             shim.assert_guards(out)
             np.testing.assert_allclose(result.astype("f8"), want.astype("f8"), rtol=tolerance, atol=4 * tolerance)
-        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
+        width = next(w for w in table.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
         if case.cut == "channels-last" and width > 1:
-            width = fused.SIDES[itemsize] // itemsize
+            width = table.SIDES[itemsize] // itemsize
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
 
 
@@ -264,7 +264,7 @@ def test_sixteen_blocks_are_taken_only_where_asked_for_where_eight_are_too_few_a
             (8, cluster, 2**12, apart),  # refused
             (16, fused, 2**12, apart),
         ]:
-            case.gpu.has, case.gpu.largest = SMALL._replace(shared=fused.ROOM + each), largest
+            case.gpu.has, case.gpu.largest = SMALL._replace(shared=table.ROOM + each), largest
             case.gpu.launches.clear()
             kernels.assert_forward(replace(case, ops=ops, shape=(9, 4, 1024)), "float32")  # 36 KiB a channel
             assert [name.removesuffix("_float32_4") for name, _ in case.gpu.launches] == ways.split()
@@ -287,12 +287,12 @@ def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> 
                 assert plan.grid.threads == 512
                 assert 128 <= plan.grid.blocks <= 2 * 132
             elif "resident" in plan.kernel.name:
-                together = H200.shared_in_all // (plan.grid.shared + fused.ROOM)
+                together = H200.shared_in_all // (plan.grid.shared + table.ROOM)
                 assert together >= (2 if plan.grid.shared < 100 * 2**10 else 1)
                 assert min(together, 2048 // plan.grid.threads) * plan.grid.threads >= 256
             else:
-                assert plan.grid.blocks == fused.BLOCKS * 132
-                assert H200.shared_in_all // (plan.grid.shared + fused.ROOM) >= fused.BLOCKS
+                assert plan.grid.blocks == table.DRAWING * 132
+                assert H200.shared_in_all // (plan.grid.shared + table.ROOM) >= table.DRAWING
 
 
 def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
@@ -307,7 +307,7 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
     assert plan.grid.blocks == groups * shares <= max(has.multiprocessors, groups)
     assert plan.grid.threads == 256 + 32 * is_ring
     assert plan.grid.partials == 16 * groups * shares * tile
-    assert has.shared - fused.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
+    assert has.shared - table.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
     if is_ring:
         assert 2 <= stages <= 16
         assert height * min(channels, tile) * itemsize // inputs % 16 == 0  # bytes of an input in a stage
@@ -324,13 +324,13 @@ def assert_clusters_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: 
     assert stride == plane * width * (groups if channels > 1 else 1)
     assert plane * width * itemsize % 16 == part * width * itemsize % 16 == 0
     assert (side, part % plane) == (1, part % plane) if width > 1 else (side in (2, 4, 8), part % plane == 0)
-    warps = fused.WARPS if side == 1 else fused.SIDE_WARPS
-    assert (pieces, plan.grid.threads) == (fused.PIECES, 32 * warps)
+    warps = table.WARPS if side == 1 else table.SIDE_WARPS
+    assert (pieces, plan.grid.threads) == (table.PIECES, 32 * warps)
     assert blocks * warps * pieces * (part - plane) < items <= blocks * warps * pieces * part
-    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - fused.ROOM
+    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - table.ROOM
     clusters = plan.grid.blocks // blocks
     assert plan.grid.blocks == clusters * blocks
-    most = groups if side > 1 else max(fused.WAVES[blocks] * has.multiprocessors // blocks, 1)
+    most = groups if side > 1 else max(table.WAVES[blocks] * has.multiprocessors // blocks, 1)
     assert 1 <= clusters <= min(groups, most)
     assert (plan.grid.partials, plan.grid.tickets) == (0, 0)
 
@@ -360,7 +360,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             continue
         if way == "cluster":
             assert_clusters_are_whole(plan, shape, kind.itemsize * inputs, has)
-            assert plan.kernel.blocks <= (clusters or fused.UNASKED)
+            assert plan.kernel.blocks <= (clusters or table.UNASKED)
             continue
         width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
         slots = columns * width if lines else 1
@@ -373,16 +373,16 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         assert stride == (channels if lines else plane * width * (channels if channels > 1 else 1))
         if "resident" in plan.kernel.name:
             assert (blocks, parts, tickets, partials) == (groups, 1, 0, 0)
-            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - fused.ROOM
+            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - table.ROOM
         else:
             rounds = {1: 4, 2: 2}[inputs] * (4 if width > 1 else 8)  # as the source has them
-            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - fused.ROOM
+            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - table.ROOM
             assert shared & shared - 1 == 0
             assert groups * parts >= ahead >= parts  # so the sums of a group come before its maps
             assert tickets == 2 * groups + 2
             assert partials == (16 * groups * parts * slots if parts > 1 else 0)
-            assert ahead * part * columns * width * kind.itemsize * inputs <= fused.L2_FRACTION * has.cache
-            assert 0 < blocks <= fused.BLOCKS * has.multiprocessors
+            assert ahead * part * columns * width * kind.itemsize * inputs <= table.L2_FRACTION * has.cache
+            assert 0 < blocks <= table.DRAWING * has.multiprocessors
     assert min(found[way] for way in found if (way, dtype) != ("pipeline", "float64")) > 50, found
 
 
@@ -467,11 +467,11 @@ SANITIZED = """
     from pathlib import Path
     import numpy as np
     from cuda import shim
-    from arraybn.kernels.cuda import cluster, fused
+    from arraybn.kernels.cuda import cluster, fused, table
     from arraybn.kernels.cuda import launch as launching
-    fused.MIN_BLOCK_BYTES = fused.TASK = 512
+    table.MIN_BLOCK_BYTES = table.TASK = 512
     resident = fused._resident
-    fused.WARPS, fused.PIECES, fused.CLUSTERS = 2, 3, (2,)
+    table.WARPS, table.PIECES, table.CLUSTERS = 2, 3, (2,)
     with shim.install(*map(Path, sys.argv[1:])) as installed:
         installed.device = lambda: launching.Device(3, 2**40, 2**18, 2**18)
         for fused._resident in (resident, lambda *_: None):
@@ -549,7 +549,7 @@ def test_the_kernels_of_clusters_compile_and_keep_to_their_registers(architectur
     found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []
-    assert max(of["registers"] for of in found.values()) <= 65536 // (32 * fused.WARPS)
+    assert max(of["registers"] for of in found.values()) <= 65536 // (32 * table.WARPS)
 
 
 def test_the_fused_source_includes_nothing_and_has_no_ptx() -> None:

@@ -39,7 +39,7 @@ from arraybn import kernels
 from arraybn._arrays.copies import as_numpy
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.commands import info
-from arraybn.kernels.cuda import cluster, fused
+from arraybn.kernels.cuda import cluster, fused, table
 from arraybn.testing import ThreadComm
 
 ROOT = Path(__file__).parents[1]
@@ -413,7 +413,6 @@ def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
     if cupy.kernels == "reference":
         pytest.skip("the reference has no constants")
     from arraybn.bench import tune
-    from arraybn.kernels import cuda
 
     monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
     present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
@@ -421,12 +420,12 @@ def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
 
     def wrong_with_few_tasks(*arguments: Any) -> Any:
         dx, *rest = backward(*arguments)
-        dx[0] *= 1.0 + (present["TASK"] > fused.TASK)
+        dx[0] *= 1.0 + (present["TASK"] > table.TASK)
         return dx, *rest
 
     def timed(call: Any, calls: int, hold: float) -> tuple[float, bool]:
         call()
-        return (0.5 if cuda.CHUNK == 2**14 or present["TASK"] > fused.TASK else 1.0), False
+        return (0.5 if table.CHUNK == 2**14 or present["TASK"] > table.TASK else 1.0), False
 
     monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
     device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)

@@ -17,31 +17,32 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from ..kernels import cuda
-from ..kernels.cuda import fused
+from ..kernels.cuda import fused, table
 from .device import CudaDevice, NoDeviceError
 from .output import RefusedError
 
 _WAVES = (1, 1, 1, 1, 1), (1, 1, 2, 2, 2), (2, 2, 2, 2, 3)
 CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the constant, and values to try
-    "CHUNK": (cuda, (2**13, 2**14, 2**15, 3 * 2**14)),
-    "STAGES": (cuda, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
-    "PART": (cuda, (2**14, 2**15, 2**16, 2**17)),
-    "RING_MAPS": (cuda, ((), (2, 4, 8))),
-    "MAP_PART": (cuda, (2**13, 2**14, 2**15, 2**16)),
-    "THREADS": (cuda, (128, 256)),
-    "SIDES": (fused, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),
-    "SINGLE_BLOCK_BYTES": (fused, (2**15, 2**16, 2**17)),
-    "ITEMS": (fused, (8, 16, 32)),
-    "TASK": (fused, (2**15, 3 * 2**14, 2**16)),
-    "BLOCKS": (fused, (2, 3, 4)),
+    "CHUNK": (table, (2**13, 2**14, 2**15, 3 * 2**14)),
+    "STAGES": (table, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
+    "PART": (table, (2**14, 2**15, 2**16, 2**17)),
+    "RING_MAPS": (table, ((), (2, 4, 8))),
+    "MAP_PART": (table, (2**13, 2**14, 2**15, 2**16)),
+    "THREADS": (table, (128, 256)),
+    "ALONE": (table, (128, 256)),
+    "SIDES": (table, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),
+    "SINGLE_BLOCK_BYTES": (table, (2**15, 2**16, 2**17)),
+    "ITEMS": (table, (8, 16, 32)),
+    "TASK": (table, (2**15, 3 * 2**14, 2**16)),
+    "DRAWING": (table, (2, 3, 4)),
     "clusters": (fused.FusedArguments, (0, 8, 16)),  # wherever they fit
-    "CLUSTERS": (fused, ((1, 2, 4, 8, 16), (2, 4, 8, 16), (4, 8, 16), (8, 16))),
-    "IN_CLUSTERS": (fused, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
-    "WARPS": (fused, (8, 16)),
-    "SIDE_WARPS": (fused, (4, 8)),
-    "PIECES": (fused, (2, 4, 8)),
-    "WAVES": (fused, tuple(dict(zip((1, 2, 4, 8, 16), waves, strict=True)) for waves in _WAVES)),
-    "L2_FRACTION": (fused, (0.4, 0.6, 0.8)),
+    "CLUSTERS": (table, ((1, 2, 4, 8, 16), (2, 4, 8, 16), (4, 8, 16), (8, 16))),
+    "IN_CLUSTERS": (table, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
+    "WARPS": (table, (8, 16)),
+    "SIDE_WARPS": (table, (4, 8)),
+    "PIECES": (table, (2, 4, 8)),
+    "WAVES": (table, tuple(dict(zip((1, 2, 4, 8, 16), waves, strict=True)) for waves in _WAVES)),
+    "L2_FRACTION": (table, (0.4, 0.6, 0.8)),
 }
 SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 _FEW = 3  # sets of arrays that calls rotate over, at least

@@ -25,7 +25,7 @@ import numpy as np
 from arraybn import kernels as kernel_modules
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import exact, fused, launch
+from arraybn.kernels.cuda import exact, fused, launch, table
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def all_kernels() -> list[Kernel]:
     kernels = [
         Kernel(f"{sweep}_planes", dtype, width)
         for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, *WITH_MASK, "affine_fixed"), _ITEMSIZE)
-        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+        for width in table.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
     return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
@@ -54,7 +54,7 @@ def row_kernels(way: str) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
         for sweep, dtype in itertools.product((*cuda.INPUTS, *WITH_MASK, *BOTH_WITH_MASK, "affine_fixed"), _ITEMSIZE)
-        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+        for width in table.WIDTHS[_ITEMSIZE[dtype]]
     )
 
 
@@ -84,7 +84,7 @@ def exact_kernels(layout: str) -> tuple[Kernel, ...]:
     names = [f"{sweep}_{way}" for sweep in ("exact_affine", "exact_affine2") for way in ways]
     found = []
     for dtype in FLOATS[:-1]:
-        widths = cuda.WIDTHS[_ITEMSIZE[dtype]]
+        widths = table.WIDTHS[_ITEMSIZE[dtype]]
         summed = widths if layout == "planes" else [width for width in widths if width <= exact.WIDEST]
         found += [Kernel(f"{sweep}_{layout}", dtype, w, files) for sweep in ("squares", "products") for w in summed]
         found += [Kernel(name, dtype, width, files, layout == "rows") for name in names for width in widths]
@@ -96,12 +96,12 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
+    return table.WIDTHS[itemsize] if layout == "planes" else (table.SIDES[itemsize] // itemsize, 1)
 
 
 def cluster_kernels() -> tuple[Kernel, ...]:
     """Return every kernel of clusters, for every dtype."""
-    names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
+    names = itertools.product(("forward", "backward"), table.CLUSTERS, _ITEMSIZE)
     return tuple(
         Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True, blocks)
         for direction, blocks, dtype in names

@@ -21,7 +21,7 @@ import shim
 from arraybn import functional, reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
-from arraybn.kernels.cuda import cluster, fused, launch
+from arraybn.kernels.cuda import cluster, fused, launch, table
 from arraybn.kernels.cuda import exact as exact_sums
 from arraybn.kernels.cuda.launch import Device
 
@@ -195,8 +195,8 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "a part in rounds": ("pipeline", (3, 2, 1024), SMALL, {"MIN_BLOCK_BYTES": 2**20, "THREADS": 32}),
         "one channel in parts": ("pipeline", (64, 1, 9), SMALL, {"MIN_BLOCK_BYTES": 256, "TASK": 256}),
         "one part a channel": ("pipeline", (4, 19, 16), SMALL, {"MIN_BLOCK_BYTES": 2**20}),
-        "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 1}),
-        "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 64}),
+        "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "DRAWING": 1}),
+        "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "DRAWING": 64}),
         "rows in a ring": ("ring", (1500, 24, 1), SMALL, FEW_STAGES),
         "odd rows in a ring": ("ring", (333, 5, 1), SMALL, {"CHUNK": 256}),
         "few rows in a ring": ("ring", (3, 16, 1), SMALL, {}),
@@ -325,7 +325,7 @@ def shorten_runs(patch: pytest.MonkeyPatch) -> None:
 
 def set_sizes(patch: pytest.MonkeyPatch, module: Any, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
-        patch.setattr(module if hasattr(module, name) else cuda, name, value)
+        patch.setattr(module if hasattr(module, name) else table, name, value)
     forget_cuts()
 
 

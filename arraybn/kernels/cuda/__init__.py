@@ -25,30 +25,9 @@ import numpy as np
 from ... import reference
 from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
-from . import launch
+from . import launch, table
 from .launch import Device, Grid, Kernel
 
-PART = 2**16  # bytes of one channel of x that a block sums, about
-MAP_PART = 2**14  # bytes of one channel that a block maps; H200, (32,64,112,112) float32: 58.6 µs, with 2¹⁶ 64.0
-MIN_BLOCK_BYTES = 2**14  # bytes that a block reads at least
-BLOCKS = 528  # blocks that keep a large GPU busy: four on each of 132 multiprocessors
-# Bytes of whole rows of each input that a block takes at a time, and chunks that are on their way into shared memory,
-# by the number of inputs. A sketch on an H200, forward and backward, float32: (32,64,112,112) 83.5 and 126.7 µs; with
-# 16 KiB in 8 and 4 stages the same, in 12 and 6 stages 84.8 and 128.1; (32,1024,14,14) 25.0 and 39.1 µs, with 16 KiB in
-# 8 and 4 stages 25.3 and 39.5. Three inputs are not measured.
-CHUNK = 2**15
-STAGES = {1: 6, 2: 3, 3: 2}
-# Bytes of a value for which maps of channels-first data take the ring unasked. Not measured there. The sketch's map of
-# channels-last data, (32,64,112,112) float32 55.8 µs, float16 29.1; the present maps of channels-first 58.6 and 32.8.
-RING_MAPS: tuple[int, ...] = ()
-COEFFICIENTS = {1: 4, 2: 6, 3: 9}  # of a channel in such a map, by the number of inputs; each of 4 or 8 bytes
-MOST_ROWS = 32  # rows of a chunk that a thread adds up at most: half precision is summed in float32 within a chunk
-ROOM = 2**12 + 2**10  # bytes of shared memory of a block beside the values: for the sums, and for the system
-MOST_THREADS = 256  # as in values.cuh
-THREADS = MOST_THREADS  # threads at most in a block that has a part of a channel
-WARP = 32
-UNDER_WAY = 4  # loads that a thread has in flight
-WIDTHS = {2: (8, 4, 1), 4: (4, 1), 8: (2, 1)}  # values loaded at once, by the bytes of a value
 ROWS = (*launch.SWEEPS, "rows.cu")
 ALIKE = 16  # beside the last four bits of all addresses: they are the same, though not 0
 KINDS = {"d": 0, "f": 1, "e": 2, "E": 3}  # of a vector, as struct Parameters numbers the types
@@ -70,7 +49,7 @@ def width_of(shape: tuple[int, int, int], itemsize: int, address: int) -> int:
     """Return how many values a thread takes at once; `address` as `LaunchArguments.address` returns it."""
     samples, channels, plane = shape
     run = samples * plane if channels == 1 else plane if plane > 1 else channels  # values side by side
-    return next(w for w in WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
+    return next(w for w in table.WIDTHS[itemsize] if run % w == 0 and address % (w * itemsize) == 0)
 
 
 def has_rows(shape: tuple[int, int, int]) -> bool:
@@ -80,7 +59,7 @@ def has_rows(shape: tuple[int, int, int]) -> bool:
 
 def by_ring(asked: bool, itemsize: int) -> bool:
     """Return True if maps of channels-first data shall take the ring."""
-    return asked or itemsize in RING_MAPS
+    return asked or itemsize in table.RING_MAPS
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,7 +76,8 @@ def cut(
     chunks = _ring_planes(sweep, samples, channels, plane, itemsize, address, device) if ring else None
     if chunks is not None:
         return chunks
-    found = _cut_planes(samples, channels, plane, width, itemsize, MAP_PART if sweep.startswith("affine") else PART)
+    most = table.MAP_PART if sweep.startswith("affine") else table.PART
+    found = _cut_planes(samples, channels, plane, width, itemsize, most)
     if sweep != "moments_masked":
         return found
     return found._replace(grid=found.grid._replace(partials=2 * found.grid.partials))  # the numbers of values as well
@@ -106,11 +86,12 @@ def cut(
 def _cut_planes(samples: int, channels: int, plane: int, width: int, itemsize: int, most: int) -> Cut:
     """Cut each channel into parts of its own, of `most` bytes or about MIN_BLOCK_BYTES."""
     items, item = samples * plane // width, width * itemsize
-    target = min(max(channels * items * item // BLOCKS, MIN_BLOCK_BYTES), most)
+    target = min(max(channels * items * item // table.BLOCKS, table.MIN_BLOCK_BYTES), most)
     parts = max(items * item // target, 1)
     part = -(-items // parts)
     parts = -(-items // part)
-    threads = min(max(power_of_two(part // UNDER_WAY), WARP), THREADS)
+    most_threads = table.THREADS if parts > 1 else min(table.ALONE, table.THREADS)
+    threads = min(max(power_of_two(part // table.UNDER_WAY), table.WARP), most_threads)
     grid = _grid(channels, parts, threads)
     shape = (items, part, plane // width, channels * plane, 1)
     return Cut("planes", width, grid, numbers_of(samples * plane, channels, channels, parts, shape))
@@ -120,21 +101,22 @@ def _cut_rows(sweep: str, rows: int, channels: int, width: int, itemsize: int, a
     """Cut tiles of at most THREADS·width channels into shares, and those into chunks of whole rows."""
     inputs, sums = INPUTS[sweep.partition("_")[0]], not sweep.startswith("affine")
     counts = sweep in ("moments_masked", "forward_masked")
-    columns = min(power_of_two(-(-channels // width)), MOST_THREADS)
+    columns = min(power_of_two(-(-channels // width)), table.MOST_THREADS)
     groups = -(-channels // (columns * width))
     row = min(channels, columns * width) * itemsize  # bytes of a row in a tile
-    shares, down = max(device.multiprocessors // groups, 1), MOST_THREADS // columns
-    height = max(min(CHUNK // row, -(-rows // (4 * shares)), MOST_ROWS * down), down)
+    shares, down = max(device.multiprocessors // groups, 1), table.MOST_THREADS // columns
+    height = max(min(table.CHUNK // row, -(-rows // (4 * shares)), table.MOST_ROWS * down), down)
     even = 16 // math.gcd(16, row)  # rows whose bytes are a multiple of 16, as bulk copies need them
     height = -(-height // even) * even
     shares = min(shares, -(-rows // height))
-    stages = min(STAGES[inputs], (device.shared - ROOM) // (inputs * height * row))
+    stages = min(table.STAGES[inputs], (device.shared - table.ROOM) // (inputs * height * row))
     aligned = address % 16 == 0 and (groups == 1 or row % 16 == channels * itemsize % 16 == 0)
     ring = device.capability >= 9 and aligned and stages > 1
-    shared = max(stages * inputs * height * row * ring, 24 * MOST_THREADS * width * sums)  # or the sums of all threads
+    of_sums = 24 * table.MOST_THREADS * width * sums  # of all threads
+    shared = max(stages * inputs * height * row * ring, of_sums)
     units = groups * shares
     partials = 16 * units * (columns * width * sums + counts)
-    grid = Grid(units, MOST_THREADS + WARP * ring, partials, 6 * sums, shared)
+    grid = Grid(units, table.MOST_THREADS + table.WARP * ring, partials, 6 * sums, shared)
     shape = (rows, height, 1, channels, columns)
     numbers = numbers_of(rows, channels, groups, shares, shape, stages)
     return Cut("ring" if ring else "rows", width, grid, numbers)
@@ -151,15 +133,15 @@ def _ring_planes(
         return None
     if max(samples * channels, plane) >= 2**31:
         return None
-    table = channels * COEFFICIENTS[inputs] * max(itemsize, 4)  # bytes
-    smaller = device._replace(shared=device.shared - table)
+    of_maps = channels * table.COEFFICIENTS[inputs] * max(itemsize, 4)  # bytes
+    smaller = device._replace(shared=device.shared - of_maps)
     found = _cut_rows(sweep, items, width, width, itemsize, 0, smaller)
     if found.layout != "ring":
         return None
     (parts, _, part), ahead = found.numbers[3:6], found.numbers[9]
     shape = (items, part, plane, width, 1)
     numbers = numbers_of(samples * plane, channels, 1, parts, shape, ahead)
-    return Cut("ring_planes", width, found.grid._replace(shared=found.grid.shared + table), numbers)
+    return Cut("ring_planes", width, found.grid._replace(shared=found.grid.shared + of_maps), numbers)
 
 
 def _grid(channels: int, parts: int, threads: int) -> Grid:
@@ -534,7 +516,7 @@ def update_running_stats(
         new = gpu.empty((2, size), dtype)
         pointers = dict.fromkeys(VECTORS, 0) | {"mean": work.vector(mean), "m2": work.vector(var)}
         numbers = numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
-        grid = Grid(-(-size // THREADS), THREADS)
+        grid = Grid(-(-size // table.THREADS), table.THREADS)
         kernel = Kernel("running", DTYPES[dtype.char], 1)
         gpu.launch(kernel, grid, (work.x, work.u, gpu.pointer(new), *pointers.values()), (0.0, momentum, *numbers))
         new_mean, new_var = new
@@ -597,7 +579,7 @@ def _rows(vectors: tuple[Array | None, ...]) -> Array | None:
         x, u, weight, bias = (0 if vector is None else gpu.pointer(vector) for vector in vectors)
         out = gpu.pointer(rows)
         pointers = dict.fromkeys(VECTORS, 0) | {"weight": weight, "bias": bias}
-        grid, numbers = Grid(-(-size // THREADS), THREADS), numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
+        grid, numbers = Grid(-(-size // table.THREADS), table.THREADS), numbers_of(0, size, 1, 1, (0, 0, 1, 0, 1))
         kernel = Kernel("vectors", DTYPES[there[0].dtype.char], 1)
         gpu.launch(kernel, grid, (x, u, out, *pointers.values()), (0.0, 0.0, *numbers))
         return rows
