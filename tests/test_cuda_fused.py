@@ -423,6 +423,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "sums that stay at home": ("store_in_block(lane,", "store_in_block(cluster_rank(),", "two blocks"),
     "in the place of another rank": ("of_blocks + cluster_rank(), b", "of_blocks + lane, b", "two blocks"),
     "one place for both turns": ("of_blocks + turn * MOST_BLOCKS", "of_blocks", "two blocks"),
+    "places for eight blocks": ("MOST_BLOCKS = 16 };", "MOST_BLOCKS = 8 };", "sixteen blocks"),
     "pieces of another phase": ("phase ^= 1) {", "phase ^= 0) {", "two blocks"),
     "a piece is read before it is there": ("    wait_for_phase(pieces.full + k, phase);\n", "", "one block"),
     "bytes of a whole piece are expected": ("(end - begin) * sizeof(Kept)));", "bytes()));", "short pieces"),

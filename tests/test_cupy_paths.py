@@ -419,6 +419,8 @@ def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
     backward = fused.backward
 
     def wrong_with_few_tasks(*arguments: Any) -> Any:
+        if table.PIECES == 2:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
         dx, *rest = backward(*arguments)
         dx[0] *= 1.0 + (present["TASK"] > table.TASK)
         return dx, *rest
@@ -428,13 +430,19 @@ def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
         return (0.5 if table.CHUNK == 2**14 or present["TASK"] > table.TASK else 1.0), False
 
     monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
+    affine = fused.affine
+    monkeypatch.setattr(fused, "affine", lambda *given: affine(*given) * (2 if table.RING_MAPS else 1))
     device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)
     best = tune.tune(device, sys.stdout, ((2, 8, 3, 4),), 1)
     assert best == {**present, "CHUNK": 2**14}
     assert {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()} == present
     printed = capsys.readouterr().out
-    assert re.search(r"CHUNK +16384 +0.500 ×", printed)
+    assert re.search(r"\nCHUNK +16384 +forward 0.500, backward 0.500, evaluation 0.500", printed)
+    assert len(re.findall(r"    CHUNK +16384 +forward 0.500", printed)) == 4  # two layouts, two dtypes
+    assert "    CHUNK                32768" not in printed
     assert re.search(r"TASK +32768 +wrong", printed)
+    assert re.search(r"RING_MAPS +\(2, 4, 8\) +wrong", printed)
+    assert re.search(r"PIECES +2 +wrong", printed)
     assert re.search(r"TASK +49152 +best", printed)
 
 

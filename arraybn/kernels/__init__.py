@@ -218,8 +218,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
     nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta. So do "cuda_split", two
-    launches each way, and "cuda_cluster", clusters of blocks wherever they fit; both have to be asked for. "reference"
-    takes all arrays.
+    launches each way, and "cuda_cluster", clusters of blocks and a ring of bulk copies wherever they fit; both have to
+    be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):
