@@ -78,8 +78,8 @@ def _owns(array: Array) -> bool:
     return type(array) is np.ndarray and array.flags.owndata
 
 
-def place_over(out: Array | None, owners: bool, x: Array, dy: Array | None = None) -> int | None:
-    """Return 1 where `out` is x or dy, 0 where `out` is None or apart, None where slower checks have to look.
+def place_over(out: Array | None, owners: bool, x: Array, *others: Array | None) -> int | None:
+    """Return 1 where `out` is an input, 0 where `out` is None or apart from all, None where slower checks have to look.
 
     `owners` is True where all inputs own their memory.
     """
@@ -90,9 +90,13 @@ def place_over(out: Array | None, owners: bool, x: Array, dy: Array | None = Non
     flags = out.flags.num
     if flags & (CONTIGUOUS | ALIGNED | WRITEABLE) != CONTIGUOUS | ALIGNED | WRITEABLE:
         return None
-    if out is x or out is dy:
-        return 1
-    return 0 if owners and flags & OWNER else None
+    over, apart = 0, owners and flags & OWNER
+    for one in (x, *others):
+        if one is out:
+            over = 1
+        elif not apart and one is not None and np.may_share_memory(out, one):
+            return None
+    return over
 
 
 def are_same(checked: Sequence[object], given: Sequence[object]) -> bool:

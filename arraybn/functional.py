@@ -285,7 +285,7 @@ def forward_in(
     if plan is not None and call is None and where is None and kernels is None and exact is False:
         if plan.short is None:
             plan.short = _short_way(layout, x, (mean, var, weight, bias))
-        if plan.short and (over := place_over(out, plan.owners, x)) is not None:
+        if plan.short and (over := place_over(out, plan.owners, x, mean, var, weight, bias)) is not None:
             return _forward_shortly(plan, x, (mean, var, weight, bias), as_eps(eps), out, over)
     eps = as_eps(eps)
     if out is not None:

@@ -196,7 +196,7 @@ def meeting() -> Any:
 def crew_of(number: int) -> Any:
     """Return the words of a caller that has `number` - 1 helpers, all awake."""
     arraybn.set_num_threads(number)
-    return pool.helpers(entries.serve(), 2**30)
+    return pool.helpers(entries.serve(), 2**30, number)
 
 
 def wake_until(done: Any) -> None:
@@ -204,7 +204,7 @@ def wake_until(done: Any) -> None:
     end = time.monotonic() + 60
     while not done():
         assert time.monotonic() < end
-        pool.helpers(entries.serve(), 2**30)
+        pool.helpers(entries.serve(), 2**30, 64)
         time.sleep(0.001)
 
 
@@ -217,6 +217,27 @@ def test_a_helper_that_sleeps_comes_when_it_is_woken(meeting: Any, threads: Any)
         caller.start()
         wake_until(lambda caller=caller: not caller.is_alive())  # it ends when two threads have come
         assert met[1:].tolist() == [1, 1]  # a helper that is woken again may come twice before the caller has left
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_small_jobs_wake_helpers_only_where_they_follow_each_other_closely(threads: Any) -> None:
+    words, first = crew_of(3), slice(pool.ASLEEP + 1, pool.ASLEEP + 3)
+
+    def small(times: int) -> None:
+        while words[first].tolist() != [1, 1]:
+            time.sleep(0.001)
+        time.sleep(2 * pool.SPIN)
+        for _ in range(times):
+            pool.helpers(entries.serve(), 2**17, 2)
+
+    small(1)
+    time.sleep(0.01)
+    assert words[first].tolist() == [1, 1]
+    found, end = [1, 1], time.monotonic() + 60
+    while found == [1, 1] and time.monotonic() < end:
+        small(2)  # the system may keep this thread waiting between the two
+        found = words[first].tolist()
+    assert found == [0, 1]  # the first one alone, as there are two parts
 
 
 @pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")

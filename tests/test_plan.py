@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import unittest.mock
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.libraries import need
 
 import arraybn
 from arraybn import _plan, functional
+from arraybn._arrays.namespaces import FLOATS
 
 X = np.random.default_rng(0).standard_normal((6, 5, 4)).astype("f4")
 DY = X[::-1].copy()
@@ -30,6 +33,15 @@ def _no_plans() -> Iterator[None]:
 
 def forget() -> None:
     functional._PLANS.clear()
+
+
+def outcome_of_long_way(call: Callable[[], Any]) -> Any:
+    """Return the outcome of a call without a plan, which makes all checks and converts in Python."""
+    forget()
+    with unittest.mock.patch.object(functional, "_short_way", return_value=False):
+        found = outcome(call)
+    forget()
+    return found
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -191,8 +203,7 @@ def test_the_calls_are_right_and_wrong_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", FORWARDS.values(), ids=FORWARDS)
 def test_a_forward_comes_out_the_same_with_and_without_plans(call: Callable[[Path], Any], tmp_path: Path) -> None:
-    forget()
-    wanted = outcome(lambda: call(tmp_path))
+    wanted = outcome_of_long_way(lambda: call(tmp_path))
     for _ in range(2):  # the second time, this very call may have made a plan
         make_plans()
         assert outcome(lambda: call(tmp_path)) == wanted
@@ -204,11 +215,52 @@ def test_a_backward_comes_out_the_same_with_and_without_plans(call: Callable[[An
         saved = arraybn.batch_norm(X.copy(), W, B)[1]
         return call(saved, tmp_path)
 
-    forget()
-    wanted = outcome(fresh)
+    wanted = outcome_of_long_way(fresh)
     for _ in range(2):
         make_plans()
         assert outcome(fresh) == wanted
+
+
+VECTORS = [(), (W,), (None, B), (W, B), (W.astype("f8"), B.astype("f8")), (W, B, M, V), (None, None, M, V)]
+
+
+@pytest.mark.parametrize(
+    "vectors", VECTORS, ids=lambda vectors: "".join("-" if v is None else v.dtype.char for v in vectors)
+)
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_usual_calls_take_the_short_way_with_the_bits_of_the_long_way(dtype: str, over: bool, vectors: Any) -> None:
+    need("numba")
+    kind = need("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    fixed = dict(zip(("mean", "var"), vectors[2:], strict=False))
+
+    def call(way: type) -> Any:
+        x, dy, again = X.astype(kind), DY.astype(kind), X.astype(kind)
+        y, saved = arraybn.batch_norm(x, *vectors[:2], **fixed)
+        assert type(saved) is way
+        dx, *gradients = arraybn.batch_norm_backward(DY.astype(kind), saved, out=x if over else dy)
+        z, lost = arraybn.batch_norm(again, *vectors[:2], **fixed, out=again if over else None)
+        if over:
+            for gone, cause in ((saved, "an earlier backward wrote dx over it"), (lost, "the forward wrote y over x")):
+                with pytest.raises(RuntimeError, match=cause):
+                    arraybn.batch_norm_backward(dy, gone)
+        over_dy, *_ = arraybn.batch_norm_backward(dy, arraybn.batch_norm(y, *vectors[:2], **fixed)[1], out=dy)
+        return [y, saved._mean, saved._rstd, dx.copy(), *gradients, z, over_dy]
+
+    wanted = outcome_of_long_way(functools.partial(call, functional.Saved))
+    assert len(wanted) > 5
+    for _ in range(2):
+        assert outcome(functools.partial(call, functional.SavedRows)) == wanted
+
+
+def test_an_x_that_was_changed_in_shape_is_not_read_beyond_its_end() -> None:
+    x = X.copy()
+    _, saved = arraybn.batch_norm(x, W, B)
+    x.resize((3, 5, 4), refcheck=False)
+    with pytest.raises(ValueError, match=r"reshape|shape"):
+        arraybn.batch_norm_backward(DY[:3], saved)
+    with pytest.raises(ValueError, match=r"reshape|shape"):
+        arraybn.batch_norm_backward(DY, saved)
 
 
 class CheckedError(Exception):

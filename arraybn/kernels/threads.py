@@ -22,7 +22,7 @@ from .._arrays.namespaces import Array
 from .._checks import as_integer
 
 SPIN = 100e-6  # seconds; with 50e-6 helpers slept through most calls on 2 MB of data in a loop
-WAKE = 2**20  # bytes of data from which it pays to wake a helper
+WAKE = 2**20  # bytes of data from which it pays to wake helpers, who begin some 35 µs later
 # The words of memory that the threads share: BUSY and RUNNING, which many threads write, have cache lines of their own.
 BUSY, OPEN, STOP, FUNCTION, ARGUMENTS, JOBS, CREW, RUNNING, ASLEEP = 0, 8, 9, 10, 11, 12, 13, 16, 24
 ALONE = np.zeros(0, np.int64)  # the words of a caller without helpers
@@ -131,8 +131,11 @@ class _Pool:
             return futures
 
 
-def helpers(serve: Serve, size: int) -> Array:
-    """Return the words that a caller shares with its helpers, who are woken if the job has `size` bytes enough.
+def helpers(serve: Serve, size: int, parts: int) -> Array:
+    """Return the words that a caller shares with its helpers, of whom as many are woken as the job has further parts.
+
+    Helpers are woken if the job has `size` bytes enough, or if the latest job began less than `SPIN` seconds ago: they
+    will come too late for this job, but in time for the next ones.
 
     `serve(words, me, looks)` is compiled. Thread `me` does its part of jobs there until none was found at so many looks
     in a row, and then sets its word after `ASLEEP` and returns True; or until `STOP` is set, and returns False.
@@ -140,8 +143,10 @@ def helpers(serve: Serve, size: int) -> Array:
     crew = _state.crew
     if crew is None or crew.size != get_num_threads() - 1:
         crew = _state.renew(serve)
-    if size >= WAKE:
-        crew.wake()
+    now = time.perf_counter()
+    if size >= WAKE or now - crew.latest < SPIN:
+        crew.wake(parts - 1)
+    crew.latest = now
     return crew.words
 
 
@@ -149,7 +154,7 @@ class _Crew:
     """Helper threads and the words that they share with their callers."""
 
     def __init__(self, serve: Serve, size: int) -> None:
-        self.size, self.words = size, ALONE
+        self.size, self.words, self.latest = size, ALONE, 0.0
         self._gates: list[Any] = []
         self._threads: list[threading.Thread] = []
         if size == 0:
@@ -171,9 +176,9 @@ class _Crew:
         while serve(self.words, me, looks):
             gate.acquire()
 
-    def wake(self) -> None:
-        """Let every helper that sleeps look for jobs again."""
-        for word, gate in enumerate(self._gates, ASLEEP + 1):
+    def wake(self, number: int) -> None:
+        """Let the first helpers, as many as that, look for jobs again if they sleep."""
+        for word, gate in enumerate(self._gates[:number], ASLEEP + 1):
             if self.words[word]:
                 self.words[word] = 0
                 with suppress(RuntimeError):  # another caller was faster
@@ -185,7 +190,7 @@ class _Crew:
             self.words[STOP] = 1
         for thread in self._threads:
             while thread.is_alive():
-                self.wake()
+                self.wake(self.size)
                 thread.join(1e-3)
 
 

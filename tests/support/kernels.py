@@ -102,11 +102,11 @@ CPU_CUTS: Cuts = {
         (30, 40, 1),
         {"MIN_TILE_BYTES": 512, "TILE": 4096, "MIN_CONTIGUOUS_BYTES": 16, "CACHED": 0},
     ),
-    "channels-last, wide rows": ((11, 2100, 1), {}),
+    "channels-last, wide rows": ((11, 2100, 1), {"MIN_HALF_BYTES": 2**20}),
     "planes": ((9, 3, 49), {}),
     "planes in groups": ((9, 7, 33), {"MIN_TILE_BYTES": 2048, "TILE": 4096}),
     "planes in tiles": ((150, 3, 40), {"MIN_TILE_BYTES": 512, "TILE": 2048}),
-    "long planes, cut into pieces": ((2, 2, 8200), {}),
+    "long planes, cut into pieces": ((2, 2, 8200), {"MIN_HALF_BYTES": 2**20}),
     "long planes in tiles": ((1, 2, 16500), {"MIN_TILE_BYTES": 4096, "TILE": 4096}),
 }
 if not COMPILED:  # the same cuts of less data, because every step is one of Python, and is counted by coverage

@@ -30,6 +30,7 @@ TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile
 MIN_CONTIGUOUS_BYTES = 2048  # bytes side by side that memory delivers at full speed
 CACHED = 2**24  # bytes of x, up to which the last-level cache holds x and y, and rows are not cut
 MIN_TILE_BYTES = 2**18  # bytes of a tile at least, so that starting a task does not show
+MIN_HALF_BYTES = 2**16  # of the halves of smaller data
 _F8 = np.dtype(np.float64)
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
@@ -37,13 +38,14 @@ _F8 = np.dtype(np.float64)
 
 @functools.lru_cache(maxsize=1024)
 def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
-    """Cut (N, C, S) into about sixteen tiles or more, or into fewer where the data is small."""
+    """Cut (N, C, S) into about sixteen tiles or more, or into fewer where the data is small, down to halves."""
     samples, channels, plane = shape
     n = samples * plane
     if n == 0:
         return Cut(channels * plane, plane, 0, channels, channels, 1, 0, 1, 1)
     channel, width = n * itemsize, min(plane, PIECE) * itemsize  # bytes of a channel, and of its run in a row
-    tile = min(max(channels * channel // 16, MIN_TILE_BYTES), TILE)
+    half = max(-(-channels * channel // 2), MIN_HALF_BYTES)
+    tile = min(max(channels * channel // 16, min(MIN_TILE_BYTES, half)), TILE)
     group = min(max(tile // channel, 1), channels)
     rows, least, whole = samples, BLOCK, group * channel <= 2 * tile
     if plane >= LONG:
@@ -61,18 +63,20 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
 class _Kind:
     """How the work on arrays of one shape is cut: all that can be known before the arrays."""
 
-    __slots__ = ("cut", "nbytes", "numbers", "shared")
+    __slots__ = ("cut", "nbytes", "numbers", "parts")
 
     def __init__(self, shape: tuple[int, int, int], itemsize: int) -> None:
         self.cut = cut = _cut(shape, itemsize)
         self.numbers = np.array(cut)
         self.numbers.flags.writeable = False
         self.nbytes = cut.n * cut.channels * itemsize
-        self.shared = cut.groups * cut.tiles > 1
+        self.parts = cut.groups * cut.tiles
 
     def words(self) -> Array:
         """Return the words that the caller shares with helpers, who are woken if that pays."""
-        return threads.helpers(serve(), self.nbytes) if self.shared and not config.DISABLE_JIT else threads.ALONE
+        if self.parts == 1 or config.DISABLE_JIT:
+            return threads.ALONE
+        return threads.helpers(serve(), self.nbytes, self.parts)
 
 
 _kind = functools.lru_cache(maxsize=1024)(_Kind)

@@ -672,7 +672,7 @@ def _uncontracted(run: Any) -> Any:
 affine_of_planes = _map_along(_uncontracted(_affine_along))
 affine_of_lines = _map_across(_uncontracted(_affine_across), _uncontracted(_affine_across_4))
 affine2_of_planes = _map_along(_uncontracted(_affine2_along))
-affine2_of_lines = _map_across(_uncontracted(_affine2_across), _uncontracted(_affine2_across_4))
+affine2_of_lines = _map_across(_uncontracted(_affine2_across), _uncontracted(_affine2_across_4), True)
 
 # ---- Stages ----------------------------------------------------------------------------------------------------------
 # A thread adds its tiles to a record that it borrows: a group has as many as tiles, of which few are ever used.

@@ -366,7 +366,7 @@ def _map_along(run: Any) -> Any:
     return map_
 
 
-def _map_across(run: Any, four: Any = None) -> Any:
+def _map_across(run: Any, four: Any, has_b: bool = False) -> Any:
     """Return the loops of a map over short planes; `run` writes a run of `out`, from index o on.
 
     `four` writes four runs, each a part of a row, whose coefficients are then loaded once; not `in_place`.
@@ -375,6 +375,7 @@ def _map_across(run: Any, four: Any = None) -> Any:
     @named_after(run)
     def map_(u, x, sample, plane, c0, r0, r1, mean, a, b, c, out, in_place):
         together, times = _together(mean.size, sample, plane)
+        times = min(times, max(1, (r1 - r0) // 16))  # it takes time to repeat coefficients, which pays for many rows
         lines = _lines(4, together * times * plane)
         buffer = np.empty(in_place * together * times * plane, out.dtype)
         target = buffer if in_place else out
@@ -382,10 +383,11 @@ def _map_across(run: Any, four: Any = None) -> Any:
             k = min(together, mean.size - j)
             _repeat(mean[j : j + k], plane, times, lines[0])
             _repeat(a[j : j + k], plane, times, lines[1])
-            _repeat(b[j : j + k], plane, times, lines[2])
+            if has_b:
+                _repeat(b[j : j + k], plane, times, lines[2])
             _repeat(c[j : j + k], plane, times, lines[3])
             first = r0
-            if four is not None and not in_place:
+            if not in_place:
                 first = r1 - (r1 - r0) % (4 * times)
                 for r in range(r0, first, 4 * times):
                     start = np.uintp(r * sample + (c0 + j) * plane)
@@ -404,7 +406,7 @@ def _map_across(run: Any, four: Any = None) -> Any:
 moments_of_planes, moments_of_lines = _sums_along(_moments_along), _sums_across(_moments_across, _moments_across_8, 8)
 dots_of_planes, dots_of_lines = _sums_along(_dots_along), _sums_across(_dots_across, _dots_across_4, 4)
 affine_of_planes, affine_of_lines = _map_along(_affine_along), _map_across(_affine_across, _affine_across_4)
-affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across, _affine2_across_4)
+affine2_of_planes, affine2_of_lines = _map_along(_affine2_along), _map_across(_affine2_across, _affine2_across_4, True)
 
 
 @plain
