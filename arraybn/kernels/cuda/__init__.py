@@ -321,186 +321,193 @@ VECTORS = launch.POINTERS[3:-2]
 NO_VECTORS = (0,) * len(VECTORS)
 
 
-# ---- The sweeps ------------------------------------------------------------------------------------------------------
+# ---- The sweeps, and two of them with the formulas of ``reference.py`` where the first one ends ---------------------
 
 MASKS = True
 
 
-def moments(x: Array, where: Array | None = None) -> tuple[Array, Array]:
-    """(E1) mean and m2 (C,) of x (N, C, S), float64, over `where`."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = LaunchArguments(gpu, x, where=where)
-        mean, m2 = work.vectors(2)
-        work.moments(gpu.pointer(mean), gpu.pointer(m2))
-        return mean, m2
+class Sweeps:
+    """The operations for which a class of arguments chooses the kernels."""
+
+    def __init__(self, arguments: type[LaunchArguments]) -> None:
+        self._arguments = arguments
+
+    def moments(self, x: Array, where: Array | None = None) -> tuple[Array, Array]:
+        """(E1) mean and m2 (C,) of x (N, C, S), float64, over `where`."""
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, where=where)
+            mean, m2 = work.vectors(2)
+            work.moments(gpu.pointer(mean), gpu.pointer(m2))
+            return mean, m2
+
+    def dots(
+        self, u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False
+    ) -> tuple[Array, Array]:
+        """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, over `where`; `skip_zeros` lets 0·NaN be 0."""
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, u, where)
+            s, q = work.vectors(2)
+            sweep = "dots_nonzero" if skip_zeros else "dots"
+            work.run(sweep, mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
+            return s, q
+
+    def affine(self, x: Array, mean: Array, a: Array, c: Array, out: Array | None = None) -> Array:
+        """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous."""
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x)
+            result = work.writes(out)
+            work.run("affine", mean=work.vector(mean), a=work.vector(a), c=work.vector(c))
+            return result
+
+    def affine2(
+        self,
+        u: Array,
+        x: Array,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        out: Array | None = None,
+        where: Array | None = None,
+    ) -> Array:
+        """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), or a·u if not `where`, written to a contiguous `out`."""
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, u, where)
+            result = work.writes(out)
+            work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
+            return result
+
+    def affine3(
+        self,
+        v: Array,
+        u: Array,
+        x: Array,
+        mean: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        d: Array,
+        out: Array | None = None,
+        where: Array | None = None,
+    ) -> Array:
+        """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), or b·u if not `where`, written to a contiguous `out`."""
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, u, where)
+            result = work.writes(out)
+            vectors = {"mean": mean, "a": a, "b": b, "c": c, "d": d}
+            work.run("affine3", v=work.data(v), **{name: work.vector(vector) for name, vector in vectors.items()})
+            return result
+
+    def forward(
+        self, x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
+    ) -> tuple[Array, Array, Array, Array]:
+        """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
+        return self._forward(x, weight, bias, eps, out)
+
+    def backward(
+        self, dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
+        return self._backward(dy, x, mean, rstd, weight, out)
+
+    def masked_forward(
+        self, x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, mask: Mask
+    ) -> tuple[Moments, Array, Array]:
+        """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y."""
+        mean, m2, rstd, y = self._forward(x, weight, bias, eps, out, mask)
+        return Moments(mask.n, mean, m2), rstd, y
+
+    def masked_backward(
+        self, dy: Array, x: Array, batch: Moments, rstd: Array, weight: Array | None, out: Array | None, where: Array
+    ) -> tuple[Array, Array, Array]:
+        """(E5, E6) dx, and dweight and dbias (C,), from dy, x (N, C, S) and a mask."""
+        return self._backward(dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
+
+    def evaluate(
+        self,
+        x: Array,
+        mean: Array,
+        var: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        out: Array | None = None,
+    ) -> tuple[Array, Array, Array | None, Array]:
+        """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics.
+
+        One launch, which reads statistics and parameters in their own dtypes.
+        """
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x)
+            y = work.writes(out)
+            if not x.size:
+                mean, var, weight = widened(mean, var, weight)
+                return mean, reference.rstd(var, eps), weight, y
+            (first, second), state_kind = work.alike(mean, var)
+            (w, b), parameter_kind = work.alike(weight, bias)
+            kept = gpu.empty((3, mean.size), "f8")
+            place, row = gpu.pointer(kept), 8 * mean.size  # bytes
+            rows = {"mean": place, "rstd": place + row, "kept_weight": place + 2 * row}
+            given = {"first": first, "second": second, "weight": w, "bias": b, **rows}
+            work.run("affine_fixed", eps=eps, parameter_kind=parameter_kind, state_kind=state_kind, **given)
+            return kept[0], kept[1], None if weight is None else kept[2], y
+
+    def _forward(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        out: Array | None,
+        mask: Mask | None = None,
+    ) -> tuple[Array, Array, Array, Array]:
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, None, *(mask or (None, None)))
+            y = work.writes(out)
+            mean, m2, rstd = work.vectors(3)
+            given = {"mean": gpu.pointer(mean), "rstd": gpu.pointer(rstd)}
+            work.normalize(gpu.pointer(m2), eps, weight=work.vector(weight), bias=work.vector(bias), **given)
+            return mean, m2, rstd, y
+
+    def _backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array | None,
+        out: Array | None,
+        mask: Mask | None = None,
+    ) -> tuple[Array, Array, Array]:
+        gpu = launch.launcher()
+        with gpu.on(x):
+            work = self._arguments(gpu, x, dy, *(mask or (None, None)))
+            dx = work.writes(out)
+            dweight, dbias = work.vectors(2)
+            work.differentiate(
+                mean=work.vector(mean),
+                rstd=work.vector(rstd),
+                weight=work.vector(weight),
+                dweight=gpu.pointer(dweight),
+                dbias=gpu.pointer(dbias),
+            )
+            return dx, dweight, dbias
 
 
-def dots(u: Array, x: Array, mean: Array, where: Array | None = None, skip_zeros: bool = False) -> tuple[Array, Array]:
-    """(E5, E8, E9) Σu and Σu·(x−mean), each (C,) and float64, over `where`; `skip_zeros` lets 0·NaN be 0."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = LaunchArguments(gpu, x, u, where)
-        s, q = work.vectors(2)
-        sweep = "dots_nonzero" if skip_zeros else "dots"
-        work.run(sweep, mean=work.vector(mean), dbias=gpu.pointer(s), dweight=gpu.pointer(q))
-        return s, q
+_split = Sweeps(LaunchArguments)
+moments, dots, affine, affine2, affine3 = _split.moments, _split.dots, _split.affine, _split.affine2, _split.affine3
+forward, backward, evaluate = _split.forward, _split.backward, _split.evaluate
+masked_forward, masked_backward = _split.masked_forward, _split.masked_backward
 
 
-def affine_by(
-    kind: type[LaunchArguments], x: Array, mean: Array, a: Array, c: Array, out: Array | None = None
-) -> Array:
-    """(E3, E7) a·(x−mean) + c (N, C, S), in the dtype of x, written to `out` where `out` is contiguous.
-
-    `kind` is the class of arguments that chooses the kernels, here and in the other maps.
-    """
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x)
-        result = work.writes(out)
-        work.run("affine", mean=work.vector(mean), a=work.vector(a), c=work.vector(c))
-        return result
-
-
-def affine2_by(
-    kind: type[LaunchArguments],
-    u: Array,
-    x: Array,
-    mean: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    out: Array | None = None,
-    where: Array | None = None,
-) -> Array:
-    """(E6, E8, E9) a·u + b·(x−mean) + c (N, C, S), or a·u if not `where`, written to a contiguous `out`."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x, u, where)
-        result = work.writes(out)
-        work.run("affine2", mean=work.vector(mean), a=work.vector(a), b=work.vector(b), c=work.vector(c))
-        return result
-
-
-def affine3_by(
-    kind: type[LaunchArguments],
-    v: Array,
-    u: Array,
-    x: Array,
-    mean: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    d: Array,
-    out: Array | None = None,
-    where: Array | None = None,
-) -> Array:
-    """(E9) a·v + b·u + c·(x−mean) + d (N, C, S), or b·u if not `where`, written to a contiguous `out`."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x, u, where)
-        result = work.writes(out)
-        vectors = {"mean": mean, "a": a, "b": b, "c": c, "d": d}
-        work.run("affine3", v=work.data(v), **{name: work.vector(vector) for name, vector in vectors.items()})
-        return result
-
-
-affine, affine2, affine3 = (functools.partial(sweep, LaunchArguments) for sweep in (affine_by, affine2_by, affine3_by))
-
-
-# ---- Two sweeps, with the formulas of ``reference.py`` where the first one ends --------------------------------------
-
-
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(LaunchArguments, x, weight, bias, eps, out)
-
-
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(LaunchArguments, dy, x, mean, rstd, weight, out)
-
-
-def forward_by(
-    kind: type[LaunchArguments],
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None = None,
-    mask: Mask | None = None,
-) -> tuple[Array, Array, Array, Array]:
-    """Carry out `forward` with that class of arguments, which chooses the kernels."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x, None, *(mask or (None, None)))
-        y = work.writes(out)
-        mean, m2, rstd = work.vectors(3)
-        given = {"mean": gpu.pointer(mean), "rstd": gpu.pointer(rstd)}
-        work.normalize(gpu.pointer(m2), eps, weight=work.vector(weight), bias=work.vector(bias), **given)
-        return mean, m2, rstd, y
-
-
-def backward_by(
-    kind: type[LaunchArguments],
-    dy: Array,
-    x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array | None,
-    out: Array | None = None,
-    mask: Mask | None = None,
-) -> tuple[Array, Array, Array]:
-    """Carry out `backward` with that class of arguments, which chooses the kernels."""
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x, dy, *(mask or (None, None)))
-        dx = work.writes(out)
-        dweight, dbias = work.vectors(2)
-        work.differentiate(
-            mean=work.vector(mean),
-            rstd=work.vector(rstd),
-            weight=work.vector(weight),
-            dweight=gpu.pointer(dweight),
-            dbias=gpu.pointer(dbias),
-        )
-        return dx, dweight, dbias
-
-
-def masked_forward_by(
-    kind: type[LaunchArguments],
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None,
-    mask: Mask,
-) -> tuple[Moments, Array, Array]:
-    """(E1, E3) The moments of x (N, C, S) over the mask, rstd (C,) and y, with that class of arguments."""
-    mean, m2, rstd, y = forward_by(kind, x, weight, bias, eps, out, mask)
-    return Moments(mask.n, mean, m2), rstd, y
-
-
-def masked_backward_by(
-    kind: type[LaunchArguments],
-    dy: Array,
-    x: Array,
-    batch: Moments,
-    rstd: Array,
-    weight: Array | None,
-    out: Array | None,
-    where: Array,
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy, x (N, C, S) and a mask, with that class of arguments."""
-    return backward_by(kind, dy, x, batch.mean, rstd, weight, out, Mask(where, batch.n))
-
-
-masked_forward = functools.partial(masked_forward_by, LaunchArguments)
-masked_backward = functools.partial(masked_backward_by, LaunchArguments)
+# ---- Vectors ---------------------------------------------------------------------------------------------------------
 
 
 def update_running_stats(
@@ -523,49 +530,12 @@ def update_running_stats(
         return new_mean, new_var
 
 
-# ---- Vectors ---------------------------------------------------------------------------------------------------------
-
-
 def widened(*vectors: Array | None) -> list[Array | None]:
     """Return float64 copies of up to four vectors (C,), by one launch where all have one dtype; None for None."""
     rows = _rows(vectors + (None,) * (4 - len(vectors)))
     if rows is None:
         return [None if vector is None else vector.astype("f8") for vector in vectors]
     return [None if vector is None else rows[index] for index, vector in enumerate(vectors)]
-
-
-def evaluate_by(
-    kind: type[LaunchArguments],
-    x: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None = None,
-) -> tuple[Array, Array, Array | None, Array]:
-    """(E3, E7) Copies of mean, rstd and weight (C,) in float64, and y = weight·xhat + bias, with fixed statistics.
-
-    One launch, which reads statistics and parameters in their own dtypes.
-    """
-    gpu = launch.launcher()
-    with gpu.on(x):
-        work = kind(gpu, x)
-        y = work.writes(out)
-        if not x.size:
-            mean, var, weight = widened(mean, var, weight)
-            return mean, reference.rstd(var, eps), weight, y
-        (first, second), state_kind = work.alike(mean, var)
-        (w, b), parameter_kind = work.alike(weight, bias)
-        kept = gpu.empty((3, mean.size), "f8")
-        place, row = gpu.pointer(kept), 8 * mean.size  # bytes
-        rows = {"mean": place, "rstd": place + row, "kept_weight": place + 2 * row}
-        given = {"first": first, "second": second, "weight": w, "bias": b, **rows}
-        work.run("affine_fixed", eps=eps, parameter_kind=parameter_kind, state_kind=state_kind, **given)
-        return kept[0], kept[1], None if weight is None else kept[2], y
-
-
-evaluate = functools.partial(evaluate_by, LaunchArguments)
 
 
 def _rows(vectors: tuple[Array | None, ...]) -> Array | None:

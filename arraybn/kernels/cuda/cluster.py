@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..._arrays.namespaces import Array
 from .. import cuda
 from . import fused, launch
 from .training import Launch, Trainer
@@ -26,12 +25,11 @@ class ClusterArguments(fused.FusedArguments):
     ring = True
 
 
-moments, dots, update_running_stats, widened = cuda.moments, cuda.dots, cuda.update_running_stats, cuda.widened
-affine, affine2, affine3, evaluate = (
-    functools.partial(sweep, ClusterArguments)
-    for sweep in (cuda.affine_by, cuda.affine2_by, cuda.affine3_by, cuda.evaluate_by)
-)
-MASKS, masked_forward, masked_backward = fused.MASKS, fused.masked_forward, fused.masked_backward
+_cluster = cuda.Sweeps(ClusterArguments)
+moments, dots, affine, affine2 = _cluster.moments, _cluster.dots, _cluster.affine, _cluster.affine2
+affine3, forward, backward, evaluate = _cluster.affine3, _cluster.forward, _cluster.backward, _cluster.evaluate
+masked_forward, masked_backward = _cluster.masked_forward, _cluster.masked_backward
+MASKS, update_running_stats, widened = cuda.MASKS, cuda.update_running_stats, cuda.widened
 
 
 def launches(*given: Any) -> tuple[Launch, ...]:
@@ -40,17 +38,3 @@ def launches(*given: Any) -> tuple[Launch, ...]:
 
 
 trainer = functools.partial(Trainer, launches)
-
-
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return cuda.forward_by(ClusterArguments, x, weight, bias, eps, out)
-
-
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return cuda.backward_by(ClusterArguments, dy, x, mean, rstd, weight, out)

@@ -45,22 +45,18 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from ..._arrays.namespaces import Array
 from . import (
     DTYPES,
     MASKS,
     LaunchArguments,
+    Sweeps,
     affine,
     affine2,
     affine3,
-    backward_by,
     by_ring,
     dots,
     evaluate,
-    forward_by,
     has_rows,
-    masked_backward_by,
-    masked_forward_by,
     moments,
     numbers_of,
     plan_sweep,
@@ -300,19 +296,6 @@ class FusedArguments(LaunchArguments):
         return found is not None
 
 
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(FusedArguments, x, weight, bias, eps, out)
-
-
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(FusedArguments, dy, x, mean, rstd, weight, out)
-
-
-masked_forward = functools.partial(masked_forward_by, FusedArguments)
-masked_backward = functools.partial(masked_backward_by, FusedArguments)
+_fused = Sweeps(FusedArguments)
+forward, backward = _fused.forward, _fused.backward
+masked_forward, masked_backward = _fused.masked_forward, _fused.masked_backward
