@@ -78,7 +78,9 @@ def _owns(array: Array) -> bool:
     return type(array) is np.ndarray and array.flags.owndata
 
 
-def place_over(out: Array | None, owners: bool, x: Array, *others: Array | None) -> int | None:
+def place_over(
+    out: Array | None, owners: bool, x: Array, dy: Array | None = None, vectors: Sequence[Array | None] = ()
+) -> int | None:
     """Return 1 where `out` is an input, 0 where `out` is None or apart from all, None where slower checks have to look.
 
     `owners` is True where all inputs own their memory.
@@ -90,11 +92,13 @@ def place_over(out: Array | None, owners: bool, x: Array, *others: Array | None)
     flags = out.flags.num
     if flags & (CONTIGUOUS | ALIGNED | WRITEABLE) != CONTIGUOUS | ALIGNED | WRITEABLE:
         return None
-    over, apart = 0, owners and flags & OWNER
-    for one in (x, *others):
+    if owners and flags & OWNER:
+        return int(out is x or out is dy)
+    over = 0
+    for one in (x, dy, *vectors):
         if one is out:
             over = 1
-        elif not apart and one is not None and np.may_share_memory(out, one):
+        elif one is not None and np.may_share_memory(out, one):
             return None
     return over
 

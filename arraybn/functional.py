@@ -282,12 +282,12 @@ def forward_in(
         x, weight, bias, mean, var = checked
     else:
         layout = plan.layout
+    eps, vectors = as_eps(eps), (mean, var, weight, bias)
     if plan is not None and call is None and where is None and kernels is None and exact is False:
         if plan.short is None:
-            plan.short = _short_way(layout, x, (mean, var, weight, bias))
-        if plan.short and (over := place_over(out, plan.owners, x, mean, var, weight, bias)) is not None:
-            return _forward_shortly(plan, x, (mean, var, weight, bias), as_eps(eps), out, over)
-    eps = as_eps(eps)
+            plan.short = _short_way(layout, x, vectors)
+        if plan.short and (over := place_over(out, plan.owners, x, None, vectors)) is not None:
+            return _forward_shortly(plan, x, vectors, eps, out, over)
     if out is not None:
         check_out(out, x, layout.shape)
         check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
@@ -296,8 +296,7 @@ def forward_in(
         raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
-    pool = None if call is None else RankPool(call)
-    n = layout.n if mask is None else mask.n
+    pool, n = None if call is None else RankPool(call), layout.n if mask is None else mask.n
     batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], n)
     if mean is not None:
         mask = None

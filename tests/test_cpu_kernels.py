@@ -226,7 +226,7 @@ def test_small_jobs_wake_helpers_only_where_they_follow_each_other_closely(threa
     def small(times: int) -> None:
         while words[first].tolist() != [1, 1]:
             time.sleep(0.001)
-        time.sleep(2 * pool.SPIN)
+        time.sleep(2 * pool.CLOSE)
         for _ in range(times):
             pool.helpers(entries.serve(), 2**17, 2)
 

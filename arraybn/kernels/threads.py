@@ -22,7 +22,8 @@ from .._arrays.namespaces import Array
 from .._checks import as_integer
 
 SPIN = 100e-6  # seconds; with 50e-6 helpers slept through most calls on 2 MB of data in a loop
-WAKE = 2**20  # bytes of data from which it pays to wake helpers, who begin some 35 µs later
+WAKE = 2**19  # bytes of data from which it pays to wake helpers, who begin some 35 µs later
+CLOSE = 2 * SPIN  # seconds from one job's begin to the next: such a helper is still awake, as jobs below WAKE are short
 # The words of memory that the threads share: BUSY and RUNNING, which many threads write, have cache lines of their own.
 BUSY, OPEN, STOP, FUNCTION, ARGUMENTS, JOBS, CREW, RUNNING, ASLEEP = 0, 8, 9, 10, 11, 12, 13, 16, 24
 ALONE = np.zeros(0, np.int64)  # the words of a caller without helpers
@@ -134,7 +135,7 @@ class _Pool:
 def helpers(serve: Serve, size: int, parts: int) -> Array:
     """Return the words that a caller shares with its helpers, of whom as many are woken as the job has further parts.
 
-    Helpers are woken if the job has `size` bytes enough, or if the latest job began less than `SPIN` seconds ago: they
+    Helpers are woken if the job has `size` bytes enough, or if the latest job began less than `CLOSE` seconds ago: they
     will come too late for this job, but in time for the next ones.
 
     `serve(words, me, looks)` is compiled. Thread `me` does its part of jobs there until none was found at so many looks
@@ -144,7 +145,7 @@ def helpers(serve: Serve, size: int, parts: int) -> Array:
     if crew is None or crew.size != get_num_threads() - 1:
         crew = _state.renew(serve)
     now = time.perf_counter()
-    if size >= WAKE or now - crew.latest < SPIN:
+    if size >= WAKE or now - crew.latest < CLOSE:
         crew.wake(parts - 1)
     crew.latest = now
     return crew.words
