@@ -78,7 +78,7 @@ class Backend:
 def as_backend(module: Module, name: str) -> Backend:
     """Return the backend that a kernel module makes.
 
-    Beside the sweeps the module may offer (``kernels/cuda`` offers all of these):
+    Beside the sweeps the module may offer:
 
     - `forward(x, weight, bias, eps, out) -> mean, m2, rstd, y` and `backward(dy, x, mean, rstd, weight, out) -> dx,
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
