@@ -6,10 +6,11 @@ takes the plan, in a fraction of the time. A call without a plan goes through al
 text; a call that fails leaves no plan.
 
 Each call looks at what a key cannot tell: the value of eps, and `out`, which may share memory with an input. Only calls
-with a plain NumPy array x have a key. A key holds no array. A full table begins anew. Each step of a dict is one step
-for all threads. (A backward needs no plan: that dy has the type, dtype and shape of x says everything.)
+with a plain NumPy array x have a key. Keys and plans hold no array of a caller. A full table begins anew. Each step of
+a dict is one step for all threads.
 
-A plan may also hold a short way, which takes the arrays as they are: see `kernels.cpu.Calls`.
+A plan may also hold a short way, which takes the arrays as they are: see `kernels.cpu.Calls`. A backward takes the
+short way of its forward's plan.
 """
 
 from __future__ import annotations
@@ -62,20 +63,18 @@ def key_of(
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """The findings of a call: the layout of x, whether the inputs own their memory, and the short way, if any."""
+    """The findings of a call: layout and dtype of x, whether all inputs own their memory, and the short way, if any."""
 
     layout: Layout
+    dtype: Any
     owners: bool
     short: Any = None  # False where there is no short way; None while nobody has looked
 
     @classmethod
-    def of(cls, layout: Layout, arrays: Sequence[Array | None]) -> Plan:
+    def of(cls, layout: Layout, x: Array, *vectors: Array | None) -> Plan:
         """Return the plan for calls with arrays like these."""
-        return cls(layout, all(array is None or _owns(array) for array in arrays))
-
-
-def _owns(array: Array) -> bool:
-    return type(array) is np.ndarray and array.flags.owndata
+        owners = all(array is None or array.flags.owndata for array in (x, *vectors))
+        return cls(layout, x.dtype, owners)
 
 
 def place_over(

@@ -5,6 +5,7 @@ Each function takes arrays and returns arrays, and keeps or changes nothing else
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ class Saved:
 class SavedRows(Saved):
     """A `Saved` of a whole batch whose statistics are rows of one array, which become arrays when they are asked for.
 
-    The rows are mean, m2, rstd and weight; further ones are room for the backward. With fixed statistics m2 is unset.
+    The rows are mean, m2 (var where statistics are fixed), rstd and weight; further ones are room for the backward.
     """
 
     __slots__ = ("fixed", "has_weight", "plan", "rows")
@@ -124,6 +125,19 @@ class SavedRows(Saved):
         self.fixed, self.plan = fixed, plan
         self._overwritten = self._pool = self._mask = self._shown = self._gradients = None
         self._is_part = False
+
+    def __copy__(self) -> SavedRows:
+        return self._of(self._x, self.rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedRows:
+        return self._of(copy.deepcopy(self._x, memo), copy.deepcopy(self.rows, memo))
+
+    def _of(self, x: Array, rows: Array) -> SavedRows:
+        """Return the same of other arrays."""
+        affine = self.has_weight, self._has_bias
+        other = SavedRows(self._backend, self._layout, x, rows, affine, fixed=self.fixed, plan=self.plan)
+        other._overwritten = self._overwritten
+        return other
 
     _mean = property(lambda self: self.rows[0])
     _rstd = property(lambda self: self.rows[2])
@@ -277,18 +291,17 @@ def forward_in(
         arrays = x, weight, bias, mean, var
         layout, checked = _checked(call, arrays, moments, eps, channel_axis)
         if moments is None and key is not None and are_same(checked, arrays):
-            plan = Plan.of(layout, arrays)
+            plan = Plan.of(layout, *checked)
             keep(_PLANS, key, plan)
         x, weight, bias, mean, var = checked
     else:
         layout = plan.layout
+    eps, vectors = as_eps(eps), (mean, var, weight, bias)
     if plan is not None and call is None and where is None and kernels is None and exact is False:
         if plan.short is None:
-            plan.short = _short_way(layout, x, (mean, var, weight, bias))
-        vectors = mean, var, weight, bias
+            plan.short = _short_way(layout, x, vectors)
         if plan.short and (over := place_over(out, plan.owners, x, None, vectors)) is not None:
-            return _forward_shortly(plan, x, vectors, as_eps(eps), out, over)
-    eps = as_eps(eps)
+            return _forward_shortly(plan, x, vectors, eps, out, over)
     if out is not None:
         check_out(out, x, layout.shape)
         check_overlap(out, {"x": x, "weight": weight, "bias": bias, "mean": mean, "var": var})
@@ -297,8 +310,7 @@ def forward_in(
         raise ValueError("moments: expected those of moments(…, exact=True), because exact is set; got usual ones")
 
     view, target = layout.view(x), None if out is None else layout.view(out)
-    pool = None if call is None else RankPool(call)
-    n = layout.n if mask is None else mask.n
+    pool, n = None if call is None else RankPool(call), layout.n if mask is None else mask.n
     batch = None if moments is None else as_moments_of_whole(moments, x, layout.ncs[1], n)
     if mean is not None:
         mask = None
@@ -317,7 +329,7 @@ def forward_in(
 def _short_way(layout: Layout, x: Array, vectors: Sequence[Array | None]) -> tuple[Backend, Any] | bool:
     """Return the backend and its short way for arrays like these; False where there is none."""
     backend = select_in_mode("x", x, None, False)
-    calls = None if layout.order is not None else backend.calls(x, layout.ncs, vectors)
+    calls = backend.calls(x, layout.ncs, vectors)
     return False if calls is None else (backend, calls)
 
 
@@ -466,7 +478,9 @@ def _backward_shortly(
 ) -> tuple[Array, Array | None, Array | None] | None:
     """Carry out a backward of arrays that need no slower check; None for others."""
     x, plan = saved._x, saved.plan
-    if plan is None or saved.fixed or x is None or x.shape != plan.layout.shape or not is_plain_like(dy, x, x.shape):
+    if plan is None or saved.fixed or x is None or x.dtype != plan.dtype:
+        return None
+    if not is_plain_like(x, x, plan.layout.shape) or not is_plain_like(dy, x, plan.layout.shape):
         return None
     flags = dy.flags.num
     over = place_over(out, plan.owners and flags & OWNER != 0, x, dy)

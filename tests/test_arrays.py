@@ -185,6 +185,17 @@ def test_a_forward_in_place_has_no_backward() -> None:
         arraybn.batch_norm_backward(DY, saved)
 
 
+@pytest.mark.usefixtures("numpy_kernels")
+@pytest.mark.parametrize("fixed", [{}, {"mean": np.zeros(3), "var": np.ones(3)}], ids=["batch", "fixed"])
+def test_gradients_of_single_values_do_not_lie_in_the_memory_of_dy(fixed: Any) -> None:
+    x, dy = np.asarray([[1.0, 2.0, 3.0]]), np.asarray([[4.0, 5.0, 6.0]])
+    _, saved = arraybn.batch_norm(x, np.ones(3), np.zeros(3), **fixed)
+    _, _, dbias = arraybn.batch_norm_backward(dy, saved, out=dy)
+    np.testing.assert_array_equal(dbias, [4.0, 5.0, 6.0])
+    mean, m2 = (found := arraybn.moments(x)).mean, found.m2
+    assert not any(np.shares_memory(x, vector) for vector in (mean, m2))
+
+
 def test_a_backward_may_write_over_dy_and_once_over_x() -> None:
     x, dy = X.copy(), DY.copy()
     _, saved = arraybn.batch_norm(x, WEIGHT, BIAS)

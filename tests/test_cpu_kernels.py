@@ -114,6 +114,14 @@ def test_any_shape_is_cut_into_pieces_of_bounded_size(itemsize: int) -> None:
         assert cut.height >= cut.rows or partial_sums <= samples * channels * plane * itemsize / 4
 
 
+def test_small_data_is_cut_into_halves_and_smaller_data_not_at_all() -> None:
+    parts = {}
+    for shape in [(64, 128, 1), (1, 32, 784), (1, 512, 196), (1, 2048, 49), (2, 17, 1024), (49, 2048, 1)]:
+        cut = cpu._cut.__wrapped__(shape, 4)
+        parts[shape] = cut.groups * cut.tiles
+    assert list(parts.values()) == [1, 1, 2, 2, 2, 2]
+
+
 def test_large_data_has_more_tasks_than_threads() -> None:
     for shape in [(32, 64, 112 * 112), (32, 2048, 49), (32 * 112 * 112, 64, 1), (32 * 49, 2048, 1), (1, 1, 10**8)]:
         cut = cpu._cut.__wrapped__(shape, 4)
@@ -220,13 +228,16 @@ def test_a_helper_that_sleeps_comes_when_it_is_woken(meeting: Any, threads: Any)
 
 
 @pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
-def test_small_jobs_wake_helpers_only_where_they_follow_each_other_closely(threads: Any) -> None:
+def test_small_jobs_wake_helpers_only_where_they_follow_each_other_closely(
+    threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_cores", lambda: 3)  # helpers of more threads than cores do not spin, and are not woken
     words, first = crew_of(3), slice(pool.ASLEEP + 1, pool.ASLEEP + 3)
 
     def small(times: int) -> None:
         while words[first].tolist() != [1, 1]:
             time.sleep(0.001)
-        time.sleep(2 * pool.CLOSE)
+        time.sleep(2 * pool.CLOSE * pool.SPIN)
         for _ in range(times):
             pool.helpers(entries.serve(), 2**17, 2)
 
@@ -238,6 +249,17 @@ def test_small_jobs_wake_helpers_only_where_they_follow_each_other_closely(threa
         small(2)  # the system may keep this thread waiting between the two
         found = words[first].tolist()
     assert found == [0, 1]  # the first one alone, as there are two parts
+
+
+@pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")
+def test_helpers_who_do_not_spin_are_not_woken_for_small_jobs(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_cores", lambda: 1)
+    words = crew_of(2)
+    while words[pool.ASLEEP + 1] == 0:
+        time.sleep(0.001)
+    for _ in range(100):
+        pool.helpers(entries.serve(), 2**17, 2)
+        assert words[pool.ASLEEP + 1] == 1
 
 
 @pytest.mark.skipif(not COMPILED, reason="without the compiler nobody helps")

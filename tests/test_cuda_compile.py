@@ -10,7 +10,7 @@ import shim
 from support.compiling import ARCHITECTURES, FULLY, compiled, every_kernel_for, in_local_memory, resources
 
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import exact, launch
+from arraybn.kernels.cuda import exact, launch, table
 from arraybn.kernels.cuda.launch import Kernel
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
@@ -41,7 +41,9 @@ def test_the_kernels_over_whole_rows_compile_and_keep_to_their_registers(archite
             for kernel in shim.row_kernels(way)
             if kernel.dtype in near.get(kernel.name.removesuffix(f"_{way}"), ())
         ]
-        chosen = [kernel for kernel in chosen if kernel.width == max(cuda.WIDTHS[SIZES[kernel.dtype]])]
+        chosen = [kernel for kernel in chosen if kernel.width == max(table.WIDTHS[SIZES[kernel.dtype]])]
+    near_in_planes = ("affine3_ring_planes_bfloat16_8", "affine2_ring_planes_float64_2")
+    chosen += [kernel for kernel in shim.ring_kernels() if FULLY == "all" or kernel.entry in near_in_planes]
     found = resources(compiled(launch.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from support.kernels import H200, LONELY, NARROW, SMALL, SUM, Case, both, coeffi
 
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import fused
+from arraybn.kernels.cuda import cluster, fused, table
 from arraybn.kernels.cuda import launch as launching
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
@@ -54,7 +55,7 @@ def test_each_cut_goes_the_way_that_the_table_says(case: Case, dtype: str) -> No
     for direction, of_direction in sweeps.items():
         split = case.way == "split" or (case.way == "pipeline" and dtype == "float64")
         expected += of_direction if split else [f"{direction}_{case.way}"]
-    assert [re.sub(f"(_planes|_lines|_\\d)?_{dtype}_.*", "", name) for name in names] == expected
+    assert [re.sub(f"(_planes|_lines|_ring_planes|_\\d+)?_{dtype}_.*", "", name) for name in names] == expected
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -95,9 +96,9 @@ def assert_widths(case: Case, dtype: str) -> None:
             assert result is out
             shim.assert_guards(out)
             np.testing.assert_allclose(result.astype("f8"), want.astype("f8"), rtol=tolerance, atol=4 * tolerance)
-        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
+        width = next(w for w in table.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
         if case.cut == "channels-last" and width > 1:
-            width = fused.SIDES[itemsize] // itemsize
+            width = table.SIDES[itemsize] // itemsize
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
 
 
@@ -213,7 +214,7 @@ def test_the_way_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int]) -> N
 
 # Blocks of a cluster forward and backward, and how many clusters, where clusters are asked for.
 IN_CLUSTERS = {
-    (64, 112, 4): "8×32, pipeline",
+    (64, 112, 4): "8×32, 16×16",  # 16 × 222 KiB hold 3136
     (256, 56, 4): "2×64, 4×64",
     (512, 28, 4): "1×128, 1×128",
     (1024, 14, 4): "1×128, 1×128",
@@ -224,7 +225,7 @@ IN_CLUSTERS = {
     (1024, 14, 2): "1×512, 1×512",  # two planes of 392 bytes
     (2048, 7, 2): "1×256, 1×256",  # eight planes of 98 bytes
     (2044, 7, 2): "resident, resident",  # no multiple of eight channels
-    (64, 112, 8): "pipeline, pipeline",  # split, as there is no pipeline for float64
+    (64, 112, 8): "16×16, pipeline",  # split, as there is no pipeline for float64
     (256, 56, 8): "4×64, 8×32",
 }
 
@@ -234,13 +235,15 @@ def test_the_clusters_of_the_resnet_shapes_on_an_h200(key: tuple[int, int, int])
     channels, side, itemsize = key
     shape, kind, found = (32, channels, side * side), np.dtype(f"f{itemsize}"), []
     for inputs in (1, 2):
-        plan = fused.plan(shape, kind, 0, inputs, H200, clusters=True)
+        plan = fused.plan(shape, kind, 0, inputs, H200, clusters=16)
         if plan is not None and "cluster" in plan.kernel.name:
-            blocks = int(plan.kernel.name.split("_")[-1])
+            blocks = plan.kernel.blocks
             found.append(f"{blocks}×{plan.grid.blocks // blocks}")
+            if blocks < 16:
+                assert fused.plan(shape, kind, 0, inputs, H200, clusters=8) == plan
         else:
             found.append("pipeline" if plan is None else plan.kernel.name.split("_")[1])
-        older = fused.plan(shape, kind, 0, inputs, H200._replace(capability=8), clusters=True)
+        older = fused.plan(shape, kind, 0, inputs, H200._replace(capability=8), clusters=16)
         assert older is None or "cluster" not in older.kernel.name
     assert ", ".join(found) == IN_CLUSTERS[key]
 
@@ -252,6 +255,29 @@ def test_few_channels_get_no_clusters_that_leave_half_of_the_gpu_idle() -> None:
         assert plan.kernel.name.split("_")[1] == way
 
 
+def test_sixteen_blocks_are_taken_only_where_asked_for_where_eight_are_too_few_and_where_the_gpu_holds_them() -> None:
+    apart = "moments_planes affine_planes"
+    with kernels.case_of("fused", "one block") as case:
+        for largest, ops, each, ways in [
+            (16, cluster, 2**12, "forward_cluster_16"),
+            (16, cluster, 2**13, "forward_cluster_8"),
+            (8, cluster, 2**12, apart),  # refused
+            (16, fused, 2**12, apart),
+        ]:
+            case.gpu.has, case.gpu.largest = SMALL._replace(shared=table.ROOM + each), largest
+            case.gpu.launches.clear()
+            kernels.assert_forward(replace(case, ops=ops, shape=(9, 4, 1024)), "float32")  # 36 KiB a channel
+            assert [name.removesuffix("_float32_4") for name, _ in case.gpu.launches] == ways.split()
+
+
+def test_a_step_of_two_launches_maps_by_the_ring_where_clusters_are_asked_for() -> None:
+    with kernels.case_of("fused", "neither") as case:
+        for clusters, way in ((0, "planes"), (8, "ring_planes")):
+            given = (39, 3, 256), np.dtype("f4"), 0, 2, case.gpu.has, (1, 1)
+            names = [launch.kernel.name for launch in fused.launches(*given, clusters=clusters)]
+            assert names == ["dots_planes", f"affine2_{way}"]
+
+
 def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> None:
     for channels, side, itemsize in RESNET:
         for inputs in (1, 2):
@@ -261,17 +287,18 @@ def test_small_blocks_share_a_multiprocessor_and_large_shapes_fill_the_gpu() -> 
                 assert plan.grid.threads == 512
                 assert 128 <= plan.grid.blocks <= 2 * 132
             elif "resident" in plan.kernel.name:
-                together = H200.shared_in_all // (plan.grid.shared + fused.ROOM)
+                together = H200.shared_in_all // (plan.grid.shared + table.ROOM)
                 assert together >= (2 if plan.grid.shared < 100 * 2**10 else 1)
                 assert min(together, 2048 // plan.grid.threads) * plan.grid.threads >= 256
             else:
-                assert plan.grid.blocks == fused.BLOCKS * 132
-                assert H200.shared_in_all // (plan.grid.shared + fused.ROOM) >= fused.BLOCKS
+                assert plan.grid.blocks == table.DRAWING * 132
+                assert H200.shared_in_all // (plan.grid.shared + table.ROOM) >= table.DRAWING
 
 
 def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
     """Assert that every row has a share, and that a share has the memory it needs; `itemsize` is that of all inputs."""
-    n, channels, groups, shares, items, height, stage, stride, columns, stages = plan.numbers[:10]
+    n, channels, groups, shares, items, height, _, stride, columns, stages = plan.numbers[:10]
+    inputs = 1 + plan.kernel.name.startswith("backward")
     tile, is_ring = columns * plan.kernel.width, "ring" in plan.kernel.name
     assert (n, channels, items, stride) == (shape[0], shape[1], shape[0], shape[1])
     assert groups * tile >= channels > (groups - 1) * tile
@@ -280,29 +307,30 @@ def assert_rows_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int,
     assert plan.grid.blocks == groups * shares <= max(has.multiprocessors, groups)
     assert plan.grid.threads == 256 + 32 * is_ring
     assert plan.grid.partials == 16 * groups * shares * tile
-    assert has.shared - fused.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
+    assert has.shared - table.ROOM >= plan.grid.shared >= 16 * 256 * plan.kernel.width
     if is_ring:
         assert 2 <= stages <= 16
-        assert stage % 16 == 0
+        assert height * min(channels, tile) * itemsize // inputs % 16 == 0  # bytes of an input in a stage
         assert plan.grid.shared >= stages * height * min(channels, tile) * itemsize
 
 
 def assert_clusters_are_whole(plan: fused.Plan, shape: kernels.Shape, itemsize: int, has: Device) -> None:
     """Assert that every item of a channel has a place, and every channel a cluster; `itemsize` is of all inputs."""
     n, channels, groups, parts, items, part, plane, stride, side, pieces = plan.numbers[:10]
-    width, blocks = plan.kernel.width, int(plan.kernel.name.split("_")[-1])
+    width, blocks = plan.kernel.width, plan.kernel.blocks
+    assert plan.kernel.name.endswith(f"_cluster_{blocks}")
     assert (n, channels, groups * side, parts) == (shape[0] * shape[2], shape[1], shape[1], 1)
     assert items * width == n * side
     assert stride == plane * width * (groups if channels > 1 else 1)
     assert plane * width * itemsize % 16 == part * width * itemsize % 16 == 0
     assert (side, part % plane) == (1, part % plane) if width > 1 else (side in (2, 4, 8), part % plane == 0)
-    warps = fused.WARPS if side == 1 else fused.SIDE_WARPS
-    assert (pieces, plan.grid.threads) == (fused.PIECES, 32 * warps)
+    warps = table.WARPS if side == 1 else table.SIDE_WARPS
+    assert (pieces, plan.grid.threads) == (table.PIECES, 32 * warps)
     assert blocks * warps * pieces * (part - plane) < items <= blocks * warps * pieces * part
-    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - fused.ROOM
+    assert plan.grid.shared == warps * pieces * part * width * itemsize <= has.shared - table.ROOM
     clusters = plan.grid.blocks // blocks
     assert plan.grid.blocks == clusters * blocks
-    most = groups if side > 1 else max(fused.WAVES[blocks] * has.multiprocessors // blocks, 1)
+    most = groups if side > 1 else max(table.WAVES[blocks] * has.multiprocessors // blocks, 1)
     assert 1 <= clusters <= min(groups, most)
     assert (plan.grid.partials, plan.grid.tickets) == (0, 0)
 
@@ -318,7 +346,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         shape = shape if rng.random() < 0.6 else (shape[0] * shape[2], shape[1], 1)
         inputs, has = int(rng.integers(1, 3)), [H200, SMALL, LONELY, NARROW][rng.integers(4)]
         address = int(rng.choice([0, kind.itemsize, 8]))
-        has, clusters = has._replace(capability=int(rng.integers(8, 10))), bool(rng.random() < 0.3)
+        has, clusters = has._replace(capability=int(rng.integers(8, 10))), int(rng.choice([0, 0, 0, 8, 16]))
         plan = fused.plan.__wrapped__(shape, kind, address, inputs, has, clusters)
         if plan is None:
             found["split"] += 1
@@ -332,6 +360,7 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
             continue
         if way == "cluster":
             assert_clusters_are_whole(plan, shape, kind.itemsize * inputs, has)
+            assert plan.kernel.blocks <= (clusters or table.UNASKED)
             continue
         width, lines = plan.kernel.width, plan.kernel.name.endswith("lines")
         slots = columns * width if lines else 1
@@ -344,16 +373,16 @@ def test_any_shape_has_a_plan_that_is_whole_and_cannot_wait_for_ever(dtype: str)
         assert stride == (channels if lines else plane * width * (channels if channels > 1 else 1))
         if "resident" in plan.kernel.name:
             assert (blocks, parts, tickets, partials) == (groups, 1, 0, 0)
-            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - fused.ROOM
+            assert shared == inputs * items * columns * width * kind.itemsize <= has.shared - table.ROOM
         else:
             rounds = {1: 4, 2: 2}[inputs] * (4 if width > 1 else 8)  # as the source has them
-            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - fused.ROOM
+            assert shared == rounds * threads * width * kind.itemsize * inputs <= has.shared - table.ROOM
             assert shared & shared - 1 == 0
             assert groups * parts >= ahead >= parts  # so the sums of a group come before its maps
             assert tickets == 2 * groups + 2
             assert partials == (16 * groups * parts * slots if parts > 1 else 0)
-            assert ahead * part * columns * width * kind.itemsize * inputs <= fused.L2_FRACTION * has.cache
-            assert 0 < blocks <= fused.BLOCKS * has.multiprocessors
+            assert ahead * part * columns * width * kind.itemsize * inputs <= table.L2_FRACTION * has.cache
+            assert 0 < blocks <= table.DRAWING * has.multiprocessors
     assert min(found[way] for way in found if (way, dtype) != ("pipeline", "float64")) > 50, found
 
 
@@ -394,6 +423,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "sums that stay at home": ("store_in_block(lane,", "store_in_block(cluster_rank(),", "two blocks"),
     "in the place of another rank": ("of_blocks + cluster_rank(), b", "of_blocks + lane, b", "two blocks"),
     "one place for both turns": ("of_blocks + turn * MOST_BLOCKS", "of_blocks", "two blocks"),
+    "places for eight blocks": ("MOST_BLOCKS = 16 };", "MOST_BLOCKS = 8 };", "sixteen blocks"),
     "pieces of another phase": ("phase ^= 1) {", "phase ^= 0) {", "two blocks"),
     "a piece is read before it is there": ("    wait_for_phase(pieces.full + k, phase);\n", "", "one block"),
     "bytes of a whole piece are expected": ("(end - begin) * sizeof(Kept)));", "bytes()));", "short pieces"),
@@ -416,7 +446,7 @@ def test_a_planted_error_of_the_fused_kernels_is_found(planted: str) -> None:
     old, new, name = PLANTED[planted]
     inputs, check = (2, kernels.assert_backward) if "dy" in planted else (1, kernels.assert_forward)
     with kernels.case_of("fused", name) as case:
-        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has, case.way == "cluster")
+        plan = fused.plan(case.shape, np.dtype("f4"), 0, inputs, case.gpu.has, 16 * (case.way == "cluster"))
         assert plan is not None
         library = shim.build((plan.kernel,), "-O0", changed=(old, new))
         found = 0
@@ -438,11 +468,11 @@ SANITIZED = """
     from pathlib import Path
     import numpy as np
     from cuda import shim
-    from arraybn.kernels.cuda import cluster, fused
+    from arraybn.kernels.cuda import cluster, fused, table
     from arraybn.kernels.cuda import launch as launching
-    fused.MIN_BLOCK_BYTES = fused.TASK = 512
+    table.MIN_BLOCK_BYTES = table.TASK = 512
     resident = fused._resident
-    fused.WARPS, fused.PIECES, fused.CLUSTERS = 2, 3, (2,)
+    table.WARPS, table.PIECES, table.CLUSTERS = 2, 3, (2,)
     with shim.install(*map(Path, sys.argv[1:])) as installed:
         installed.device = lambda: launching.Device(3, 2**40, 2**18, 2**18)
         for fused._resident in (resident, lambda *_: None):
@@ -516,11 +546,11 @@ def test_the_kernels_of_clusters_compile_and_keep_to_their_registers(architectur
     """All of them where `every_kernel_for`; otherwise those of one size, because the sizes have one body."""
     chosen = list(shim.cluster_kernels())
     if not every_kernel_for(architecture):
-        chosen = [kernel for kernel in chosen if kernel.name.endswith("_8") and kernel.dtype != "bfloat16"]
+        chosen = [kernel for kernel in chosen if kernel.name.endswith("_16") and kernel.dtype != "bfloat16"]
     found = resources(compiled(launching.source(*chosen), architecture, tmp_path))
     assert set(found) == {kernel.entry for kernel in chosen}
     assert in_local_memory(found) == []
-    assert max(of["registers"] for of in found.values()) <= 65536 // (32 * fused.WARPS)
+    assert max(of["registers"] for of in found.values()) <= 65536 // (32 * table.WARPS)
 
 
 def test_the_fused_source_includes_nothing_and_has_no_ptx() -> None:

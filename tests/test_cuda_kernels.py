@@ -26,7 +26,7 @@ from support.kernels import CUDA_CUTS, coefficients, data, exact_of, set_sizes
 import arraybn
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import launch
+from arraybn.kernels.cuda import launch, table
 from arraybn.kernels.cuda.launch import Grid
 
 ROOT = Path(__file__).parents[1]
@@ -112,8 +112,70 @@ def test_the_alignment_of_the_values_decides_how_many_are_loaded_at_once(
         shim.assert_guards(out)
         tolerance = 2.0**-7 if itemsize == 2 else 1e-6 if itemsize == 4 else 1e-14
         np.testing.assert_allclose(result.astype("f8"), y.astype("f8"), rtol=tolerance, atol=tolerance)
-        width = next(w for w in cuda.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
+        width = next(w for w in table.WIDTHS[itemsize] if offset % (w * itemsize) == 0)
         assert {name.rpartition("_")[2] for name, _ in gpu.launches} == {str(width)}
+
+
+def of_maps(shape: tuple[int, int, int], dtype: str, offset: int) -> list[Any]:
+    """Return the results of all maps of arrays that begin `offset` bytes behind a multiple of 16."""
+    arrays = [shim.guarded(shape, data((1,), dtype).dtype, offset) for _ in range(4)]
+    for seed, array in enumerate(arrays):
+        array[...] = data(shape, dtype, seed)
+    v, u, x, out = arrays
+    mean, a, b, c = coefficients(shape[1])
+    found = []
+    for sweep, inputs, vectors in (
+        (cuda.affine, (x,), (mean, a, c)),
+        (cuda.affine2, (u, x), (mean, a, b, c)),
+        (cuda.affine3, (v, u, x), (mean, a, b, c, mean)),
+        (lambda *given, out: cuda.evaluate(*given, out)[3], (x,), (mean, abs(a), b, c, 1e-5)),
+    ):
+        assert sweep(*inputs, *vectors, out=out) is out
+        shim.assert_guards(out)
+        found.append(out.copy())
+        out[...] = np.nan
+    return found
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(9, 3, 64), (9, 5, 49), (3, 1, 19), (1, 3, 8), (29, 7, 11)])
+def test_maps_by_the_ring_have_the_bits_of_the_others_at_any_address(
+    shape: tuple[int, int, int], dtype: str, gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offsets = range(0, 16, data((1,), dtype).itemsize)
+    expected = [of_maps(shape, dtype, offset) for offset in offsets]
+    set_sizes(monkeypatch, cuda, kernels.IN_RING)
+    gpu.launches.clear()
+    for offset, wanted in zip(offsets, expected, strict=True):
+        for got, want in zip(of_maps(shape, dtype, offset), wanted, strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert {name.split("_" + dtype)[0] for name, _ in gpu.launches} == {
+        f"{sweep}_ring_planes" for sweep in ("affine", "affine2", "affine3", "affine_fixed")
+    }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("nullptr, 0, head);", "nullptr, 0);"),
+        ("(int)threadIdx.x < head + tail)", "(int)threadIdx.x < tail)"),
+        ("q.u = (const Stored*)p.u + head;", "(void)q;"),
+    ],
+)
+def test_a_planted_error_of_maps_at_odd_addresses_is_found(
+    changed: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = of_maps((9, 5, 49), "float32", 4)
+    assert all(map(np.array_equal, of_maps((9, 5, 49), "float32", 4), expected))
+    of_ring = tuple(kernel for kernel in shim.ring_kernels() if kernel.dtype == "float32")
+    library = shim.build(of_ring, "-O0", changed=changed)
+    set_sizes(monkeypatch, cuda, kernels.IN_RING)
+    with kernels.installed(library):
+        try:
+            found = of_maps((9, 5, 49), "float32", 4)
+        except (AssertionError, RuntimeError):
+            return
+    assert not all(map(np.array_equal, found, expected))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 64), (70, 16, 1)])
@@ -171,6 +233,8 @@ def test_the_table_has_every_cut_of_the_sweeps(name: str, monkeypatch: pytest.Mo
     cut = cuda.cut("moments", shape, 4, 0, shim.H200)
     numbers = dict(zip(launch.NUMBERS, cut.numbers[:9], strict=False))
     assert (cut.layout in ("rows", "ring")) == (shape[2] == 1 < shape[1])
+    of_map = cuda.cut("affine", shape, 4, 0, shim.H200, cuda.by_ring(False, 4))
+    assert (of_map.layout == "ring_planes") == ("in a ring" in name)
     assert (numbers["groups"] > 1) == ((cut.layout == "planes" and shape[1] > 1) or "in tiles" in name)
     assert (cut.width == 1) == bool(re.search("odd|short|one|two|planes in rounds", name))
     if cut.layout != "planes":
@@ -197,12 +261,55 @@ def test_any_shape_is_cut_into_parts_that_are_all_there_and_not_too_large(itemsi
         assert (n, channels) == (shape[0] * shape[2], shape[1])
         assert blocks == groups * parts < 2**31
         assert (parts - 1) * part < items <= parts * part  # no part is empty, none is missing
-        assert threads in (32, 64, 128, 256)
+        assert threads in ((32, 64, 128) if parts == 1 else (32, 64, 128, 256))
         assert (partials, tickets) == ((16 * blocks, groups) if parts > 1 else (0, 0))
         assert (items * cut.width, columns) == (n, 1)
         assert stride == (plane * cut.width * channels if channels > 1 else n)
-        assert part * cut.width * itemsize <= max(2 * cuda.PART, 2 * cuda.MIN_BLOCK_BYTES)
+        assert part * cut.width * itemsize <= max(2 * table.PART, 2 * table.MIN_BLOCK_BYTES)
         assert cut.numbers[9:] == (0, 0, 0, *cuda.divisor(groups), *cuda.divisor(plane))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_any_map_of_planes_by_the_ring_is_whole_and_fits(itemsize: int) -> None:
+    rng, found, width = np.random.default_rng(4), 0, 16 // itemsize
+    sweeps = ("affine", "affine2", "affine3", "affine_fixed")
+    for _ in range(2000):
+        shape = tuple(int(2 ** rng.uniform(0, limit)) for limit in (12, 13, 18))
+        sweep, address = str(rng.choice(sweeps)), int(rng.choice([0, itemsize, cuda.ALIKE + itemsize]))
+        has = [shim.H200, kernels.SMALL][rng.integers(2)]
+        cut = cuda.cut.__wrapped__(sweep, shape, itemsize, address, has, True)
+        if cut.layout != "ring_planes":
+            continue
+        found += 1
+        n, channels, groups, parts, items, part, plane, stride, columns, stages = cut.numbers[:10]
+        assert address != itemsize
+        assert (n, channels, groups, columns) == (shape[0] * shape[2], shape[1], 1, 1)
+        assert (plane, cut.width, stride) == (shape[2] if channels > 1 else n, width, width)
+        assert plane >= width
+        head, size = (16 - itemsize if address else 0) // itemsize, int(np.prod(shape))
+        assert 0 <= size - head - items * width < width  # the tail
+        assert (parts - 1) * part < items
+        assert cut.grid == Grid(parts, 288, shared=cut.grid.shared)
+        assert parts <= has.multiprocessors
+        inputs = cuda.INPUTS[sweep.removesuffix("_fixed")]
+        bytes_of_map = {1: 4, 2: 6, 3: 9}[inputs] * max(itemsize, 4)
+        assert cut.grid.shared == 16 * part * inputs * stages + bytes_of_map * channels <= has.shared - table.ROOM
+        assert 2 <= stages <= 16
+        assert cut.numbers[-4:] == (*cuda.divisor(1), *cuda.divisor(plane))
+    assert found > 100
+
+
+def test_maps_of_planes_take_the_ring_only_where_asked_for_and_where_it_fits() -> None:
+    def layout(shape: tuple[int, int, int], address: int = 0, sweep: str = "affine", **of_device: int) -> str:
+        return cuda.cut.__wrapped__(sweep, shape, 4, address, shim.H200._replace(**of_device), True).layout
+
+    assert table.RING_MAPS == ()
+    assert cuda.cut("affine", (32, 64, 3136), 4, 0, shim.H200).layout == "planes"  # the ring is not measured there
+    assert layout((32, 64, 3136)) == layout((32, 64, 49), cuda.ALIKE + 4) == "ring_planes"
+    assert layout((32, 64, 49), 4) == layout((32, 64, 3)) == "planes"
+    assert layout((1, 1, 3)) == layout((2, 14_000, 49)) == "planes"  # no item; coefficients of 224 KB
+    assert layout((32, 64, 3136), capability=8) == layout((32, 64, 3136), sweep="affine2_masked") == "planes"
+    assert layout((32, 64, 1)) == "ring"
 
 
 def test_large_data_has_enough_blocks_for_a_large_gpu() -> None:
@@ -418,6 +525,37 @@ def test_cupy_is_asked_for_the_right_things(gpu: shim.Shim, monkeypatch: pytest.
     assert sorted(launcher._rooms) == [(0, 1234, 0), (1, 1234, 0)]
 
 
+def test_the_driver_is_asked_once_whether_the_gpu_holds_a_cluster(
+    gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy, _ = stand_in(gpu, monkeypatch)
+    asked: list[Any] = []
+
+    def ask(found: Any, function: Any, config: Any) -> int:
+        given = config._obj
+        asked.append((*given.grid, *given.block, given.shared, given.stream, given.number, function.value))
+        found._obj.value = 7
+        return status
+
+    kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=77), shared_size_bytes=0)
+    cupy.RawKernel = lambda code, name, options: kernel
+    cupy.funcSetAttribute = lambda *given: asked.append(given)
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace(cuOccupancyMaxActiveClusters=ask))
+    asks = [(77, 14, 1), (16, 1, 1, 512, 1, 1, shim.H200.shared, None, 0, 77)]
+    for answer, holds in ((0, True), (912, False)):  # CUDA_ERROR_INVALID_CLUSTER_SIZE
+        launcher, status = launch.CuPy(), answer
+        assert [launcher.holds_cluster(16) for _ in range(2)] == [holds] * 2
+        assert asked == asks
+        assert kernel.max_dynamic_shared_size_bytes == shim.H200.shared
+        asked.clear()
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace())  # a driver of before CUDA 11.8
+    assert not launch.CuPy().holds_cluster(16)
+    asked.clear()
+    for blocks in (8, 16):
+        launcher.build(launch.Kernel("forward_cluster", "float32", 4, dynamic=True, blocks=blocks))
+    assert asked == [(77, 14, 1)]  # of 16 blocks alone
+
+
 def test_a_new_thread_is_given_the_context_of_each_device(gpu: shim.Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver launches nothing without a context, and memory from CuPy's pool makes no context."""
     cupy, _ = stand_in(gpu, monkeypatch)
@@ -498,6 +636,19 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {
         "channels-last in parts",
         "moments_masked",
     ),
+    # Maps of planes by the ring
+    "the channel of the plane before": (
+        "table[at.channel + 1 == channels ? 0 : at.channel + 1]",
+        "table[at.channel]",
+        "odd planes in a ring",
+        "maps",
+    ),
+    "the channel after the last": ("== channels ? 0 :", "== channels ? at.channel :", "odd planes in a ring", "maps"),
+    "a plane ends a value late": ("at.place + j == plane", "at.place + j == plane + 1", "odd planes in a ring", "maps"),
+    "the last values are left out": ("- last.place : 0;", "- last.place - 1 : 0;", "one channel in a ring", "maps"),
+    "the channel of the last values": ("InPlane(p, value).channel", "0", "odd planes in a ring", "maps"),
+    "the next item is in the same plane": ("            ++at.channel;\n", "", "odd planes, chunks in a ring", "maps"),
+    "the coefficients lie in the ring": ("memory + p.ahead *", "memory + (p.ahead - 1) *", "chunks in a ring", "maps"),
     "the mask of a row is that of the next": (
         "(where[row] != 0) << k;",
         "(where[row + 1] != 0) << k;",
@@ -583,7 +734,8 @@ def test_a_planted_error_of_the_sweeps_is_found(planted: str) -> None:
     old, new, name, sweeps = PLANTED[planted]
     check, names = CHECKS.get(sweeps, (kernels.assert_masked, (sweeps,)))
     with kernels.case_of("cuda" if name in CUDA_CUTS else "fused", name) as case:
-        changed = tuple(cuda.plan_sweep(sweep, case.shape, "f", 4, 0, case.gpu.has)[0] for sweep in names)
+        given = case.shape, "f", 4, 0, case.gpu.has, cuda.by_ring(False, 4)
+        changed = tuple(cuda.plan_sweep(sweep, *given)[0] for sweep in names)
         library = shim.build(changed, changed=(old, new))
         check(case, "float32")  # right without it
         with (
@@ -593,6 +745,32 @@ def test_a_planted_error_of_the_sweeps_is_found(planted: str) -> None:
             check(case, "float32")
 
 
+WAITS: dict[str, tuple[str, str] | None] = {
+    "nothing": None,
+    "a chunk is read before it is there": ("        wait_for_phase(full + stage, phase);\n", ""),
+    "a stage is filled before it is free": ("wait_for_phase(empty + stage, phase);", ""),
+    "a phase is not turned": ("            phase ^= 1;\n", ""),
+    "fewer bytes are expected": ("(INPUTS * pieces * copied)", "(INPUTS * pieces * copied - 16)"),
+    "inputs lie over each other": ("stage * INPUTS + input)", "stage * INPUTS)"),
+    "a thread's next item is another one": ("step(given, (int64)row.rows * WIDTH)", "step(given, row.rows)"),
+}
+
+
+@pytest.mark.parametrize("planted", WAITS)
+def test_a_planted_error_of_the_ring_of_planes_is_found(planted: str) -> None:
+    kernels_of_maps = tuple(kernel for kernel in shim.ring_kernels() if kernel.dtype == "float32")
+    library = shim.build(kernels_of_maps, "-O0", changed=WAITS[planted])
+    found = 0
+    with kernels.case_of("fused", "odd planes, chunks in a ring") as case:
+        for seed, resident in ((1, 9), (2, 1), (4, 2)):  # copies that arrive at once, and as late as they may
+            with kernels.installed(library, *kernels.libraries(), has=case.gpu.has, seed=seed, resident=resident):
+                try:
+                    kernels.assert_maps(case, "float32")
+                except (AssertionError, RuntimeError):
+                    found += 1
+    assert (found > 0) == (planted != "nothing")
+
+
 SANITIZED = """
     import sys
     sys.path[:0] = [{tests!r}, {root!r}]
@@ -600,8 +778,9 @@ SANITIZED = """
     import numpy as np
     from cuda import shim
     from arraybn.kernels import cuda
+    from arraybn.kernels.cuda import table
     from arraybn.reference import Moments
-    cuda.MIN_BLOCK_BYTES = cuda.PART = cuda.MAP_PART = 512
+    table.MIN_BLOCK_BYTES = table.PART = table.MAP_PART = 512
     with shim.install(Path(sys.argv[1])):
         for dtype in (np.float32, np.float16):
             for shape in [(9, 3, 64), (9, 3, 49), (7, 4, 196)]:

@@ -30,15 +30,16 @@ import numpy as np
 import pytest
 from support.commands import as_installed
 from support.gpu import FAKE_CUPY, cupy_here
-from support.kernels import serve_all_by, set_sizes
+from support.kernels import FUSED_CUTS, serve_all_by, set_sizes
 from support.libraries import need
 from support.ranks import mpi_of, passes, variables
 
 import arraybn
 from arraybn import kernels
 from arraybn._arrays.copies import as_numpy
+from arraybn._arrays.namespaces import FLOATS
 from arraybn.commands import info
-from arraybn.kernels.cuda import cluster, fused
+from arraybn.kernels.cuda import cluster, fused, table
 from arraybn.testing import ThreadComm
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,11 @@ def test_a_step_in_clusters_is_one_launch_each_way(cupy: Any, monkeypatch: pytes
     assert log.count("launch forward_cluster") == log.count("launch backward_cluster") == 2 * 4 * len(STEPS)
     steps = sum(pair == ("launch forward_cluster", "launch backward_cluster") for pair in itertools.pairwise(log))
     assert steps == 3 * len(STEPS)  # the short ones; the first call of a layer makes the checks
+    layer = arraybn.BatchNorm2d(3, xp=cupy).eval()
+    cupy._fake.log.clear()
+    y = layer(cupy.asarray(X))
+    assert [entry for entry in cupy._fake.log if "affine" in entry] == ["launch affine_fixed_ring_planes_float32_4"]
+    np.testing.assert_allclose(y.get(), X / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
 def assert_short_steps(cupy: Any, given: dict[str, Any]) -> None:
@@ -388,35 +394,55 @@ def test_the_moments_that_are_shown_are_a_copy(cupy: Any) -> None:
     assert saved.moments.mean.get().tolist() == [100] * 3 != before[0].tolist()
 
 
+def test_the_script_for_compute_sanitizer_runs_every_kernel(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cupy.kernels == "reference":
+        pytest.skip("the reference has no kernels")
+    import every_kernel
+
+    assert every_kernel.run(cupy, tuple(FLOATS)) == []
+    monkeypatch.delitem(FUSED_CUTS, "sixteen blocks")  # the control
+    names = [f"{direction}_cluster_16_float32_4" for direction in ("backward", "forward")]
+    assert every_kernel.run(cupy, ("float32",)) == names
+    monkeypatch.setattr(every_kernel, "runs", lambda gpu, kernel: kernel.blocks < 16)
+    assert every_kernel.run(cupy, ("float32",)) == []
+
+
 def test_tuning_finds_the_fastest_constants_and_takes_no_wrong_one(
     cupy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if cupy.kernels == "reference":
         pytest.skip("the reference has no constants")
     from arraybn.bench import tune
-    from arraybn.kernels import cuda
 
     monkeypatch.delitem(tune.CHOICES, "SIDES")  # another width, for which g++ has compiled no kernel
     present = {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()}
     backward = fused.backward
 
     def wrong_with_few_tasks(*arguments: Any) -> Any:
+        if table.PIECES == 2:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
         dx, *rest = backward(*arguments)
-        dx[0] *= 1.0 + (present["TASK"] > fused.TASK)
+        dx[0] *= 1.0 + (present["TASK"] > table.TASK)
         return dx, *rest
 
     def timed(call: Any, calls: int, hold: float) -> tuple[float, bool]:
         call()
-        return (0.5 if cuda.CHUNK == 2**14 or present["TASK"] > fused.TASK else 1.0), False
+        return (0.5 if table.CHUNK == 2**14 or present["TASK"] > table.TASK else 1.0), False
 
     monkeypatch.setattr(fused, "backward", wrong_with_few_tasks)
+    affine = fused.affine
+    monkeypatch.setattr(fused, "affine", lambda *given: affine(*given) * (2 if table.RING_MAPS else 1))
     device = SimpleNamespace(xp=cupy, array=cupy.asarray, together=0, timed=timed)
     best = tune.tune(device, sys.stdout, ((2, 8, 3, 4),), 1)
     assert best == {**present, "CHUNK": 2**14}
     assert {name: getattr(module, name) for name, (module, _) in tune.CHOICES.items()} == present
     printed = capsys.readouterr().out
-    assert re.search(r"CHUNK +16384 +0.500 ×", printed)
+    assert re.search(r"\nCHUNK +16384 +forward 0.500, backward 0.500, evaluation 0.500", printed)
+    assert len(re.findall(r"    CHUNK +16384 +forward 0.500", printed)) == 4  # two layouts, two dtypes
+    assert "    CHUNK                32768" not in printed
     assert re.search(r"TASK +32768 +wrong", printed)
+    assert re.search(r"RING_MAPS +\(2, 4, 8\) +wrong", printed)
+    assert re.search(r"PIECES +2 +wrong", printed)
     assert re.search(r"TASK +49152 +best", printed)
 
 

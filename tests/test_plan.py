@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import unittest.mock
@@ -100,6 +101,10 @@ def part_of(line: Any) -> Any:
     return line.reshape(-1)[:5]
 
 
+def sums_of_a_part() -> Any:
+    return arraybn.batch_norm_sums(DY, arraybn.batch_norm(X, W, B, moments=arraybn.moments(X))[1])
+
+
 OUT = np.empty_like(X)
 FORWARDS: dict[str, Callable[[Path], Any]] = {
     "the same": lambda _: forward(X, W, B),
@@ -139,8 +144,8 @@ FORWARDS: dict[str, Callable[[Path], Any]] = {
     "kernels": lambda _: forward(X, W, B, kernels="reference"),
     "other kernels": lambda _: forward(X, W, B, kernels="none"),
     "out": lambda _: forward(X, W, B, out=OUT),
-    "out that is x": lambda _: forward(x := X.copy(), W, B, out=x)[:3],
-    "out that is x by another name": lambda _: forward(x := X.copy(), W, B, out=x[:])[:3],
+    "out that is x": lambda _: forward(x := X.copy(), W, B, out=x),
+    "out that is x by another name": lambda _: forward(x := X.copy(), W, B, out=x[:]),
     "out that is not writeable": lambda _: forward(X, W, B, out=readonly(X)),
     "out of another dtype": lambda _: forward(X, W, B, out=OUT.astype("f8")),
     "out of another shape": lambda _: forward(X, W, B, out=OUT[:5]),
@@ -175,7 +180,8 @@ BACKWARDS: dict[str, Callable[[Any, Path], Any]] = {
     "out of another shape": lambda saved, _: backward(DY, saved, out=OUT[:5]),
     "out of other strides": lambda saved, _: backward(DY, saved, out=np.empty((4, 5, 6), "f4").T),
     "out that overlaps dy": lambda saved, _: backward((pair := shifted())[0], saved, out=pair[1]),
-    "sums that were not asked for": lambda saved, _: backward(DY, saved, sums=arraybn.batch_norm_sums(DY, saved)),
+    "sums that were not asked for": lambda saved, _: backward(DY, saved, sums=sums_of_a_part()),
+    "out that is x by another name": lambda saved, _: (*backward(DY, saved, out=saved._x[:]), saved._x),
 }
 
 
@@ -195,7 +201,7 @@ def test_the_calls_are_right_and_wrong_ones(tmp_path: Path) -> None:
     for name, call in BACKWARDS.items():
         saved = arraybn.batch_norm(X.copy(), W, B)[1]
         if name not in RIGHT or name == "another shape":
-            with pytest.raises((TypeError, ValueError), match=r"^(dy|out|saved): expected "):
+            with pytest.raises((TypeError, ValueError), match=r"^(dy|out|saved|sums): expected "):
                 call(saved, tmp_path)
         else:
             np.testing.assert_allclose(call(saved, tmp_path)[0], wanted, rtol=0.01, atol=0.01)
@@ -253,14 +259,52 @@ def test_usual_calls_take_the_short_way_with_the_bits_of_the_long_way(dtype: str
         assert outcome(functools.partial(call, functional.SavedRows)) == wanted
 
 
-def test_an_x_that_was_changed_in_shape_is_not_read_beyond_its_end() -> None:
+def test_an_x_that_was_changed_in_shape_or_dtype_is_not_read_beyond_its_end() -> None:
     x = X.copy()
     _, saved = arraybn.batch_norm(x, W, B)
     x.resize((3, 5, 4), refcheck=False)
-    with pytest.raises(ValueError, match=r"reshape|shape"):
-        arraybn.batch_norm_backward(DY[:3], saved)
-    with pytest.raises(ValueError, match=r"reshape|shape"):
+    for dy in (DY[:3], DY):
+        with pytest.raises(ValueError, match=r"reshape|shape"):
+            arraybn.batch_norm_backward(dy, saved)
+    x.dtype = "f8"
+    x.resize(X.shape, refcheck=False)
+    x[...] = X
+    dx, *_ = arraybn.batch_norm_backward(DY.astype("f8"), saved)
+    np.testing.assert_allclose(dx, arraybn.batch_norm_backward(DY, arraybn.batch_norm(X, W, B)[1])[0], atol=1e-6)
+
+
+def test_memory_under_another_name_is_seen() -> None:
+    line = X.copy()
+    _, saved = arraybn.batch_norm(line[:], W, B)
+    arraybn.batch_norm_backward(DY, saved, out=line)
+    with pytest.raises(RuntimeError, match="an earlier backward wrote dx over it"):
         arraybn.batch_norm_backward(DY, saved)
+    x, weight = X[:1, :, 0].copy(), W.copy()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="out: expected memory disjoint from weight"):
+            arraybn.batch_norm(x, weight, B, out=weight[None])
+
+
+def test_unaligned_memory_takes_the_long_way() -> None:
+    need("numba")
+    for given in ((unaligned(X), W, B), (X, unaligned(W), B)):
+        assert type(arraybn.batch_norm(*given)[1]) is functional.Saved
+    assert type(arraybn.batch_norm(X, W, B)[1]) is functional.SavedRows
+    _, saved = arraybn.batch_norm(X, W, B, out=unaligned(OUT))
+    assert type(saved) is functional.Saved
+
+
+@pytest.mark.parametrize("fixed", [{}, {"mean": M, "var": V}], ids=["batch", "fixed"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_saved_forward_can_be_copied(duplicate: Any, fixed: Any) -> None:
+    x = X.copy()
+    _, saved = arraybn.batch_norm(x, W, **fixed)
+    other = duplicate(saved)
+    wanted = outcome(lambda: backward(DY, saved))
+    if duplicate is copy.deepcopy:
+        x[...] = 0
+    assert outcome(lambda: backward(DY, other)) == wanted
+    assert repr(other) == repr(saved)
 
 
 class CheckedError(Exception):

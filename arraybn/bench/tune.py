@@ -1,7 +1,9 @@
 """``python -m arraybn bench --device cuda --tune``: the constants of the CUDA kernels, one changed at a time.
 
-Each line is one value of a constant: the time with that value, as a multiple of the time with the present value, over
-all cases that the constant changes (geometric mean). A value with a wrong result is shown as wrong, and is no choice.
+Each case has a line with its µs forward, backward and in evaluation, and a line for each value of a constant that
+changes one of these by more than 3 %: the times as multiples of those with the present value. At the end each value has
+a line with the geometric means over all cases. A value is shown as wrong, and is no choice, where a result is wrong or
+a kernel cannot be launched.
 """
 
 from __future__ import annotations
@@ -17,32 +19,37 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from ..kernels import cuda
-from ..kernels.cuda import fused
+from ..kernels.cuda import fused, table
 from .device import CudaDevice, NoDeviceError
 from .output import RefusedError
 
+_WAVES = (1, 1, 1, 1, 1), (1, 1, 2, 2, 2), (2, 2, 2, 2, 3)
 CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {  # the module that has the constant, and values to try
-    "CHUNK": (cuda, (2**13, 2**14, 2**15, 3 * 2**14)),
-    "STAGES": (cuda, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
-    "PART": (cuda, (2**14, 2**15, 2**16, 2**17)),
-    "MAP_PART": (cuda, (2**13, 2**14, 2**15, 2**16)),
-    "THREADS": (cuda, (128, 256)),
-    "SIDES": (fused, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),
-    "SINGLE_BLOCK_BYTES": (fused, (2**15, 2**16, 2**17)),
-    "ITEMS": (fused, (8, 16, 32)),
-    "TASK": (fused, (2**15, 3 * 2**14, 2**16)),
-    "BLOCKS": (fused, (2, 3, 4)),
-    "clusters": (fused.FusedArguments, (False, True)),  # wherever they fit
-    "CLUSTERS": (fused, ((1, 2, 4, 8), (2, 4, 8), (4, 8), (8,))),
-    "IN_CLUSTERS": (fused, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
-    "WARPS": (fused, (8, 16)),
-    "SIDE_WARPS": (fused, (4, 8)),
-    "PIECES": (fused, (2, 4, 8)),
-    "WAVES": (fused, ({1: 1, 2: 1, 4: 1, 8: 1}, {1: 1, 2: 1, 4: 2, 8: 2}, {1: 2, 2: 2, 4: 2, 8: 2})),
-    "L2_FRACTION": (fused, (0.4, 0.6, 0.8)),
+    "CHUNK": (table, (2**13, 2**14, 2**15, 3 * 2**14)),
+    "STAGES": (table, ({1: 1, 2: 1, 3: 1}, {1: 4, 2: 2, 3: 2}, {1: 6, 2: 3, 3: 2}, {1: 12, 2: 6, 3: 4})),
+    "PART": (table, (2**14, 2**15, 2**16, 2**17)),
+    "RING_MAPS": (table, ((), (2, 4, 8))),
+    "MAP_PART": (table, (2**13, 2**14, 2**15, 2**16)),
+    "THREADS": (table, (128, 256)),
+    "ALONE": (table, (128, 256)),
+    "SIDES": (table, ({2: 8, 4: 8, 8: 8}, {2: 8, 4: 16, 8: 8})),
+    "SINGLE_BLOCK_BYTES": (table, (2**15, 2**16, 2**17)),
+    "ITEMS": (table, (8, 16, 32)),
+    "TASK": (table, (2**15, 3 * 2**14, 2**16)),
+    "DRAWING": (table, (2, 3, 4)),
+    "clusters": (fused.FusedArguments, (0, 8, 16)),  # wherever they fit
+    "CLUSTERS": (table, ((1, 2, 4, 8, 16), (2, 4, 8, 16), (4, 8, 16), (8, 16))),
+    "IN_CLUSTERS": (table, ({1: (), 2: ()}, {1: (2, 4), 2: ()}, {1: (2, 4, 8), 2: (2, 4, 8)})),
+    "WARPS": (table, (8, 16)),
+    "SIDE_WARPS": (table, (4, 8)),
+    "PIECES": (table, (2, 4, 8)),
+    "WAVES": (table, tuple(dict(zip((1, 2, 4, 8, 16), waves, strict=True)) for waves in _WAVES)),
+    "L2_FRACTION": (table, (0.4, 0.6, 0.8)),
 }
 SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 _FEW = 3  # sets of arrays that calls rotate over, at least
+_NOISE = 0.03  # of a ratio
+_OPERATIONS = ("forward", "backward", "evaluation")
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-4}
 
 
@@ -55,36 +62,51 @@ class _Data(NamedTuple):
 
 def tune(device: Any, out: TextIO, shapes: tuple[tuple[int, ...], ...] = SHAPES, repeats: int = 7) -> dict[str, Any]:
     """Print the time of every value of every constant; return the best value of each."""
-    seconds: dict[tuple[str, int], list[float]] = {}
+    ratios: dict[tuple[str, int], list[list[float]]] = {}
     for shape, layout, dtype in itertools.product(shapes, ("first", "last"), _TOLERANCE):
         made = _data(device, shape, layout, dtype)
         expected, present = _measured(device, made, repeats, None)
+        print(f"{made.name}: {', '.join(f'{1e6 * time:.1f}' for time in present)} µs", file=out, flush=True)
         for name, (module, values) in CHOICES.items():
             for place, value in enumerate(values):
                 if value == getattr(module, name):
                     continue
                 with _changed(module, name, value):
-                    _, found = _measured(device, made, repeats, expected)
-                seconds.setdefault((name, place), []).extend(map(_ratio, found, present))
-        print(f"{made.name}: {', '.join(f'{1e6 * time:.1f}' for time in present)} µs", file=out, flush=True)
-    return {name: _best(name, module, values, seconds, out) for name, (module, values) in CHOICES.items()}
+                    tried = _tried(device, made, repeats, expected)
+                found = [time / now for time, now in zip(tried, present, strict=True)]
+                ratios.setdefault((name, place), []).append(found)
+                if any(abs(ratio - 1) > _NOISE for ratio in found):
+                    print(f"    {name:<20} {value!s:<24} {_said(found)}", file=out, flush=True)
+    return {name: _best(name, module, values, ratios, out) for name, (module, values) in CHOICES.items()}
 
 
-def _best(name: str, module: Any, values: tuple[Any, ...], seconds: dict[Any, list[float]], out: TextIO) -> Any:
+def _tried(device: Any, data: _Data, repeats: int, expected: Any) -> list[float]:
+    """Return the seconds of `_measured`; inf where a kernel could not be launched."""
+    try:
+        return _measured(device, data, repeats, expected)[1]
+    except RuntimeError:
+        return [math.inf] * 3
+
+
+def _said(ratios: list[float]) -> str:
+    """Return the text of the ratios of the three operations."""
+    if math.inf in ratios:
+        return "wrong"
+    return ", ".join(f"{name} {ratio:.3f}" for name, ratio in zip(_OPERATIONS, ratios, strict=True))
+
+
+def _best(name: str, module: Any, values: tuple[Any, ...], ratios: dict[Any, list[list[float]]], out: TextIO) -> Any:
     """Print a line for each value, and return the best one."""
     best = getattr(module, name), 1.0
     for place, value in enumerate(values):
-        ratios = seconds.get((name, place), [1.0])
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        state = "present" if value == getattr(module, name) else "wrong" if math.isinf(mean) else f"{mean:.3f} ×"
+        of_operations = zip(*ratios.get((name, place), [[1.0] * 3]), strict=True)
+        means = [statistics.geometric_mean(found) for found in of_operations]
+        mean = statistics.geometric_mean(means)
+        state = "present" if value == getattr(module, name) else _said(means)
         print(f"{name:<20} {value!s:<24} {state}", file=out, flush=True)
         best = (value, mean) if mean < best[1] else best
     print(f"{name:<20} {best[0]!s:<24} best", file=out, flush=True)
     return best[0]
-
-
-def _ratio(time: float, present: float) -> float:
-    return time / present
 
 
 @contextmanager
@@ -118,12 +140,12 @@ def _data(device: Any, shape: tuple[int, ...], layout: str, dtype: str) -> _Data
 def _measured(device: Any, data: _Data, repeats: int, expected: Any) -> tuple[Any, list[float]]:
     """Return the results, and seconds forward, backward and in evaluation; inf where a result is not as expected."""
     x, dy, y, dx = data.sets[0]
-    mean, _, rstd, _ = fused.forward(x, None, None, 1e-5, y)
-    fused.backward(dy, x, mean, rstd, None, dx)
-    results = [array.get().astype("f4") for array in (y, dx)]
-    tolerance = _TOLERANCE[x.dtype.name]
+    xp, (mean, _, rstd, _) = device.xp, fused.forward(x, None, None, 1e-5, y)
+    results = [y.astype("f4"), fused.backward(dy, x, mean, rstd, None, dx)[0].astype("f4")]
+    results.append(fused.affine(x, mean, rstd, mean, y).astype("f4"))
     for result, other in zip(results, expected or results, strict=True):
-        if not np.allclose(result, other, rtol=tolerance, atol=tolerance):
+        near = xp.abs(result - other) <= _TOLERANCE[x.dtype.name] * (1 + xp.abs(other))
+        if not bool(near.all()):
             return results, [math.inf] * 3
     operations: tuple[Callable[..., object], ...] = (
         lambda x, dy, y, dx: fused.forward(x, None, None, 1e-5, y),

@@ -78,7 +78,7 @@ class Backend:
 def as_backend(module: Module, name: str) -> Backend:
     """Return the backend that a kernel module makes.
 
-    Beside the sweeps the module may offer (``kernels/cuda`` offers all of these):
+    Beside the sweeps the module may offer:
 
     - `forward(x, weight, bias, eps, out) -> mean, m2, rstd, y` and `backward(dy, x, mean, rstd, weight, out) -> dx,
       dweight, dbias`, used where no other rank is waited for, so that a few channels may go through both sweeps before
@@ -218,8 +218,8 @@ def select(x: Array, kernels: str | Module | None = None) -> Backend:
 
     "cpu" takes NumPy arrays, where numba is installed; float16 needs a processor that converts float16 (F16C), as
     nearly all do. "cuda" takes CuPy arrays of the four dtypes on NVIDIA's GPUs since Volta. So do "cuda_split", two
-    launches each way, and "cuda_cluster", clusters of blocks wherever they fit; both have to be asked for. "reference"
-    takes all arrays.
+    launches each way, and "cuda_cluster", clusters of blocks and a ring of bulk copies wherever they fit; both have to
+    be asked for. "reference" takes all arrays.
     """
     if kernels is None:
         if isinstance(x, np.ndarray):

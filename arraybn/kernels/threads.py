@@ -23,7 +23,7 @@ from .._checks import as_integer
 
 SPIN = 100e-6  # seconds; with 50e-6 helpers slept through most calls on 2 MB of data in a loop
 WAKE = 2**19  # bytes of data from which it pays to wake helpers, who begin some 35 µs later
-CLOSE = 2 * SPIN  # seconds from one job's begin to the next: such a helper is still awake, as jobs below WAKE are short
+CLOSE = 1.2  # times SPIN: a helper that is woken when a job begins is still awake when the next one does
 # The words of memory that the threads share: BUSY and RUNNING, which many threads write, have cache lines of their own.
 BUSY, OPEN, STOP, FUNCTION, ARGUMENTS, JOBS, CREW, RUNNING, ASLEEP = 0, 8, 9, 10, 11, 12, 13, 16, 24
 ALONE = np.zeros(0, np.int64)  # the words of a caller without helpers
@@ -133,10 +133,10 @@ class _Pool:
 
 
 def helpers(serve: Serve, size: int, parts: int) -> Array:
-    """Return the words that a caller shares with its helpers, of whom as many are woken as the job has further parts.
+    """Return the words that a caller shares with its helpers; wake a helper for each part but the first, if that pays.
 
-    Helpers are woken if the job has `size` bytes enough, or if the latest job began less than `CLOSE` seconds ago: they
-    will come too late for this job, but in time for the next ones.
+    Helpers are woken if the job has `size` bytes enough, or if the latest job began so shortly before that helpers who
+    spin will be there for the next ones, although they come too late for this one.
 
     `serve(words, me, looks)` is compiled. Thread `me` does its part of jobs there until none was found at so many looks
     in a row, and then sets its word after `ASLEEP` and returns True; or until `STOP` is set, and returns False.
@@ -145,7 +145,7 @@ def helpers(serve: Serve, size: int, parts: int) -> Array:
     if crew is None or crew.size != get_num_threads() - 1:
         crew = _state.renew(serve)
     now = time.perf_counter()
-    if size >= WAKE or now - crew.latest < CLOSE:
+    if size >= WAKE or now - crew.latest < crew.close:
         crew.wake(parts - 1)
     crew.latest = now
     return crew.words
@@ -156,6 +156,8 @@ class _Crew:
 
     def __init__(self, serve: Serve, size: int) -> None:
         self.size, self.words, self.latest = size, ALONE, 0.0
+        spin = SPIN if get_num_threads() * _ranks() <= _cores() else 0.0
+        self.close = CLOSE * spin
         self._gates: list[Any] = []
         self._threads: list[threading.Thread] = []
         if size == 0:
@@ -163,7 +165,7 @@ class _Crew:
         words = np.zeros(ASLEEP + size + 9, np.int64)
         self.words = words[-words.ctypes.data % 64 // 8 :]  # from the beginning of a cache line on
         self.words[CREW] = size + 1
-        looks = _looks(serve, SPIN if get_num_threads() * _ranks() <= _cores() else 0.0)
+        looks = _looks(serve, spin)
         with suppress(RuntimeError):  # at the end of the interpreter, or where the system has no more threads
             for me in range(1, size + 1):
                 gate = threading.Lock()

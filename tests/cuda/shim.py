@@ -25,7 +25,7 @@ import numpy as np
 from arraybn import kernels as kernel_modules
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda
-from arraybn.kernels.cuda import exact, fused, launch
+from arraybn.kernels.cuda import exact, fused, launch, table
 from arraybn.kernels.cuda.launch import Device, Grid, Kernel
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def all_kernels() -> list[Kernel]:
     kernels = [
         Kernel(f"{sweep}_planes", dtype, width)
         for sweep, dtype in itertools.product((*kernel_modules.SWEEPS, *WITH_MASK, "affine_fixed"), _ITEMSIZE)
-        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+        for width in table.WIDTHS[_ITEMSIZE[dtype]]
     ]
     vectors = [Kernel("vectors", dtype, 1) for dtype in _ITEMSIZE]
     return [*kernels, *vectors, *(Kernel("running", dtype, 1) for dtype in ("float32", "float64"))]
@@ -54,7 +54,15 @@ def row_kernels(way: str) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(f"{sweep}_{way}", dtype, width, cuda.ROWS, True)
         for sweep, dtype in itertools.product((*cuda.INPUTS, *WITH_MASK, *BOTH_WITH_MASK, "affine_fixed"), _ITEMSIZE)
-        for width in cuda.WIDTHS[_ITEMSIZE[dtype]]
+        for width in table.WIDTHS[_ITEMSIZE[dtype]]
+    )
+
+
+def ring_kernels() -> tuple[Kernel, ...]:
+    """Return every kernel of the maps of channels-first data by the ring, for every dtype."""
+    names = itertools.product(("affine", "affine2", "affine3", "affine_fixed"), _ITEMSIZE)
+    return tuple(
+        Kernel(f"{sweep}_ring_planes", dtype, 16 // _ITEMSIZE[dtype], cuda.ROWS, True) for sweep, dtype in names
     )
 
 
@@ -76,7 +84,7 @@ def exact_kernels(layout: str) -> tuple[Kernel, ...]:
     names = [f"{sweep}_{way}" for sweep in ("exact_affine", "exact_affine2") for way in ways]
     found = []
     for dtype in FLOATS[:-1]:
-        widths = cuda.WIDTHS[_ITEMSIZE[dtype]]
+        widths = table.WIDTHS[_ITEMSIZE[dtype]]
         summed = widths if layout == "planes" else [width for width in widths if width <= exact.WIDEST]
         found += [Kernel(f"{sweep}_{layout}", dtype, w, files) for sweep in ("squares", "products") for w in summed]
         found += [Kernel(name, dtype, width, files, layout == "rows") for name in names for width in widths]
@@ -88,14 +96,14 @@ def _fused_widths(way: str, layout: str, itemsize: int) -> tuple[int, ...]:
     """Return the numbers of values that a thread takes at once."""
     if itemsize == 8 and (way == "pipeline" or layout == "lines"):
         return (1,) if way == "resident" else ()
-    return cuda.WIDTHS[itemsize] if layout == "planes" else (fused.SIDES[itemsize] // itemsize, 1)
+    return table.WIDTHS[itemsize] if layout == "planes" else (table.SIDES[itemsize] // itemsize, 1)
 
 
 def cluster_kernels() -> tuple[Kernel, ...]:
     """Return every kernel of clusters, for every dtype."""
-    names = itertools.product(("forward", "backward"), fused.CLUSTERS, _ITEMSIZE)
+    names = itertools.product(("forward", "backward"), table.CLUSTERS, _ITEMSIZE)
     return tuple(
-        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True)
+        Kernel(f"{direction}_cluster_{blocks}", dtype, width, fused.CLUSTER_FILES, True, blocks)
         for direction, blocks, dtype in names
         for width in (16 // _ITEMSIZE[dtype], 1)
     )
@@ -103,7 +111,7 @@ def cluster_kernels() -> tuple[Kernel, ...]:
 
 def libraries() -> list[Path]:
     """Return the shared libraries of all kernels, made two at a time."""
-    kernels = [row_kernels("rows"), row_kernels("ring"), tuple(all_kernels())]
+    kernels = [row_kernels("rows"), (*row_kernels("ring"), *ring_kernels()), tuple(all_kernels())]
     kernels += [fused_kernels("forward"), fused_kernels("backward"), cluster_kernels()]
     kernels += [exact_kernels("planes"), exact_kernels("rows")]
     with ThreadPoolExecutor(2) as pool:
@@ -187,6 +195,7 @@ class Shim(launch.Launcher):
         self.names: dict[int, str] = {}  # of functions, and the library of each
         self._home: dict[int, Any] = {}
         self._clusters: dict[int, int] = {}  # how many blocks are in a cluster of each function
+        self.largest = 16  # blocks of a cluster
         self.resident, self.seed = resident, seed  # blocks alive at a time; the order in which they begin
         self.launches: list[tuple[str, Grid]] = []
         self._turn = threading.Lock()
@@ -204,6 +213,9 @@ class Shim(launch.Launcher):
 
     def device(self) -> Device:
         return self.has
+
+    def holds_cluster(self, blocks: int) -> bool:
+        return blocks <= self.largest
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = guarded(shape, dtype)
@@ -236,6 +248,8 @@ class Shim(launch.Launcher):
             self.launches.append((self.names[function], grid))
             size = grid.blocks, grid.threads, grid.shared
             order = self.resident, self.seed, self._clusters[function]
+            if order[2] > self.largest:
+                raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE")
             said = self._home[function].shim_launch(function, packed, *size, *order)
             if said:
                 raise RuntimeError(said.decode())

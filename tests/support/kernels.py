@@ -21,7 +21,7 @@ import shim
 from arraybn import functional, reference
 from arraybn._arrays.namespaces import FLOATS
 from arraybn.kernels import cuda, select
-from arraybn.kernels.cuda import cluster, fused, launch
+from arraybn.kernels.cuda import cluster, fused, launch, table
 from arraybn.kernels.cuda import exact as exact_sums
 from arraybn.kernels.cuda.launch import Device
 
@@ -121,6 +121,7 @@ if not COMPILED:  # the same cuts of less data, because every step is one of Pyt
     }
 FEW_STAGES: Any = {"CHUNK": 12288, "STAGES": {1: 3, 2: 2, 3: 2}}  # so that a stage is used again
 NO_RING: Any = {"STAGES": {1: 1, 2: 1, 3: 1}}
+IN_RING: Any = {"RING_MAPS": (2, 4, 8)}
 CUDA_CUTS: Cuts = {
     "one value a channel": ((1, 3, 1), {}),
     "one channel": ((37, 1, 9), {}),
@@ -143,6 +144,9 @@ CUDA_CUTS: Cuts = {
     "planes in parts": ((7, 3, 64), {"MIN_BLOCK_BYTES": 256, "PART": 256, "MAP_PART": 256}),
     "odd planes in parts": ((7, 3, 49), {"MIN_BLOCK_BYTES": 128, "PART": 128, "MAP_PART": 128}),
     "a long plane in parts": ((1, 2, 2052), {"MIN_BLOCK_BYTES": 1024, "PART": 1024, "MAP_PART": 1024, "THREADS": 32}),
+    "planes in a ring": ((9, 3, 64), IN_RING),
+    "one channel in a ring": ((37, 1, 9), IN_RING),
+    "odd planes in a ring": ((37, 5, 13), IN_RING),
 }
 
 H200 = shim.H200
@@ -191,8 +195,8 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "a part in rounds": ("pipeline", (3, 2, 1024), SMALL, {"MIN_BLOCK_BYTES": 2**20, "THREADS": 32}),
         "one channel in parts": ("pipeline", (64, 1, 9), SMALL, {"MIN_BLOCK_BYTES": 256, "TASK": 256}),
         "one part a channel": ("pipeline", (4, 19, 16), SMALL, {"MIN_BLOCK_BYTES": 2**20}),
-        "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 1}),
-        "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "BLOCKS": 64}),
+        "few ahead": ("pipeline", (7, 5, 64), LONELY, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "DRAWING": 1}),
+        "all ahead": ("pipeline", (7, 2, 64), SMALL, {"MIN_BLOCK_BYTES": 512, "TASK": 512, "DRAWING": 64}),
         "rows in a ring": ("ring", (1500, 24, 1), SMALL, FEW_STAGES),
         "odd rows in a ring": ("ring", (333, 5, 1), SMALL, {"CHUNK": 256}),
         "few rows in a ring": ("ring", (3, 16, 1), SMALL, {}),
@@ -211,12 +215,15 @@ FUSED_CUTS: dict[str, FusedCut] = {
         "two blocks": ("cluster", (9, 5, 64), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
         "short pieces": ("cluster", (37, 1, 16), SMALL, {**FEW_WARPS, "CLUSTERS": (4,)}),
         "a long plane in a cluster": ("cluster", (1, 2, 2056), SMALL, {**FEW_WARPS, "CLUSTERS": (8,)}),
+        "sixteen blocks": ("cluster", (37, 2, 64), SMALL, {**FEW_WARPS, "CLUSTERS": (16,)}),
         "blocks without values": ("cluster", (3, 2, 16), LONELY, {**FEW_WARPS, "CLUSTERS": (8,)}),
         "planes side by side": ("cluster", (37, 16, 9), SMALL, {**FEW_WARPS, "CLUSTERS": (2,)}),
         "odd planes side by side": ("cluster", (9, 24, 49), LONELY, FEW_WARPS),
         "the fewest blocks that fit": ("cluster", (40, 2, 512), SMALL._replace(shared=48 * 2**10), FEW_WARPS),
         "many rows a thread": ("rows", (1160, 24, 1), LONELY, {"CHUNK": 2**16, **NO_RING}),
         "neither": ("split", (40, 3, 64), SMALL._replace(cache=0), {}),
+        "chunks in a ring": ("split", (39, 3, 256), SMALL._replace(cache=0), {"CHUNK": 8192, **IN_RING}),
+        "odd planes, chunks in a ring": ("split", (171, 3, 49), SMALL._replace(cache=0), {"CHUNK": 8192, **IN_RING}),
     }.items()
 }
 
@@ -318,7 +325,7 @@ def shorten_runs(patch: pytest.MonkeyPatch) -> None:
 
 def set_sizes(patch: pytest.MonkeyPatch, module: Any, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
-        patch.setattr(module if hasattr(module, name) else cuda, name, value)
+        patch.setattr(module if hasattr(module, name) else table, name, value)
     forget_cuts()
 
 

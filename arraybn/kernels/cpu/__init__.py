@@ -30,7 +30,7 @@ TILE = 2**21  # bytes of a tile at most, so that the second sweep finds the tile
 MIN_CONTIGUOUS_BYTES = 2048  # bytes side by side that memory delivers at full speed
 CACHED = 2**24  # bytes of x, up to which the last-level cache holds x and y, and rows are not cut
 MIN_TILE_BYTES = 2**18  # bytes of a tile at least, so that starting a task does not show
-MIN_HALF_BYTES = 2**16  # of the halves of smaller data
+MIN_HALF_BYTES = 2**16  # bytes of a half at least, where data of less than two tiles is cut into halves
 _F8 = np.dtype(np.float64)
 
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
     if n == 0:
         return Cut(channels * plane, plane, 0, channels, channels, 1, 0, 1, 1)
     channel, width = n * itemsize, min(plane, PIECE) * itemsize  # bytes of a channel, and of its run in a row
-    half = max(-(-channels * channel // 2), MIN_HALF_BYTES)
+    half = channels * channel // (1 if channels * channel < 2 * MIN_HALF_BYTES else 2)
     tile = min(max(channels * channel // 16, min(MIN_TILE_BYTES, half)), TILE)
-    group = min(max(tile // channel, 1), channels)
+    group = min(max(-(-tile // channel) if tile == half else tile // channel, 1), channels)
     rows, least, whole = samples, BLOCK, group * channel <= 2 * tile
     if plane >= LONG:
         rows, least = samples * -(-plane // PIECE), 1

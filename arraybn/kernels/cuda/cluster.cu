@@ -10,7 +10,7 @@
 // side by side in a sample, and takes one after the other. Then an item is one value, and pieces have whole runs of
 // p.columns planes. Otherwise p.columns is 1.
 
-enum { MOST_WARPS = 16, MOST_PIECES = 8, MOST_BLOCKS = 8 };
+enum { MOST_WARPS = 16, MOST_PIECES = 8, MOST_BLOCKS = 16 };
 
 #ifndef ON_CPU
 #undef BOUNDS
@@ -254,3 +254,4 @@ CLUSTERS(1)
 CLUSTERS(2)
 CLUSTERS(4)
 CLUSTERS(8)
+CLUSTERS(16)

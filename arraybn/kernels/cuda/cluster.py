@@ -1,41 +1,40 @@
-"""The kernels of ``fused.py``, with clusters of blocks wherever a channel fits into the shared memory of a cluster.
+"""The kernels of ``fused.py``, with all that is built for Hopper and later wherever that fits.
 
-``kernels="cuda_cluster"`` asks for these: clusters then serve the cases, too, for which no GPU has been measured yet.
-What clusters cannot take goes the ways of ``fused.py``.
+``kernels="cuda_cluster"`` asks for these. Clusters of blocks and, for maps of channels-first data, the ring of bulk
+copies then serve the cases, too, for which no GPU has been measured yet. What they cannot take goes the ways of
+``fused.py``.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from ..._arrays.namespaces import Array
 from .. import cuda
-from . import fused
-from .training import Trainer
+from . import fused, launch
+from .training import Launch, Trainer
+
+MOST = 16  # blocks of a cluster, where the GPU holds so many; otherwise 8
 
 
 class ClusterArguments(fused.FusedArguments):
-    """The arguments of a call that takes clusters where they fit."""
+    """The arguments of a call that takes clusters, and the ring for maps, where they fit."""
 
     __slots__ = ()
-    clusters = True
+    clusters = MOST
+    ring = True
 
 
-moments, dots, affine, affine2, affine3 = cuda.moments, cuda.dots, cuda.affine, cuda.affine2, cuda.affine3
-evaluate, update_running_stats, widened = cuda.evaluate, cuda.update_running_stats, cuda.widened
-MASKS, masked_forward, masked_backward = fused.MASKS, fused.masked_forward, fused.masked_backward
-trainer = functools.partial(Trainer, functools.partial(fused.launches, clusters=True))
+_cluster = cuda.Sweeps(ClusterArguments)
+moments, dots, affine, affine2 = _cluster.moments, _cluster.dots, _cluster.affine, _cluster.affine2
+affine3, forward, backward, evaluate = _cluster.affine3, _cluster.forward, _cluster.backward, _cluster.evaluate
+masked_forward, masked_backward = _cluster.masked_forward, _cluster.masked_backward
+MASKS, update_running_stats, widened = cuda.MASKS, cuda.update_running_stats, cuda.widened
 
 
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return cuda.forward_by(ClusterArguments, x, weight, bias, eps, out)
+def launches(*given: Any) -> tuple[Launch, ...]:
+    """Return the launches of a forward or a backward, as `fused.launches` does."""
+    return fused.launches(*given, clusters=fused.allowed(launch.launcher(), MOST))
 
 
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return cuda.backward_by(ClusterArguments, dy, x, mean, rstd, weight, out)
+trainer = functools.partial(Trainer, launches)

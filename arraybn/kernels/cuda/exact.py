@@ -14,13 +14,10 @@ from ..._arrays.copies import as_numpy
 from ..._arrays.namespaces import Array
 from ...reference import Moments
 from . import (
-    BLOCKS,
     DTYPES,
-    MIN_BLOCK_BYTES,
     NO_VECTORS,
     ROWS,
     VECTORS,
-    WARP,
     Cut,
     LaunchArguments,
     cut,
@@ -28,6 +25,7 @@ from . import (
     launch,
     numbers_of,
     power_of_two,
+    table,
     width_of,
 )
 from . import plan_sweep as usual_plan
@@ -43,9 +41,9 @@ WIDEST = 4  # values that a thread takes at once at most, channels-last: each ha
 
 @functools.lru_cache(maxsize=4096)
 def plan_sweep(
-    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device
+    sweep: str, shape: tuple[int, int, int], dtype: str, itemsize: int, address: int, device: Device, ring: bool
 ) -> tuple[Kernel, Cut]:
-    """Return the kernel of a map over data of that shape, and the cut of the data."""
+    """Return the kernel of a map over data of that shape, and the cut of the data; channels-first, without the ring."""
     kernel, found = usual_plan(sweep, shape, dtype, itemsize, address, device)
     return kernel._replace(name=f"exact_{kernel.name}", files=(*kernel.files, FILE)), found
 
@@ -69,7 +67,7 @@ def _cut_rows(shape: tuple[int, int, int], itemsize: int, address: int) -> Cut:
     width = min(width_of(shape, itemsize, address), WIDEST)
     columns = min(power_of_two(-(-channels // width)), TILE // width)
     groups, row = -(-channels // (columns * width)), columns * width * itemsize
-    target = min(max(groups * rows * row // BLOCKS, MIN_BLOCK_BYTES), TILE_PART)
+    target = min(max(groups * rows * row // table.BLOCKS, table.MIN_BLOCK_BYTES), TILE_PART)
     part = max(target // row, TILE_THREADS // columns)
     parts = -(-rows // part)
     numbers = numbers_of(rows, channels, groups, parts, (rows, part, 1, channels, columns))
@@ -94,7 +92,7 @@ class ExactArguments(LaunchArguments):
 def _finish(gpu: launch.Launcher, name: str, record: Array, n: int, eps: float = 0.0, **vectors: int) -> None:
     """Set the statistics of a record: "moments_of_record" or "dots_of_record"."""
     channels = record.shape[1]
-    grid, numbers = Grid(-(-channels // WARP), WARP), numbers_of(n, channels, 1, 1, (0, 0, 1, 0, 1))
+    grid, numbers = Grid(-(-channels // table.WARP), table.WARP), numbers_of(n, channels, 1, 1, (0, 0, 1, 0, 1))
     pointers = (gpu.pointer(record), 0, 0, *map(vectors.get, VECTORS, NO_VECTORS))
     gpu.launch(Kernel(name, "float32", 1, (*launch.SWEEPS, FILE)), grid, pointers, (eps, 0.0, *numbers))
 

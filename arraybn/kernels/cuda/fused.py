@@ -7,11 +7,11 @@ shape, the dtype, the alignment and the GPU alone:
   shared memory from the first sweep to the second. `plan` takes this way where the channels fit, and either there are
   blocks for at least half of the multiprocessors or a block keeps few bytes. Channels-last, two blocks have to fit into
   a multiprocessor, or whole rows are faster;
-- **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, keep a channel in their shared
-  memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16, or 2, 4 or 8 planes side by
-  side that are so together. `plan` takes this way where a sketch was measured to be faster (`IN_CLUSTERS`; not of
-  planes side by side), unless two resident blocks fit into a multiprocessor, or more than half of the multiprocessors
-  would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
+- **cluster**, channels-first on Hopper and later: the blocks of a cluster, 1 to 8, or 16 where the GPU holds so many,
+  keep a channel in their shared memory together (cluster.cu). Bulk copies take planes whose bytes are a multiple of 16,
+  or 2, 4 or 8 planes side by side that are so together. `plan` takes this way where a sketch was measured to be faster
+  (`IN_CLUSTERS`, `UNASKED`; not of planes side by side), unless two resident blocks fit into a multiprocessor, or more
+  than half of the multiprocessors would be idle. `arraybn.kernels.cuda.cluster` takes it wherever the channel fits;
 - **ring** and **rows**, all other channels-last data: whole rows, both sweeps in one launch (rows.cu). The ring takes
   bulk copies, so Hopper or later, and rows on multiples of 16 bytes; both give the same bits;
 - **pipeline**, other channels-first data: blocks draw tasks. The map of a part follows the sums of that part closely
@@ -35,9 +35,8 @@ ring, rows    2b read, b written     4b read, b written     up to L2 of the last
 split         2b read, b written     4b read, b written     up to L2 of the last b or 2b instead of memory
 ============  =====================  =====================  ============================================
 
-Means found by two ways agree to rounding, not to the bit; results have the same bits each time on GPUs of one kind. The
-constants below have the figure of an H200 that chose them where there is one; docs/gpu.md has the whole table, and
-``python -m arraybn bench --device cuda --tune`` tries others.
+Means found by two ways agree to rounding, not to the bit; results have the same bits each time on GPUs of one kind.
+``table.py`` has the constants.
 """
 
 from __future__ import annotations
@@ -46,36 +45,29 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from ..._arrays.namespaces import Array
 from . import (
     DTYPES,
     MASKS,
-    MIN_BLOCK_BYTES,
-    ROOM,
-    THREADS,
-    UNDER_WAY,
-    WARP,
     LaunchArguments,
+    Sweeps,
     affine,
     affine2,
     affine3,
-    backward_by,
+    by_ring,
     dots,
     evaluate,
-    forward_by,
     has_rows,
-    masked_backward_by,
-    masked_forward_by,
     moments,
     numbers_of,
     plan_sweep,
     power_of_two,
+    table,
     update_running_stats,
     widened,
     width_of,
     with_kinds,
 )
-from .launch import SWEEPS, Device, Grid, Kernel
+from .launch import PORTABLE, SWEEPS, Device, Grid, Kernel, Launcher
 from .training import Launch, Trainer
 
 __all__ = [
@@ -97,29 +89,6 @@ __all__ = [
 
 FILES = (*SWEEPS, "fused.cu")
 CLUSTER_FILES = (*SWEEPS, "cluster.cu")
-ROWS_KEPT = (64, 32)  # bytes side by side that a resident block takes of a row: memory is read in pieces of 32
-SINGLE_BLOCK_BYTES = 2**16  # bytes that one block reads in the time that a second launch takes to start
-ITEMS = 16  # items of each thread of a resident block; H200: 8 or 32 change a time by up to 8 %, either way
-TASK = 3 * 2**14  # bytes that a task of the pipeline reads, about
-BLOCKS = 3  # blocks on each multiprocessor that draw tasks; H200: 4 change a time by 1 to 2 %
-# Bytes of a row that a thread of a resident block takes at once, by the bytes of a value. H200, 8 against 16: float32
-# (32,1024,14,14) 36.6 and 28.2 µs, backward of (32,2048,7,7) 27.4 and 21.6; float16 is slower with 16.
-SIDES = {2: 8, 4: 16, 8: 8}
-ROUNDS = {1: 4, 2: 2}  # rounds of loads that fit into a block of the pipeline, by the number of inputs
-# Clusters, by a sketch of the forward on an H200, µs beside the best other way: (32,256,56,56) float32 65.0 (2 blocks)
-# and 94; (32,64,112,112) float32 79.0 (8) and 89, float16 46.7 (4) and 55; (32,256,56,56) float16 36.5 (1) and 39.
-# Where two resident blocks fit they are the better way: (32,512,28,28) float32 39.8 (1) and 37.1. More blocks than the
-# channel needs are slower: (32,256,56,56) float32 81.8 (4). Backward and float64 are not measured.
-CLUSTERS = (1, 2, 4, 8)  # blocks, the fewest that a channel fits into
-IN_CLUSTERS: dict[int, tuple[int, ...]] = {1: (2, 4), 2: ()}  # bytes of a value, by the number of inputs
-WARPS = 16  # in a block; with 8 warps of 8 pieces (32,256,56,56) float32 takes 67.2 µs
-SIDE_WARPS = 4  # in a block with channels side by side; not measured
-PIECES = 4  # of a warp; with 8 (32,256,56,56) float32 takes 76.4 µs
-# Clusters asked for, as multiples of those for which there are multiprocessors. (32,64,112,112) float32, 8 blocks: 79.0
-# µs by 32 clusters and 88.3 by 16; float16, 4 blocks: 46.7 by 66 and 51.6 by 33; (32,256,56,56) float32, 2 blocks: 65.0
-# by 66 and 67.2 by 132.
-WAVES = {1: 1, 2: 1, 4: 2, 8: 2}
-L2_FRACTION = 0.6  # fraction of the L2 cache in which values are found again
 
 
 class Plan(NamedTuple):
@@ -164,7 +133,7 @@ class _Data(NamedTuple):
     def threads(self, items: int, columns: int, each: int) -> int:
         """Return the threads of a block, for about `each` items a thread."""
         least = columns * self.width if self.lines else 1
-        return min(max(power_of_two(items * columns // each), least, WARP), THREADS)
+        return min(max(power_of_two(items * columns // each), least, table.WARP), table.THREADS)
 
     def numbers(self, groups: int, parts: int, part: int, columns: int, ahead: int = 0) -> tuple[int, ...]:
         """Return the numbers of a launch, in the order of `launch.NUMBERS`."""
@@ -175,18 +144,19 @@ class _Data(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, clusters: bool = False
+    shape: tuple[int, int, int], dtype: Any, address: int, inputs: int, device: Device, clusters: int = 0
 ) -> Plan | None:
     """Return the one launch over x, or over x and dy (two inputs), of that shape; None where two launches do better.
 
-    `address` has the last four bits of every address of data. `clusters` asks for clusters wherever the channel fits.
+    `address` has the last four bits of every address of data. `clusters` asks for clusters of that many blocks at most
+    wherever a channel fits; 0 asks for none.
     """
     samples, channels, plane = shape
     if channels == 1:
         samples, plane = 1, samples * plane
     lines, width = has_rows(shape), width_of(shape, dtype.itemsize, address)
     if lines and width > 1:
-        width = SIDES[dtype.itemsize] // dtype.itemsize
+        width = table.SIDES[dtype.itemsize] // dtype.itemsize
     items, plane = (samples, 1) if lines else (samples * plane // width, plane // width)
     item = width * dtype.itemsize * inputs
     data = _Data(DTYPES[dtype.char], channels, items, plane, lines, width, item, inputs)
@@ -200,60 +170,61 @@ def plan(
 
 def _resident(data: _Data, device: Device) -> Plan | None:
     """Plan one block for each group of channels; the block keeps all values of its group in shared memory."""
-    for row in ROWS_KEPT if data.lines else ROWS_KEPT[:1]:
+    for row in table.ROWS_KEPT if data.lines else table.ROWS_KEPT[:1]:
         columns = data.columns(row)
         groups, kept = data.groups(columns), data.items * columns * data.item
-        crowded = 2 * (kept + ROOM) > device.shared_in_all or groups < device.multiprocessors
-        if data.lines and crowded and row > ROWS_KEPT[-1]:
+        crowded = 2 * (kept + table.ROOM) > device.shared_in_all or groups < device.multiprocessors
+        if data.lines and crowded and row > table.ROWS_KEPT[-1]:
             continue  # narrower groups let more blocks in
-        if data.lines and kept > SINGLE_BLOCK_BYTES and 2 * (kept + ROOM) > device.shared_in_all:
+        if data.lines and kept > table.SINGLE_BLOCK_BYTES and 2 * (kept + table.ROOM) > device.shared_in_all:
             continue  # whole rows are faster: 25.0 against 28.2 µs at (32,1024,14,14) float32 on an H200
-        if kept + ROOM > device.shared or (2 * groups < device.multiprocessors and kept > SINGLE_BLOCK_BYTES):
+        few = 2 * groups < device.multiprocessors and kept > table.SINGLE_BLOCK_BYTES
+        if kept + table.ROOM > device.shared or few:
             continue
-        grid = Grid(groups, data.threads(data.items, columns, ITEMS), shared=kept)
+        grid = Grid(groups, data.threads(data.items, columns, table.ITEMS), shared=kept)
         numbers = data.numbers(groups, 1, data.items, columns)
         return Plan(data.kernel("resident"), grid, numbers)
     return None
 
 
-def _cluster(data: _Data, address: int, device: Device, everywhere: bool) -> Plan | None:
+def _cluster(data: _Data, address: int, device: Device, asked: int) -> Plan | None:
     """Plan clusters; the blocks of a cluster keep all values of a channel, or of some channels side by side."""
     itemsize, n = data.item // (data.inputs * data.width), data.items * data.width
     plane = data.plane * data.width  # values
     side = 16 // math.gcd(16, plane * itemsize)  # channels whose planes are a multiple of 16 bytes together
     if device.capability < 9 or data.lines or address % 16 or data.channels % side:
         return None
-    width, warps, unit = (16 // itemsize, WARPS, 1) if side == 1 else (1, SIDE_WARPS, side * plane)
+    width, warps, unit = (16 // itemsize, table.WARPS, 1) if side == 1 else (1, table.SIDE_WARPS, side * plane)
     items, groups = side * n // width, data.channels // side
-    for blocks in CLUSTERS:
-        part = -(-items // (blocks * warps * PIECES * unit)) * unit
-        shared = warps * PIECES * part * width * itemsize * data.inputs
-        if shared + ROOM <= device.shared:
+    for blocks in [number for number in table.CLUSTERS if number <= (asked or table.UNASKED)]:
+        part = -(-items // (blocks * warps * table.PIECES * unit)) * unit
+        shared = warps * table.PIECES * part * width * itemsize * data.inputs
+        if shared + table.ROOM <= device.shared:
             break
     else:
         return None
-    chosen = itemsize in IN_CLUSTERS[data.inputs] and side == 1 and 2 * blocks * groups >= device.multiprocessors
-    if not everywhere and (not chosen or 2 * (data.items * data.item + ROOM) <= device.shared_in_all):
+    chosen = itemsize in table.IN_CLUSTERS[data.inputs] and side == 1 and 2 * blocks * groups >= device.multiprocessors
+    if not asked and (not chosen or 2 * (data.items * data.item + table.ROOM) <= device.shared_in_all):
         return None
-    at_once = max(WAVES[blocks] * device.multiprocessors // blocks, 1) if side == 1 else groups
+    at_once = max(table.WAVES[blocks] * device.multiprocessors // blocks, 1) if side == 1 else groups
     clusters = -(-groups // -(-groups // at_once))
-    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, dynamic=True)
+    kernel = Kernel(f"{data.direction}_cluster_{blocks}", data.dtype, width, CLUSTER_FILES, True, blocks)
     shape = (items, part, side * plane // width, data.channels * plane, side)
-    numbers = numbers_of(n, data.channels, groups, 1, shape, PIECES)
-    return Plan(kernel, Grid(clusters * blocks, warps * WARP, shared=shared), numbers)
+    numbers = numbers_of(n, data.channels, groups, 1, shape, table.PIECES)
+    return Plan(kernel, Grid(clusters * blocks, warps * table.WARP, shared=shared), numbers)
 
 
 def _pipeline(data: _Data, device: Device) -> Plan | None:
     """Plan tasks, each of one part of a channel, which all resident blocks draw in turn."""
-    most, groups = BLOCKS * device.multiprocessors, data.channels
-    task = min(max(groups * data.items * data.item // most, MIN_BLOCK_BYTES), TASK)
+    most, groups = table.DRAWING * device.multiprocessors, data.channels
+    task = min(max(groups * data.items * data.item // most, table.MIN_BLOCK_BYTES), table.TASK)
     parts = max(data.items * data.item // task, 1)
     part = -(-data.items // parts)
     parts = -(-data.items // part)
     ahead = min(parts + 3 * most // 4, groups * parts)  # one channel plus 3/4 of the blocks, so that no block waits
-    threads = data.threads(part, 1, UNDER_WAY)
-    ring = ROUNDS[data.inputs] * UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
-    if ahead * part * data.item > L2_FRACTION * device.cache or ring + ROOM > device.shared:
+    threads = data.threads(part, 1, table.UNDER_WAY)
+    ring = table.ROUNDS[data.inputs] * table.UNDER_WAY * (1 if data.width > 1 else 2) * threads * data.item
+    if ahead * part * data.item > table.L2_FRACTION * device.cache or ring + table.ROOM > device.shared:
         return None
     partials = 16 * groups * parts if parts > 1 else 0
     grid = Grid(min(most, 2 * groups * parts), threads, partials, 2 * groups + 2, ring)
@@ -268,7 +239,7 @@ def launches(
     device: Device,
     kinds: tuple[int, int],
     *,
-    clusters: bool = False,
+    clusters: int = 0,
 ) -> tuple[Launch, ...]:
     """Return the launches of a forward (one input) or a backward, for parameters and state of those kinds."""
     found = plan(shape, dtype, address, inputs, device, clusters)
@@ -277,9 +248,10 @@ def launches(
     sweeps = [("dots", False), ("affine2", False)] if inputs == 2 else [("moments", False), ("affine", False)]
     if inputs == 1 and dtype.itemsize == 8:
         sweeps.insert(1, ("moments", True))
-    made = []
+    made, ring = [], by_ring(clusters > 0, dtype.itemsize)
     for sweep, about_mean in sweeps:
-        kernel, (_, _, grid, numbers) = plan_sweep(sweep, shape, dtype.char, dtype.itemsize, address, device)
+        given = sweep, shape, dtype.char, dtype.itemsize, address, device, ring
+        kernel, (_, _, grid, numbers) = plan_sweep(*given)
         made.append(Launch(kernel, grid, with_kinds(numbers, *kinds), about_mean))
     return tuple(made)
 
@@ -287,11 +259,16 @@ def launches(
 trainer = functools.partial(Trainer, launches)
 
 
+def allowed(gpu: Launcher, blocks: int) -> int:
+    """Return how many blocks a cluster may have, where it shall have no more than `blocks`."""
+    return blocks if blocks <= PORTABLE or gpu.holds_cluster(blocks) else PORTABLE
+
+
 class FusedArguments(LaunchArguments):
     """The arguments of a call that takes one launch where `plan` finds one, otherwise two."""
 
     __slots__ = ()
-    clusters = False  # True where clusters are asked for
+    clusters = 0  # blocks of a cluster at most, where clusters are asked for
 
     def normalize(self, m2: int, eps: float, **given: int) -> None:
         """(E1, E3) Set m2, mean and rstd, and write y."""
@@ -311,26 +288,14 @@ class FusedArguments(LaunchArguments):
             if has_rows(self.shape):
                 self.run("backward" if self.u else "forward", eps=eps, **vectors)
             return has_rows(self.shape)
-        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), self.clusters
+        clusters = allowed(self.gpu, self.clusters)
+        given = self.address(self.y), 2 if self.u else 1, self.gpu.device(), clusters
         found = plan(self.shape, self.dtype, *given)
         if found is not None:
             self.launch(found.kernel, found, self.y, eps, vectors)
         return found is not None
 
 
-def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None
-) -> tuple[Array, Array, Array, Array]:
-    """(E1, E3) mean, m2 and rstd (C,) of x (N, C, S), and y = weight·xhat + bias."""
-    return forward_by(FusedArguments, x, weight, bias, eps, out)
-
-
-def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(E5, E6) dx, and dweight and dbias (C,), from dy and x (N, C, S)."""
-    return backward_by(FusedArguments, dy, x, mean, rstd, weight, out)
-
-
-masked_forward = functools.partial(masked_forward_by, FusedArguments)
-masked_backward = functools.partial(masked_backward_by, FusedArguments)
+_fused = Sweeps(FusedArguments)
+forward, backward = _fused.forward, _fused.backward
+masked_forward, masked_backward = _fused.masked_forward, _fused.masked_backward

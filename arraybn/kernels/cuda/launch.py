@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import struct
 import threading
 from abc import ABC, abstractmethod
@@ -23,6 +24,8 @@ from ..._arrays.namespaces import Array
 # products and sums it fuses; where fusing matters, the source asks for it.
 OPTIONS = ("-std=c++17", "-fmad=false")
 SWEEPS = ("values.cuh", "formulas.cuh", "sweeps.cu")
+
+PORTABLE = 8  # blocks of a cluster, which every GPU with clusters holds
 
 # The fields of struct Parameters in values.cuh.
 POINTERS = (
@@ -45,6 +48,7 @@ class Kernel(NamedTuple):
     width: int
     files: tuple[str, ...] = SWEEPS
     dynamic: bool = False  # True where a launch states the size of its shared memory
+    blocks: int = 1  # in a cluster
 
     @property
     def entry(self) -> str:
@@ -139,6 +143,10 @@ class Launcher(ABC):
         """Return the properties of the current device."""
 
     @abstractmethod
+    def holds_cluster(self, blocks: int) -> bool:
+        """Return True if the current device runs a cluster of blocks that have all the shared memory they may have."""
+
+    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array on the current device."""
 
@@ -225,6 +233,21 @@ class _Contexts(threading.local):
 
 
 _ATTRIBUTES = (16, 38, 97, 81, 75)  # the fields of Device, as cudaDeviceAttr numbers them
+_NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+_PROBE = 'extern "C" __global__ void __cluster_dims__({}, 1, 1) probe() {{}}'
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig, for a kernel that states the size of its clusters itself."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("number", ctypes.c_uint),
+    )
 
 
 class CuPy(Launcher):
@@ -236,6 +259,7 @@ class CuPy(Launcher):
         self._driver = importlib.import_module("cupy_backends.cuda.api.driver")
         self._runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
         self._devices: dict[int, Device] = {}
+        self._holds: dict[tuple[int, int], bool] = {}
         self._contexts = _Contexts()
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
@@ -269,6 +293,26 @@ class CuPy(Launcher):
             self._devices[number] = Device(*(self._runtime.deviceGetAttribute(a, number) for a in _ATTRIBUTES))
         return self._devices[number]
 
+    def holds_cluster(self, blocks: int) -> bool:
+        """Return True if the current device runs a cluster of blocks that have all the shared memory they may have."""
+        key = self.current()[0], blocks
+        if key not in self._holds:
+            self._holds[key] = self.device().capability >= 9 and self._active_clusters(blocks) > 0
+        return self._holds[key]
+
+    def _active_clusters(self, blocks: int) -> int:
+        """Ask the driver itself, because CuPy does not have this question of the driver."""
+        probe, shared = self._cupy.RawKernel(_PROBE.format(blocks), "probe", OPTIONS), self.device().shared
+        probe.max_dynamic_shared_size_bytes = shared
+        self._driver.funcSetAttribute(probe.kernel.ptr, _NON_PORTABLE, 1)
+        config, found = _LaunchConfig((blocks, 1, 1), (512, 1, 1), shared), ctypes.c_int()
+        try:
+            ask = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuOccupancyMaxActiveClusters
+        except (OSError, AttributeError):  # a driver of before CUDA 11.8
+            return 0
+        refused = ask(ctypes.byref(found), ctypes.c_void_p(probe.kernel.ptr), ctypes.byref(config))
+        return 0 if refused else found.value
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array on the current device."""
         return self._cupy.ndarray(shape, dtype)
@@ -289,6 +333,8 @@ class CuPy(Launcher):
             function.preferred_shared_memory_carveout = (
                 100  # per cent of the memory, so that as many blocks as possible are resident
             )
+        if kernel.blocks > PORTABLE:
+            self._driver.funcSetAttribute(function.kernel.ptr, _NON_PORTABLE, 1)
         return function.kernel.ptr, function
 
     def start(self, function: int, grid: Grid, stream: int, arguments: int) -> None:

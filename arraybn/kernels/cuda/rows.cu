@@ -1,4 +1,5 @@
 // Channels-last: the data is one run of rows, and blocks take whole rows, so that memory is read in long pieces.
+// Maps of channels-first data go through the same ring, at the end of this file.
 //
 // A unit is a share of the chunks of a tile: chunks of p.part rows each, of at most CONSUMERS * WIDTH channels side by
 // side. A thread stays with its channels and goes down the rows of a chunk. In a launch blocks draw tickets, first for
@@ -49,7 +50,7 @@ struct InRow {
     DEVICE InRow(const Parameters& p, int64 group) {
         const int threads = (int)p.columns;
         const int64 tile = (int64)threads * WIDTH, first = group * tile;
-        wide = (int)(p.channels - first < tile ? p.channels - first : tile);
+        wide = (int)(p.stride - first < tile ? p.stride - first : tile);
         column = threadIdx.x % threads * WIDTH;
         row = threadIdx.x / threads;
         rows = CONSUMERS / threads;
@@ -89,10 +90,11 @@ struct Chunks<T, WIDTH, INPUTS, true> {
     const Parameters& p;
     unsigned char* memory;
     uint64 *full, *empty;
-    int stage, wide, column;
+    int stage, wide, column, bytes;
     uint32 phase;
 
-    DEVICE explicit Chunks(const Parameters& given) : p(given), stage(0), phase(threadIdx.x < CONSUMERS ? 0 : 1) {
+    DEVICE explicit Chunks(const Parameters& given)
+        : p(given), stage(0), bytes(bytes_of_input(given)), phase(threadIdx.x < CONSUMERS ? 0 : 1) {
         SHARED(uint64, barriers, 2 * MOST_STAGES);
         DYNAMIC_SHARED(dynamic);
         memory = dynamic;
@@ -107,7 +109,12 @@ struct Chunks<T, WIDTH, INPUTS, true> {
         }
         __syncthreads();
     }
-    DEVICE unsigned char* place(int input) const { return memory + ((int64)stage * INPUTS + input) * p.plane; }
+    // In a stage.
+    DEVICE static int bytes_of_input(const Parameters& p) {
+        const int64 tile = p.columns * WIDTH;
+        return (int)(p.part * (p.stride < tile ? p.stride : tile) * (int64)sizeof(Stored));
+    }
+    DEVICE unsigned char* place(int input) const { return memory + (stage * INPUTS + input) * bytes; }
     DEVICE void next() {
         if (++stage == p.ahead) {
             stage = 0;
@@ -294,20 +301,35 @@ DEVICE void sums_of_unit(const Parameters& p, const Unit& unit, Source& source) 
     fence_async();  // before bulk copies write where these sums were
 }
 
-template <class T, int WIDTH, class Map, int CHOICE, class Source>
-DEVICE void map_of_unit(const Parameters& p, const Unit& unit, Source& source, const uint32* ready, uint32 when) {
+// The coefficients of a thread's items: always those of its channels.
+template <class T, int WIDTH, class Map>
+struct OfColumns {
+    Map map[WIDTH];
+
+    DEVICE OfColumns(const Parameters& p, const InRow<T, WIDTH>& place) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            if (place.inside) map[j] = Map(p, place.channel + j);
+        }
+    }
+    DEVICE void start(int64) {}
+    DEVICE const Map& of(int j) { return map[j]; }
+    DEVICE void next() {}
+};
+
+// `first` is the value with which the first row begins.
+template <class T, int WIDTH, class Map, int CHOICE, template <class, int, class> class Maps = OfColumns, class Source>
+DEVICE void map_of_unit(
+    const Parameters& p, const Unit& unit, Source& source, const uint32* ready, uint32 when, int first = 0) {
     enum { AT_ONCE = Map::INPUTS == 3 || (Map::INPUTS == 2 && WIDTH == 8) ? 2 : 4 };
     if (source.produce(unit) || threadIdx.x >= CONSUMERS) return;
     if (ready) wait_until(ready, when);  // the ring is filling meanwhile
     const InRow<T, WIDTH> place(p, unit.group);
-    Map map[WIDTH];
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) {
-        if (place.inside) map[j] = Map(p, place.channel + j);
-    }
+    Maps<T, WIDTH, Map> maps(p, place);
     for (int64 i = 0; i < unit.chunks; ++i) {
         const int64 chunk = unit.chunk(p, i);
         const int rows = items_in(p, chunk);
+        maps.start(first + (chunk * p.part + place.row) * WIDTH);
         typename T::Stored* out = (typename T::Stored*)p.out + chunk * p.part * p.stride + place.channel;
         uint32 marks = marks_of<T, WIDTH, CHOICE>(p, place, chunk, rows);
         source.take(place, chunk);
@@ -329,8 +351,9 @@ DEVICE void map_of_unit(const Parameters& p, const Unit& unit, Source& source, c
                     for (int j = 0; j < WIDTH; ++j) {
                         const typename T::Value of_u = Map::INPUTS >= 2 ? u[k][j] : 0;
                         const bool counts = CHOICE == ALL || (marks >> k & 1);
-                        result[j] = mapped(map[j], x[k][j], of_u, Map::INPUTS == 3 ? v[k][j] : 0, counts);
+                        result[j] = mapped(maps.of(j), x[k][j], of_u, Map::INPUTS == 3 ? v[k][j] : 0, counts);
                     }
+                    maps.next();
                     x[k].set(result);
                     x[k].store_near(out + (row + k * place.rows) * p.stride);
                 }
@@ -424,6 +447,99 @@ DEVICE void map_rows(const Parameters& p) {
     map_of_unit<T, WIDTH, Map, CHOICE>(p, Unit(p, blockIdx.x, true), source, nullptr, 0);
 }
 
+// ---- Maps of channels-first data, by the ring -----------------------------------------------------------------------
+// The data is one run of items of 16 bytes, each a row of p.stride = WIDTH values. A plane may end within an item. The
+// few values before the first item and behind the last are loaded by themselves.
+
+// The values before the first item.
+template <class Stored>
+DEVICE int head_of(const Parameters& p) {
+    return (int)((16 - (uint64)p.x % 16) % 16 / sizeof(Stored));
+}
+
+// Where a value lies.
+struct InPlane {
+    int channel, place;
+
+    DEVICE InPlane(const Parameters& p, int64 value) {
+        const int64 planes = divide(value, p.by_plane);
+        channel = (int)((uint32)planes % (uint32)p.channels);
+        place = (int)(value - planes * p.plane);
+    }
+};
+
+// The coefficients of all channels, in shared memory behind the ring.
+template <class T, int WIDTH, class Map>
+DEVICE Map* table_of(const Parameters& p) {
+    DYNAMIC_SHARED(memory);
+    return (Map*)(memory + p.ahead * Map::INPUTS * Chunks<T, WIDTH, Map::INPUTS, true>::bytes_of_input(p));
+}
+
+// The coefficients of a thread's items: those of the planes in which the items lie. No plane is shorter than an item.
+template <class T, int WIDTH, class Map>
+struct OfPlanes {
+    const Map* table;
+    Map map;
+    InPlane at, step;  // this item, and from an item to the thread's next
+    int channels, plane;
+    const Parameters& p;
+
+    DEVICE OfPlanes(const Parameters& given, const InRow<T, WIDTH>& row)
+        : table(table_of<T, WIDTH, Map>(given)), at(given, 0), step(given, (int64)row.rows * WIDTH),
+          channels((int)given.channels), plane((int)given.plane), p(given) {}
+    DEVICE void start(int64 value) {
+        at = InPlane(p, value);
+        map = table[at.channel];
+    }
+    DEVICE const Map& of(int j) {
+        if (at.place + j == plane) map = table[at.channel + 1 == channels ? 0 : at.channel + 1];
+        return map;
+    }
+    DEVICE void next() {
+        at.place += step.place;
+        at.channel += step.channel;
+        if (at.place >= plane) {
+            at.place -= plane;
+            ++at.channel;
+        }
+        if (at.channel >= channels) at.channel -= channels;
+        map = table[at.channel];
+    }
+};
+
+template <class T, int WIDTH, class Map>
+DEVICE void map_planes(const Parameters& p) {
+    typedef typename T::Stored Stored;
+    const int head = head_of<Stored>(p);
+    Parameters q = p;
+    q.x = (const Stored*)p.x + head;
+    q.u = (const Stored*)p.u + head;
+    q.v = (const Stored*)p.v + head;
+    q.out = (Stored*)p.out + head;
+    Map* table = table_of<T, WIDTH, Map>(p);
+    for (int64 channel = threadIdx.x; channel < p.channels; channel += blockDim.x) table[channel] = Map(p, channel);
+    Chunks<T, WIDTH, Map::INPUTS, true> source(q);  // and a barrier: the table is there
+    const int64 end = head + p.items * WIDTH;
+    const InPlane last(p, end);
+    const int tail = last.place ? (int)p.plane - last.place : 0;
+    if (blockIdx.x == 0 && (int)threadIdx.x < head + tail) {
+        const int64 value = (int)threadIdx.x < head ? threadIdx.x : end + threadIdx.x - head;
+        const Map& map = table[InPlane(p, value).channel];
+        Item<T, 1> x, u, v;
+        x.load((const Stored*)p.x + value);
+        if (Map::INPUTS >= 2) u.load((const Stored*)p.u + value);
+        if (Map::INPUTS == 3) v.load((const Stored*)p.v + value);
+        const typename T::Value y = mapped(map, x[0], Map::INPUTS >= 2 ? u[0] : 0, Map::INPUTS == 3 ? v[0] : 0);
+        x.set(&y);
+        x.store((Stored*)p.out + value);
+    }
+    map_of_unit<T, WIDTH, Map, ALL, OfPlanes>(q, Unit(p, blockIdx.x, true), source, nullptr, 0, head);
+}
+
+#define PLANE_MAP(name, map)                                                                                           \
+    template <class T, int WIDTH> DEVICE void name##_ring_planes(const Parameters& p) {                                \
+        map_planes<T, WIDTH, map<T>>(p);                                                                               \
+    }
 #define ROW_SUMS(name, sums, map, both, way, ring, choice, of_map)                                                     \
     template <class T, int WIDTH> DEVICE void name##_##way(const Parameters& p) {                                      \
         rows_in_turn<T, WIDTH, sums<T>, map<T>, both, ring, choice, of_map>(p);                                        \
@@ -454,3 +570,11 @@ DEVICE void map_rows(const Parameters& p) {
 
 ROWS(rows, false)
 ROWS(ring, true)
+
+template <class T, int WIDTH> DEVICE void affine_fixed_ring_planes(const Parameters& p) {
+    AffineFixed<T>::keep(p);
+    map_planes<T, WIDTH, AffineFixed<T>>(p);
+}
+PLANE_MAP(affine, Affine)
+PLANE_MAP(affine2, Affine2)
+PLANE_MAP(affine3, Affine3)

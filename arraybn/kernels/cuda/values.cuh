@@ -60,10 +60,10 @@ struct Parameters {
     int64 parts;     // blocks for a group
     int64 items;     // items of a channel (planes), or rows (lines)
     int64 part;      // of them in a part
-    int64 plane;     // items in a plane
+    int64 plane;     // items in a plane; in the maps of planes by the ring, values
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
-    int64 ahead;     // tasks that are summed before the first is mapped (fused.cu)
+    int64 ahead;     // tasks that are summed before the first is mapped (fused.cu); stages of the ring; pieces of a warp
     int64 parameter_kind;  // the type of weight and bias: 0 float64, 1 float32, 2 float16, 3 bfloat16
     int64 state_kind;      // the same of first and second: 0 or 1
     Divisor by_groups;
@@ -252,7 +252,7 @@ DEVICE void store_in_block(uint32 rank, Pair* place, Pair value) {
     asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(address), "d"(value.first), "d"(value.second)
                  : "memory");
 }
-#else  // never called: `cuda.rows` chooses no ring there
+#else  // never called: `_cut_rows` chooses no ring there
 DEVICE void begin_barrier(uint64*, uint32) {}
 DEVICE void fence_barriers() {}
 DEVICE void fence_async() {}
