@@ -338,10 +338,7 @@ def _forward_shortly(
 ) -> tuple[Array, Saved]:
     """Carry out a forward with mean, var, weight and bias (C,), after all checks; `over` is 1 where `out` is x."""
     (backend, calls), (mean, _, weight, bias) = plan.short, vectors
-    if mean is None:
-        y, rows = calls.forward(x, weight, bias, eps, out, over)
-    else:
-        y, rows = calls.evaluation(x, vectors, eps, out, over)
+    y, rows = calls.forward(x, vectors, eps, out, over)
     affine = weight is not None, bias is not None
     saved = SavedRows(backend, plan.layout, x, rows, affine, fixed=mean is not None, plan=plan)
     if over:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import tracemalloc
 import unittest.mock
 import weakref
 from collections.abc import Callable, Iterator
@@ -362,6 +363,23 @@ def test_a_plan_keeps_no_array_alive() -> None:
     gc.collect()
     assert functional._PLANS
     assert [one() for one in there] == [None] * 5
+
+
+def test_plans_keep_little_memory() -> None:
+    def call(channels: int) -> None:
+        x, weight = np.zeros((2, channels), "f4"), np.ones(channels, "f4")
+        for vectors in ((), (weight, weight)):
+            arraybn.batch_norm_backward(x, arraybn.batch_norm(x, *vectors)[1])
+
+    call(100)
+    tracemalloc.start()
+    try:
+        for channels in range(50_000, 50_020):
+            call(channels)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 400_000  # the memory of one vector (C,)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

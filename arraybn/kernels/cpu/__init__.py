@@ -21,7 +21,7 @@ from ..._arrays.namespaces import Array
 from ...reference import Mask, Moments
 from .. import results, threads
 from . import masked
-from .entries import compiled, serve
+from .entries import NOT_GIVEN, compiled, serve
 from .half import HALF as HALF
 from .lines import STORED_AS, contiguous, line_of, place_of_result
 from .tiles import BLOCK, LONG, PIECE, Cut
@@ -61,7 +61,7 @@ def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
 
 
 class _Kind:
-    """How the work on arrays of one shape is cut: all that can be known before the arrays."""
+    """The cut of the work on arrays of one shape, and all else that can be known before the arrays."""
 
     __slots__ = ("cut", "nbytes", "numbers", "parts")
 
@@ -80,14 +80,6 @@ class _Kind:
 
 
 _kind = functools.lru_cache(maxsize=1024)(_Kind)
-
-
-@functools.lru_cache(maxsize=1024)
-def _constant(value: float, channels: int, dtype: str) -> Array:
-    """Return a vector (C,) of that value, in place of a weight or bias that is not there."""
-    constant = np.full(channels, value, dtype)
-    constant.flags.writeable = False
-    return constant
 
 
 class _Job:
@@ -120,12 +112,6 @@ class _Job:
         """Return vectors (C,) to be set, 0 for no data."""
         return (np.empty if self.cut.n else np.zeros)((number, self.cut.channels))
 
-    def affine(self, weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
-        """Return weight and bias (C,), or 1 and 0."""
-        channels = self.cut.channels
-        ones = _constant(1.0, channels, "d") if weight is None else weight
-        return ones, _constant(0.0, channels, "d") if bias is None else bias
-
 
 class _MaskedJob(_Job):
     """The arrays of a call with a mask, over n positions."""
@@ -140,8 +126,12 @@ class _MaskedJob(_Job):
         self.numbers[Cut._fields.index("n")] = max(np.count_nonzero(where) if n is None else n, 1)
 
 
-# ---- The sweeps ------------------------------------------------------------------------------------------------------
+def _given(dtype: str, *vectors: Array | None) -> list[Array]:
+    """Return the vectors (C,), which have that dtype, with an empty one for None."""
+    return [NOT_GIVEN[dtype] if vector is None else vector for vector in vectors]
 
+
+# ---- The sweeps ------------------------------------------------------------------------------------------------------
 
 MASKS = True
 
@@ -228,7 +218,7 @@ def _forward(
     job.write_to(x, out)
     rows = job.vectors(4)
     if job.cut.n:
-        given = *job.affine(weight, bias), eps
+        given = *_given("d", weight, bias), eps
         job.code.forward_d(job.words, job.x, *job.where, job.numbers, *given, rows, job.y, job.in_place)
     return rows[0], rows[1], rows[2], job.result
 
@@ -268,7 +258,7 @@ def evaluate(
     if not job.cut.n:
         return mean, reference.rstd(var, eps), weight, job.result
     rows = job.vectors(4)
-    given = mean, var, *job.affine(weight, bias), eps
+    given = *_given("d", mean, var, weight, bias), eps
     job.code.evaluation_d(job.words, job.x, job.numbers, *given, rows, job.y, job.in_place)
     return mean, rows[2], weight, job.result
 
@@ -277,13 +267,13 @@ class Calls:
     """Forward, evaluation and backward of arrays that have passed all checks, with little Python.
 
     Arrays are contiguous, of the shape, dtype and dtype of vectors (float32 or float64) for which this object was made.
-    `in_place` is 1 where `out` is an input, otherwise 0. The rows are mean, m2, rstd and weight (4, C), in float64.
+    `in_place` is 1 where `out` is an input, otherwise 0. The rows (4, C) are mean, m2 (var where statistics are fixed),
+    rstd and weight, in float64.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: Any, vector: str) -> None:
         self._kind, self._stored = _kind(shape, dtype.itemsize), STORED_AS.get(dtype.char)
-        self._rows, self._gradients = (4, shape[1]), (2, shape[1])
-        self._one, self._zero = _constant(1.0, shape[1], vector), _constant(0.0, shape[1], vector)
+        self._rows, self._gradients, self._vector = (4, shape[1]), (2, shape[1]), vector
         code = compiled(dtype.char)
         self._forward, self._evaluation = getattr(code, f"forward_{vector}"), getattr(code, f"evaluation_{vector}")
         self._code = code
@@ -293,25 +283,14 @@ class Calls:
         return line if self._stored is None else line.view(self._stored)
 
     def forward(
-        self, x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None, in_place: int
+        self, x: Array, vectors: Sequence[Array | None], eps: float, out: Array | None, in_place: int
     ) -> tuple[Array, Array]:
-        """(E1, E3) Return y and the rows."""
-        rows, kind = np.empty(self._rows), self._kind
+        """(E1, E3, E7) Return y and the rows, from mean, var, weight and bias, of which each may be None."""
+        rows, kind, given = np.empty(self._rows), self._kind, _given(self._vector, *vectors)
         y = results.empty(x.shape, x.dtype) if out is None else out
-        weight, bias = self._one if weight is None else weight, self._zero if bias is None else bias
+        entry, given = (self._forward, given[2:]) if vectors[0] is None else (self._evaluation, given)
         line, words = self._line(x), kind.words()
-        self._forward(words, line, kind.numbers, weight, bias, eps, rows, self._line(y), in_place)
-        return y, rows
-
-    def evaluation(
-        self, x: Array, fixed: tuple[Array | None, ...], eps: float, out: Array | None, in_place: int
-    ) -> tuple[Array, Array]:
-        """(E3, E7) Return y and the rows, of the fixed mean, var, weight and bias; m2 is not set."""
-        rows, kind, (mean, var, weight, bias) = np.empty(self._rows), self._kind, fixed
-        y = results.empty(x.shape, x.dtype) if out is None else out
-        weight, bias = self._one if weight is None else weight, self._zero if bias is None else bias
-        line, words = self._line(x), kind.words()
-        self._evaluation(words, line, kind.numbers, mean, var, weight, bias, eps, rows, self._line(y), in_place)
+        entry(words, line, kind.numbers, *given, eps, rows, self._line(y), in_place)
         return y, rows
 
     def backward(self, dy: Array, x: Array, rows: Array, out: Array | None, in_place: int) -> tuple[Array, Array]:

@@ -47,6 +47,7 @@ from .tiles import (
 SPAN = 256  # channels in a part of a stage that goes through channels
 FEW = 16  # channels from which on a row of channels-last data with a mask is a run of its own
 EVERYWHERE = np.zeros(0, np.uint8)  # in place of a mask
+NOT_GIVEN = {char: np.empty(0, char) for char in "fd"}  # in place of a weight or bias, by the dtype's character
 
 # ---- Statistics ------------------------------------------------------------------------------------------------------
 
@@ -274,10 +275,10 @@ def _sums(cut, memory):
 
 
 @plain
-def _widened(vector, row):
-    """Return the row, which is set to the vector."""
+def _widened(vector, row, otherwise):
+    """Return the row, which is set to the vector, or to a number where the vector is empty: `NOT_GIVEN`."""
     for j in range(row.size):  # Numba takes seconds to compile an assignment of arrays
-        row[j] = vector[j]
+        row[j] = vector[j] if vector.size != 0 else otherwise
     return row
 
 
@@ -330,7 +331,7 @@ def masked_forward(at, words, x, where, numbers, weight, bias, eps, rows, out, i
     memory, board = _work_space(cut, 4), _board(cut)
     near, a, c, sums = memory[0], memory[1], memory[2], _sums(cut, memory)
     mean, m2, rstd = rows[0], rows[1], rows[2]
-    weight, bias = _widened(weight, rows[3]), _widened(bias, memory[3])
+    weight, bias = _widened(weight, rows[3], 1.0), _widened(bias, memory[3], 0.0)
     tiles, spans = (spread, place((x, x, where, cut, near, sums))), (mean_m2, place((cut, board, near, sums, mean, m2)))
     stages = (
         (shift, place((x, where, cut, near)), 1, ONWARDS),
@@ -399,8 +400,8 @@ def _evaluation(at, words, x, numbers, mean, var, weight, bias, eps, rows, out, 
     work, fixed, affine = at
     memory, board = np.empty((3, cut.channels)), _board(cut)
     a, c, rstd = memory[0], memory[1], rows[2]
-    mean, var = _widened(mean, rows[0]), _widened(var, rows[1])
-    weight, bias = _widened(weight, rows[3]), _widened(bias, memory[2])
+    mean, var = _widened(mean, rows[0], 0.0), _widened(var, rows[1], 1.0)
+    weight, bias = _widened(weight, rows[3], 1.0), _widened(bias, memory[2], 0.0)
     stages = (
         (fixed, place((cut, var, weight, bias, eps, rstd, a, c)), _parts(cut), ONWARDS),
         (affine, place(((x, x, x), EVERYWHERE, cut, (mean, a, a, a, c), out, in_place)), cut.tiles, BACKWARDS),
