@@ -362,9 +362,8 @@ def _run_of_map(value: Any) -> Any:
     return run
 
 
-def _map_across(value: Any, terms: int, masked: bool = False) -> Any:
-    """Return the loops of a map over short planes; without a mask, four runs at a time share their coefficients."""
-    run = _run_of_map(value)
+def _four_of_map(value: Any) -> Any:
+    """Return the function that writes four runs across channels, whose coefficients are then loaded once."""
 
     @named_after(value)
     def four(data, marks, start, step, size, lines, out):
@@ -382,6 +381,13 @@ def _map_across(value: Any, terms: int, masked: bool = False) -> Any:
                 narrow(y2, out),
                 narrow(y3, out),
             )
+
+    return four
+
+
+def _map_across(value: Any, terms: int, masked: bool = False) -> Any:
+    """Return the loops of a map over short planes; without a mask, four runs at a time share their coefficients."""
+    run, four = _run_of_map(value), _four_of_map(value)
 
     @named_after(value, inlined)
     def map_(tile, group, data, where, cut, vectors, out, in_place):
