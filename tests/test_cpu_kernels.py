@@ -331,59 +331,6 @@ def test_helpers_do_not_spin_where_ranks_share_the_cores(monkeypatch: pytest.Mon
     assert seconds == [pool.SPIN, pool.SPIN, 0.0, 0.0]
 
 
-def test_what_work_raises_is_raised_and_the_rest_is_left(threads: Any) -> None:
-    for number in (1, 3):
-        threads(number)
-        done: list[int] = []
-
-        def work(item: int, done: list[int] = done) -> None:
-            if item == 5:
-                raise ValueError("five")
-            done.append(item)
-
-        with pytest.raises(ValueError, match="five"):
-            pool.run(work, range(1000))
-        assert len(done) < 1000
-        assert set(range(5)) <= set(done)
-        done.clear()
-        pool.run(done.append, range(1000))
-        assert sorted(done) == list(range(1000))
-
-
-def test_an_error_on_a_helper_stops_the_others_too(threads: Any) -> None:
-    threads(2)
-    caller, done = threading.get_ident(), []
-
-    def work(item: int) -> None:
-        time.sleep(0.001)
-        if threading.get_ident() != caller:
-            raise ValueError("helper")
-        done.append(item)
-
-    with pytest.raises(ValueError, match="helper"):
-        pool.run(work, range(1000))
-    assert len(done) < 500
-
-
-def test_work_in_python_never_waits_for_helpers_that_are_busy_elsewhere(threads: Any) -> None:
-    threads(2)
-    release, held, done = threading.Event(), [threading.Event(), threading.Event()], []
-
-    def hold(item: int) -> None:
-        held[item].set()
-        release.wait(30)
-
-    first = threading.Thread(target=pool.run, args=(hold, range(2)))
-    first.start()
-    assert all(event.wait(30) for event in held)  # the only helper is one of them
-    second = threading.Thread(target=pool.run, args=(done.append, range(10)))
-    second.start()
-    second.join(30)
-    assert sorted(done) == list(range(10))
-    release.set()
-    first.join()
-
-
 def test_the_number_of_threads_is_set_and_checked(threads: Any) -> None:
     threads(5)
     assert arraybn.get_num_threads() == 5

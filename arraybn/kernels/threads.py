@@ -2,7 +2,7 @@
 
 A helper thread waits for jobs in compiled code, without the GIL, and begins one half a microsecond after a caller has
 made the job known; to wake a thread takes a hundred times as long. Once it has waited for `SPIN` seconds in vain, a
-helper sleeps. The hand-over itself is in ``cpu/jobs.py``. Work in Python goes to a pool of other threads by `run`.
+helper sleeps. The hand-over itself is in ``cpu/jobs.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -73,63 +72,6 @@ def set_num_threads(threads: int) -> None:
     >>> arraybn.set_num_threads(before)
     """
     _state.threads = as_integer("threads", threads, 1)
-
-
-def run(work: Callable[[int], None], items: Iterable[int]) -> None:
-    """Call `work` once with each item, in that order but on all threads at once; raise the first error of `work`.
-
-    The calling thread works too and never waits for a helper that has not begun, so any number of threads may call.
-    """
-    items = list(items)
-    helpers = min(get_num_threads(), len(items)) - 1
-    if helpers < 1:
-        for item in items:
-            work(item)
-        return
-    queue = iter(items)  # next() of a list's iterator is one step under the GIL
-
-    def drain() -> None:
-        try:
-            for item in queue:
-                work(item)
-        except BaseException:
-            for _ in queue:  # drain the queue so that the helpers stop
-                pass
-            raise
-
-    futures = _pool.submit(drain, helpers)
-    try:
-        drain()
-    finally:
-        running = [future for future in futures if not future.cancel()]
-        wait(running)
-    for future in running:
-        future.result()
-
-
-class _Pool:
-    """Helper threads for work in Python."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Start with no threads, as in a forked child, where the threads of the parent do not exist."""
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._size = 0
-
-    def submit(self, function: Callable[[], None], copies: int) -> list[Future[None]]:
-        with self._lock:
-            if self._executor is None or self._size < copies:
-                if self._executor is not None:
-                    self._executor.shutdown(wait=False)
-                self._size = max(copies, get_num_threads() - 1)
-                self._executor = ThreadPoolExecutor(self._size, "arraybn")
-            futures: list[Future[None]] = []
-            with suppress(RuntimeError):  # at the end of the interpreter, or where the system has no more threads
-                futures.extend(self._executor.submit(function) for _ in range(copies))
-            return futures
 
 
 def helpers(serve: Serve, size: int, parts: int) -> Array:
@@ -232,10 +174,9 @@ class _State:
                 self.crew = _Crew(lambda *_: False, 0)
 
 
-_pool, _state = _Pool(), _State()
+_state = _State()
 atexit.register(_state.end)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.forget)
     os.register_at_fork(after_in_child=_state.forget)
 
 
