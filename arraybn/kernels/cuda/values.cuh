@@ -63,7 +63,7 @@ struct Parameters {
     int64 plane;     // items in a plane; in the maps of planes by the ring, values
     int64 stride;    // values from a plane to the next of the same channel, or from a row to the next
     int64 columns;   // threads side by side in a row (lines); a power of two
-    int64 ahead;     // tasks that are summed before the first is mapped (fused.cu); stages of the ring; pieces of a warp
+    int64 ahead;     // tasks summed before the first is mapped (fused.cu); stages of the ring; pieces of a warp
     int64 parameter_kind;  // the type of weight and bias: 0 float64, 1 float32, 2 float16, 3 bfloat16
     int64 state_kind;      // the same of first and second: 0 or 1
     Divisor by_groups;
