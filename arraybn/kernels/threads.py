@@ -86,7 +86,7 @@ def helpers(serve: Serve, size: int, parts: int) -> Array:
     crew = _state.crew
     if crew is None or crew.size != get_num_threads() - 1:
         crew = _state.renew(serve)
-    now = time.monotonic()
+    now = time.perf_counter()
     if size >= WAKE or now - crew.latest < crew.close:
         crew.wake(parts - 1)
     crew.latest = now
