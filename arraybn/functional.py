@@ -286,7 +286,7 @@ def forward_in(
 ) -> tuple[Array, Saved]:
     """Carry out `batch_norm` as a part of `call`, or alone."""
     key = key_of(x, weight, bias, mean, var, channel_axis)
-    plan = None if moments is not None else _PLANS.get(key or ())
+    plan = None if key is None or moments is not None else _PLANS.get(key)
     if plan is None:
         arrays = x, weight, bias, mean, var
         layout, checked = _checked(call, arrays, moments, eps, channel_axis)

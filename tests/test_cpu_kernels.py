@@ -92,7 +92,7 @@ def test_e1_e5_rounding_hardly_grows_with_the_number_of_values(shape: tuple[int,
 
 
 def test_the_table_has_every_way_of_cutting(case: Case) -> None:
-    found = cpu._cut.__wrapped__(case.shape, 4)
+    found = cpu._cut(case.shape, 4)
     assert (found.group < case.shape[1]) == ("groups" in case.cut or "planes in tiles" in case.cut)
     assert (found.height < found.rows) == ("in tiles" in case.cut)
     assert (found.rows > case.shape[0]) == ("long planes" in case.cut)
@@ -103,7 +103,7 @@ def test_any_shape_is_cut_into_pieces_of_bounded_size(itemsize: int) -> None:
     rng = np.random.default_rng(3)
     for _ in range(2000):
         samples, channels, plane = (int(2 ** rng.uniform(0, limit)) for limit in (24, 13, 24))
-        cut = cpu._cut.__wrapped__((samples, channels, plane), itemsize)
+        cut = cpu._cut((samples, channels, plane), itemsize)
         assert 1 <= cut.group <= channels
         assert 1 <= cut.height <= cut.rows
         assert cut.n == samples * plane
@@ -117,14 +117,14 @@ def test_any_shape_is_cut_into_pieces_of_bounded_size(itemsize: int) -> None:
 def test_small_data_is_cut_into_halves_and_smaller_data_not_at_all() -> None:
     parts = {}
     for shape in [(64, 128, 1), (1, 32, 784), (1, 512, 196), (1, 2048, 49), (2, 17, 1024), (49, 2048, 1)]:
-        cut = cpu._cut.__wrapped__(shape, 4)
+        cut = cpu._cut(shape, 4)
         parts[shape] = cut.groups * cut.tiles
     assert list(parts.values()) == [1, 1, 2, 2, 2, 2]
 
 
 def test_large_data_has_more_tasks_than_threads() -> None:
     for shape in [(32, 64, 112 * 112), (32, 2048, 49), (32 * 112 * 112, 64, 1), (32 * 49, 2048, 1), (1, 1, 10**8)]:
-        cut = cpu._cut.__wrapped__(shape, 4)
+        cut = cpu._cut(shape, 4)
         apart = -(-cut.channels // cut.group)
         assert max(apart, -(-cut.rows // cut.height)) >= 4
 

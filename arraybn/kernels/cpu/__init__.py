@@ -36,7 +36,6 @@ _F8 = np.dtype(np.float64)
 # ---- How the work is cut ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1024)
 def _cut(shape: tuple[int, int, int], itemsize: int) -> Cut:
     """Cut (N, C, S) into about sixteen tiles or more, or into fewer where the data is small, down to halves."""
     samples, channels, plane = shape
