@@ -306,6 +306,10 @@ def test_a_saved_forward_can_be_copied(duplicate: Any, fixed: Any) -> None:
         x[...] = 0
     assert outcome(lambda: backward(DY, other)) == wanted
     assert repr(other) == repr(saved)
+    x = X.copy()
+    _, lost = arraybn.batch_norm(x, W, **fixed, out=x)
+    with pytest.raises(RuntimeError, match="because the forward wrote y over x"):
+        arraybn.batch_norm_backward(DY, duplicate(lost))
 
 
 class CheckedError(Exception):
